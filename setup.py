@@ -1,0 +1,35 @@
+"""Packaging. What the library needs, by who uses it; name and version have their home in settings.ini."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+settings = ConfigParser()
+settings.read(here / 'settings.ini', encoding='utf-8')
+cfg = settings['DEFAULT']
+
+core = ['torch>=2.5', 'diffusers>=0.35', 'transformers>=4.45', 'accelerate>=1.0', 'safetensors>=0.4', 'Pillow>=10', 'numpy>=1.26']
+metrics = ['pyiqa>=0.1.14', 'pandas>=2.0', 'pyarrow>=15']
+pipeline = ['dvc>=3.50', 'dvclive>=3.40', 'papermill>=2.6', 'jupyterlab>=4.0', 'ipykernel>=6.29', 'nbdev==2.4.14', 'execnb==0.1.18', 'fastcore==1.12.47', 'ghapi==1.0.16', 'fastgit==0.0.6',
+            'ruamel.yaml>=0.18', 'pandas>=2.0', 'pyarrow>=15', 'matplotlib>=3.8', 'scipy>=1.11', 'scikit-image>=0.22', 'tqdm>=4.66', 'psutil>=5.9', 'filelock>=3.13']
+
+setup(
+    name=cfg['lib_name'],
+    version=cfg['version'],
+    description=cfg['description'],
+    long_description=(here / 'README.md').read_text(encoding='utf-8') if (here / 'README.md').exists() else cfg['description'],
+    long_description_content_type='text/markdown',
+    author=cfg['author'],
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    keywords=cfg['keywords'].split(),
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=['foundir_v2', 'foundir_v2.*']),
+    package_data={'foundir_v2': ['assets/**/*']},
+    install_requires=core,
+    extras_require=dict(metrics=metrics, pipeline=pipeline, all=sorted({*metrics, *pipeline})),
+    entry_points=dict(console_scripts=['foundir-v2=foundir_v2.cli:main']),
+    zip_safe=False,
+    classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Science/Research'],
+)
