@@ -1,0 +1,131 @@
+"The runner: strict parameters, reports that appear whole or not at all, nobody left behind."
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from foundir_v2.runner import RunnerError, _temporary, check_interpreter, check_parameters, checkout, notebook_parameters, read_parameters, strip_volatile
+
+ROOT = checkout()
+
+
+def notebook(path: Path, *sources, tag='parameters'):
+    cells = [nbformat.v4.new_code_cell(s, id=f'c{i}') for i, s in enumerate(sources)]
+    if tag: cells[0].metadata['tags'] = [tag]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3'))), path)
+    return path
+
+
+def run(*argv, **kw):
+    return subprocess.run([sys.executable, '-m', 'foundir_v2.runner', *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120, **kw)
+
+
+@pytest.fixture
+def params(tmp_path):
+    path = tmp_path / 'params.yaml'
+    path.write_text('a:\n  x: 1\n  flag: true\nb:\n  names: [u, v]\n  nothing: null\n')
+    return path
+
+
+def test_values_arrive_with_their_types_and_reports_repeat(tmp_path, params):
+    src = notebook(tmp_path / 's.ipynb', 'x = 0\nflag = False\nnames = []\nnothing = 0', 'print(repr((x, flag, names, nothing)), object())')
+    out = tmp_path / 'deep' / 'r.ipynb'
+    reports = []
+    for _ in range(2):
+        done = run(src, out, 'a', 'b', '--params', params, '--set', 'x=2.5')
+        assert done.returncode == 0, done.stderr
+        assert "(2.5, True, ['u', 'v'], None)" in done.stdout
+        reports.append(out.read_bytes())
+    assert reports[0] == reports[1] and b' at 0x' not in reports[0] and b'start_time' not in reports[0]
+    assert [p.name for p in out.parent.iterdir()] == ['r.ipynb']
+
+
+def test_sets_of_names_must_be_equal(tmp_path, params):
+    done = run(notebook(tmp_path / 's.ipynb', 'x = 0\nflag = 1\nnames = 2\nmore = 4'), tmp_path / 'r.ipynb', 'a', 'b', '--params', params)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert "doesn't know the parameters nothing and misses a value for more (sections: a, b; " in done.stderr
+    assert not (tmp_path / 'r.ipynb').exists()
+
+
+def test_parameters_cell_is_found_and_literal(tmp_path):
+    read = lambda *a, **k: notebook_parameters(nbformat.read(notebook(tmp_path / 's.ipynb', *a, **k), 4))
+    assert read('a: int = 1\nb = {"k": [1, None]}\nc = -1e-3') == dict(a=1, b=dict(k=[1, None]), c=-1e-3)
+    for bad in ['import os', 'a = b = 1', 'a = [1][0]', 'a.b = 1', 'a, b = 1, 2', 'print(1)']:
+        with pytest.raises(RunnerError, match='line 1'): read(bad)
+    with pytest.raises(RunnerError, match='found 0'): read('a = 1', tag=None)
+
+
+def test_set_needs_a_known_key(params):
+    assert read_parameters(['a'], ['x=null'], params) == dict(x=None, flag=True)
+    for bad in ['y=1', 'x']:
+        with pytest.raises(RunnerError, match='key among flag, x'): read_parameters(['a'], [bad], params)
+
+
+def test_check_parameters_accepts_equal_sets():
+    check_parameters(['a'], ['a'], 'n')
+    with pytest.raises(RunnerError): check_parameters([], ['a'], 'n')
+
+
+def test_failure_keeps_the_report_and_the_evidence(tmp_path, params):
+    src, out = notebook(tmp_path / 's.ipynb', 'x = 0\nflag = 0', 'raise RuntimeError(f"no {x}")'), tmp_path / 'test-runner-failure.ipynb'
+    out.write_text('the old report')
+    failed = ROOT / 'logs' / 'test-runner-failure.failed.ipynb'
+    try:
+        done = run(src, out, 'a', '--params', params)
+        assert done.returncode == 1 and 'RuntimeError: no 1' in done.stderr and '\x1b' not in done.stderr
+        assert out.read_text() == 'the old report' and 'RuntimeError' in failed.read_text()
+        assert not list(tmp_path.glob('.*running*'))
+    finally: failed.unlink(missing_ok=True)
+
+
+def test_other_interpreters_are_refused(tmp_path):
+    check_interpreter(ROOT)
+    (tmp_path / '.venv').mkdir()
+    with pytest.raises(RunnerError, match='make venv'): check_interpreter(tmp_path)
+    base = os.path.realpath(sys.executable)  # the interpreter that .venv was made from: it has none of our packages
+    done = subprocess.run([base, '-S', '-m', 'foundir_v2.runner', 'a', 'b'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "is not this repository's" in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_leftovers_of_dead_processes_go_and_live_ones_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    left, kept = (tmp_path / f'.r.{pid}.running.ipynb' for pid in (dead.pid, 1))
+    left.touch(), kept.touch()
+    assert _temporary(tmp_path / 'r.ipynb').name == f'.r.{os.getpid()}.running.ipynb'
+    assert kept.exists() and not left.exists()
+
+
+def test_strip_numbers_random_ids_consistently():
+    cell = nbformat.v4.new_code_cell('', id='a', outputs=[nbformat.v4.new_output('stream', text='T_abcde T_12345 T_abcde 123e4567-e89b-12d3-a456-426614174000')])
+    assert strip_volatile(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs[0].text == f'T_00000 T_00001 T_00000 {2:036d}'
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='process groups')
+@pytest.mark.parametrize('victim, wait_for', [('shell', 'runner'), ('runner', 'kernel')])
+def test_nobody_outlives_a_killed_parent(tmp_path, params, victim, wait_for):
+    pid_file = tmp_path / 'kernel.pid'
+    src = notebook(tmp_path / 's.ipynb', 'x = 0\nflag = 0', f'import os, time; open({str(pid_file)!r}, "w").write(str(os.getpid())); time.sleep(300)')
+    command = f'{sys.executable} -m foundir_v2.runner {src} {tmp_path / "r.ipynb"} a --params {params}; true'  # "; true" keeps the shell alive
+    caller = subprocess.Popen([sys.executable, '-c', f'import subprocess; subprocess.run(["sh", "-c", {command!r}])'], cwd=ROOT)
+    try:
+        deadline = time.time() + 60
+        while not (pid_file.exists() and pid_file.read_text()):
+            assert time.time() < deadline and caller.poll() is None
+            time.sleep(0.1)
+        kernel = psutil.Process(int(pid_file.read_text()))
+        runner = kernel.parent()
+        assert 'foundir_v2.runner' in runner.cmdline()
+        (caller if victim == 'shell' else runner).send_signal(signal.SIGKILL)
+        _, alive = psutil.wait_procs([runner, kernel], timeout=20)
+        assert not alive
+        assert not (tmp_path / 'r.ipynb').exists()
+    finally:
+        caller.kill()
+        caller.wait()
