@@ -1,0 +1,146 @@
+"Restorers: sizes, ranges, what each one is, and what bad input leads to."
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from foundir_v2.core import FoundIRError, Restorer, save_image
+from foundir_v2.degrade import degrade
+from foundir_v2.restorers import (Bicubic, FolderRestorer, Identity, Levels, PipelineRestorer, SIMPLE, Unsharp, VAEBound, export_inputs,
+                                  make_restorer)
+from foundir_v2.tasks import SUBTASKS, subtask
+
+
+def rand(h=24, w=20, seed=0):
+    return torch.rand(3, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+@settings(max_examples=8, deadline=None)
+@given(h=st.integers(1, 33), w=st.integers(1, 33), task=st.sampled_from(["haze", "sr_x2", "sr_x4", None]))
+def test_every_simple_restorer_returns_the_right_size_in_range(name, h, w, task):
+    r, k = make_restorer(name), 1 if task is None else subtask(task).scale
+    y = r(rand(h, w), subtask=task, seed=1)
+    assert isinstance(r, Restorer) and y.shape == (3, h * k, w * k) and y.min() >= 0 and y.max() <= 1
+
+
+def test_identity_and_bicubic_leave_pictures_of_full_size_alone():
+    x = rand()
+    for task in (None, "haze", SUBTASKS["jpeg"]):
+        assert torch.equal(Identity()(x, subtask=task), x) and torch.equal(Bicubic()(x, subtask=task), x)
+
+
+def test_identity_repeats_pixels_and_bicubic_interpolates():
+    x = rand(6, 5)
+    big = Identity()(x, subtask="sr_x3")
+    assert torch.equal(big[:, 1::3, 2::3], x)
+    ramp = torch.linspace(0.2, 0.8, 16).expand(3, 16, 16)
+    smooth = Bicubic()(ramp, subtask="sr_x2")[:, 8, 8:-8].diff(dim=-1)
+    assert smooth.min() > 0, "a ramp stays a strictly rising ramp"
+
+
+def test_unsharp_steepens_an_edge_and_keeps_flat_areas():
+    edge = torch.full((3, 32, 32), 0.3)
+    edge[..., 16:] = 0.6
+    y = Unsharp(sigma=1.5)(edge)
+    assert y[0, 16, 15] < 0.29 and y[0, 16, 16] > 0.61 and torch.allclose(y[..., :8], edge[..., :8], atol=1e-5)
+    assert torch.equal(Unsharp(amount=0)(edge), edge)
+
+
+def test_levels_undoes_a_loss_of_contrast():
+    x = rand(64, 64)
+    y = Levels(tail=0)(x * 0.25 + 0.5)
+    assert y.min() == 0 and y.max() == 1
+    for c in range(3): assert torch.corrcoef(torch.stack([x[c].flatten(), y[c].flatten()]))[0, 1] > 0.9999
+
+
+class Rounding(torch.nn.Module):
+    "A VAE that forgets how much: 4x4 averages. Interface of diffusers."
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(block_out_channels=(1, 1, 1))
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def encode(self, x):
+        assert x.shape[-1] % 4 == x.shape[-2] % 4 == 0 and x.min() >= -1 and x.max() <= 1
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.nn.functional.avg_pool2d(x, 4)))
+
+    def decode(self, z): return SimpleNamespace(sample=z.repeat_interleave(4, -1).repeat_interleave(4, -2))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 30), (3, 5)])
+def test_vae_bound_decodes_the_encoded_ground_truth_at_any_size(size):
+    gt = rand(*size)
+    bound = VAEBound(Rounding())
+    y = bound(gt, subtask="sr_x4", seed=0)
+    assert bound.uses_ground_truth and y.shape == gt.shape and not y.requires_grad
+    if size == (16, 16): assert torch.allclose(y[:, 0, 0], gt[:, :4, :4].mean(dim=(1, 2)), atol=1e-5)
+
+
+def test_vae_bound_of_the_real_classes():
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                        layers_per_block=1, norm_num_groups=4, latent_channels=4).eval()
+    y = VAEBound(vae)(rand(15, 18))
+    assert y.shape == (3, 15, 18) and 0 <= y.min() and y.max() <= 1
+
+
+class Recorder:
+    def __init__(self): self.calls = []
+
+    def __call__(self, image, **options):
+        self.calls.append(options)
+        return SimpleNamespace(images=[image.resize((image.width * options["upscale"], image.height * options["upscale"]))])
+
+
+def test_pipeline_restorer_is_blind_seeded_and_fixes_colours_for_sr_only():
+    pipe = Recorder()
+    r = PipelineRestorer(pipe, num_inference_steps=3, guidance_scale=1.0, start="lq")
+    assert isinstance(r, Restorer)
+    assert r(rand(), subtask="haze", seed=11).shape == (3, 24, 20) and r(rand(), subtask="sr_x4", seed=12).shape == (3, 96, 80)
+    first, second = pipe.calls
+    assert [c["generator"].initial_seed() for c in pipe.calls] == [11, 12]
+    assert (first["upscale"], first["color_fix"], second["upscale"], second["color_fix"]) == (1, None, 4, "adain")
+    assert all((c["num_inference_steps"], c["guidance_scale"], c["start"]) == (3, 1.0, "lq") for c in pipe.calls)
+    assert not {"subtask", "task", "prompt"} & set(first), "the model is not told what is wrong with the picture"
+
+
+def items():
+    gt = rand(32, 32)
+    return [SimpleNamespace(lq=degrade(gt, t, seed), subtask=t, photo="train/a b", seed=seed) for t, seed in (("haze", 1), ("sr_x2", 1), ("haze", 2))]
+
+
+def test_a_folder_of_results_is_matched_by_content(tmp_path):
+    todo = items()
+    paths = export_inputs(todo, tmp_path/"in")
+    assert len(set(paths)) == 3 and all(p.parent == tmp_path/"in" and p.is_file() for p in paths)
+    (tmp_path/"out").mkdir()
+    for item, path in zip(todo, paths): save_image(1 - Bicubic()(item.lq, subtask=item.subtask), tmp_path/"out"/path.name)
+    r = FolderRestorer(tmp_path/"in", tmp_path/"out", "inverse")
+    for item in reversed(todo):
+        expected = 1 - Bicubic()(item.lq, subtask=item.subtask)
+        assert (r(item.lq, subtask=item.subtask) - expected).abs().max() <= 0.5 / 255 + 1e-6
+    with pytest.raises(FoundIRError, match="no result"): r(rand())
+
+
+def test_a_folder_with_missing_or_ambiguous_results_is_refused(tmp_path):
+    paths = export_inputs(items(), tmp_path/"in")
+    with pytest.raises(FoundIRError, match="no folder"): FolderRestorer(tmp_path/"in", tmp_path/"out")
+    (tmp_path/"out").mkdir()
+    for p in paths[1:]: save_image(rand(), tmp_path/"out"/p.name)
+    with pytest.raises(FoundIRError, match=paths[0].stem): FolderRestorer(tmp_path/"in", tmp_path/"out")
+    for suffix in (".png", ".jpg"): save_image(rand(), tmp_path/"out"/f"{paths[0].stem}{suffix}")
+    with pytest.raises(FoundIRError, match="2 results"): FolderRestorer(tmp_path/"in", tmp_path/"out")
+
+
+def test_two_items_with_one_name_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(FoundIRError, match="seed"): export_inputs(items()[:1] * 2, tmp_path/"in")
+    assert not (tmp_path/"in").exists()
+
+
+@pytest.mark.parametrize("spec", ["", "bicubik", "identity:x", "vae", "vae:", "pipeline:", "folder:a", None])
+def test_unknown_names_are_refused_with_the_choices(spec):
+    with pytest.raises(FoundIRError) as e: make_restorer(spec)
+    assert "\n" not in str(e.value) and ("choose" in str(e.value) or "expected" in str(e.value))
