@@ -1,0 +1,70 @@
+# Two commands matter: `make repro` (photographs -> metrics) and `make test`. Both build .venv from requirements.lock when it is missing or the lock has changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+JOBS ?= 2
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export JUPYTER_PREFER_ENV_PATH := 1
+.DEFAULT_GOAL := help
+.PHONY: help venv repro test export check-export test-notebooks smoke readme clean-notebooks lab bench profile hooks lock wheel
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+venv: ## build .venv from requirements.lock (does nothing while both agree)
+	@.ci/venv "$(PYTHON)"
+
+repro: venv ## fetch the photographs, run every stage that is out of date, show the metrics
+	nbdev_export
+	python -m foundir_v2.cli data fetch
+	@dvc commit -q data.dvc </dev/null || { echo "data/ is not what data.dvc pins: delete data/ and run make repro again" >&2; exit 1; }
+	dvc repro
+	@python -m foundir_v2.report
+
+test: venv ## export check, notebook tests, pytest, and the whole pipeline at smoke size
+	@$(MAKE) --no-print-directory check-export
+	@$(MAKE) --no-print-directory test-notebooks
+	python -m pytest
+	@$(MAKE) --no-print-directory smoke
+
+export: venv ## notebooks -> modules, dependencies in dvc.yaml, README.md
+	nbdev_export
+	python -m foundir_v2.stages
+	@$(MAKE) --no-print-directory readme
+
+check-export: venv
+	@nbdev_export
+	@python -m foundir_v2.stages --check || { echo "dvc.yaml does not fit the code: run make export" >&2; exit 1; }
+	@test -z "$$(git status --porcelain foundir_v2)" || { git status --short foundir_v2; echo "foundir_v2/ is not what the notebooks export: commit the exported files with their notebooks" >&2; exit 1; }
+	@echo "export: clean"
+
+test-notebooks: venv ## every notebook's tests, one process each (JOBS at a time)
+	@.ci/notebooks $(JOBS)
+
+smoke: venv ## the pipeline with profiles/smoke.yaml, in a temporary copy of the checkout
+	@.ci/smoke
+
+readme: venv ## README.md from nbs/index.ipynb
+	@python .ci/readme.py
+
+clean-notebooks: venv ## remove outputs from the pipeline notebooks, and editing traces from all
+	jupyter nbconvert --log-level=WARN --clear-output --inplace nbs/pipeline/*.ipynb
+	nbdev_clean
+
+lab: venv ## edit the notebooks
+	jupyter lab
+
+bench: venv ## run all stages afresh; wall time and peak memory (PSS) of the process tree
+	python .ci/measure.py dvc repro --force
+
+profile: ## P=smoke|sdxl: copy that profile over params.yaml; P=tiny: back to the committed one
+	@if [ "$(P)" = tiny ]; then git checkout -- params.yaml; elif [ -f "profiles/$(P).yaml" ]; then cp "profiles/$(P).yaml" params.yaml; \
+	else echo "profile '$(P)' is none of: tiny $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml))" >&2; exit 2; fi
+	@echo "params.yaml now holds the profile $(P)"
+
+hooks: venv ## optional: nbdev's git hooks (writes to your git configuration)
+	nbdev_install_hooks
+
+lock: ## after editing requirements.in; needs uv
+	uv pip compile requirements.in --universal --python-version 3.11.7 --generate-hashes --no-header --no-annotate --no-emit-index-url -o requirements.lock
+
+wheel: venv ## build dist/*.whl
+	python -m build --wheel --no-isolation
