@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'NEAR_BITS', 'ACCEPTED', 'REJECTED', 'COLUMNS', 'Entry', 'scan', 'dhash', 'look_alike', 'check_splits',
-           'inspect', 'build_manifest', 'select', 'save_manifest', 'load_manifest', 'thumbnails']
+           'inspect', 'build_manifest', 'select', 'add_captions', 'save_manifest', 'load_manifest', 'thumbnails']
 
 # %% ../nbs/14_index.ipynb #941512fd
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -162,6 +162,16 @@ def select(
     kept = manifest[~train | (manifest.verdict == ACCEPTED)]
     if not (kept.split == "train").any(): raise FoundIRError("no training picture was accepted: look at the column `reason`, then loosen the thresholds or add pictures")
     return kept.reset_index(drop=True)
+
+# %% ../nbs/14_index.ipynb #a9833606
+def add_captions(
+    manifest: pd.DataFrame, # rows to describe
+    captioner: Callable[[Path], str], # path of a picture → caption, may be empty
+    root: str | Path | None = None, # what `path` is relative to; default: the repository
+) -> pd.DataFrame: # a copy with the column `caption` filled
+    "Describe the ground truths."
+    root = Path(root or repo_root())
+    return manifest.assign(caption=[captioner(root / p) for p in manifest.path])
 
 # %% ../nbs/14_index.ipynb #fbf4d65b
 def save_manifest(

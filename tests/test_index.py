@@ -1,0 +1,197 @@
+"From folders to a manifest: bad rows are kept with reasons, leaks stop everything."
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from foundir_v2.core import FoundIRError, generator, repo_root, save_image
+from foundir_v2.fetch import Source, sources_csv
+from foundir_v2.index import (ACCEPTED, COLUMNS, NEAR_BITS, REJECTED, add_captions, build_manifest, check_splits, dhash, load_manifest, look_alike, save_manifest,
+                              scan, select, thumbnails)
+
+ROOT = repo_root(Path(__file__).parent)
+
+
+def picture(seed, h=24, w=32):
+    "Blobs of colour: smooth enough for JPEG, and different for every seed."
+    small = torch.rand(1, 3, 6, 8, generator=generator("picture", seed))
+    return torch.nn.functional.interpolate(small, (h, w), mode="bicubic")[0].clamp(0, 1)
+
+
+def put(path, seed, **kw): return save_image(picture(seed, **kw), path)
+
+
+@pytest.fixture
+def gts(tmp_path):
+    for i, split in enumerate(["train", "train", "reference", "test"]): put(tmp_path / "set" / split / f"{i}.png", i)
+    return tmp_path
+
+
+def rejected(manifest): return dict(manifest.loc[manifest.verdict == REJECTED, ["photo", "reason"]].values)
+
+
+def test_ground_truths_only(gts):
+    put(gts / "set/train/deep/er/x.JPG", 9)
+    (gts / "set/train/0.txt").write_text("a caption"); (gts / "set/train/.hidden.png").touch(); (gts / "set/notes").mkdir()
+    m = build_manifest("set", root=gts)
+    assert tuple(m.columns) == COLUMNS and (m.verdict == ACCEPTED).all() and (m.lq == "").all() and (m.reason == "").all()
+    assert list(m.photo) == ["train/0", "train/1", "train/deep/er/x", "reference/2", "test/3"]
+    assert list(m.path)[2] == "set/train/deep/er/x.JPG" and set(zip(m.width, m.height)) == {(32, 24)}
+
+
+def test_sources_layout(tmp_path):
+    rows = [Source(f"photos/{n}.png", "p", "1", "", "", "", split) for n, split in [("a", "train"), ("b", "test")]] + [Source("weights/w.mat", "p", "1", "", "", "")]
+    for s in rows[:2]: put(tmp_path / "data" / s.file, ord(s.file[7]))
+    (tmp_path / "data/SOURCES.csv").write_bytes(sources_csv(rows))
+    m = build_manifest("data", root=tmp_path)
+    assert list(m.photo) == ["a", "b"] and list(m.split) == ["train", "test"] and list(m.path) == ["data/photos/a.png", "data/photos/b.png"]
+    (tmp_path / "data/photos/a.png").unlink()
+    assert "no image at data/photos/a.png" in rejected(build_manifest("data", root=tmp_path))["a"]
+
+
+def test_pairs_and_what_is_wrong_with_them(tmp_path):
+    d = tmp_path / "set/train/rain"
+    for i, (name, h) in enumerate([("same", 24), ("sr", 24), ("odd", 24), ("alone", 24), ("cut", 24), ("larger", 24)]): put(d / f"GT/{name}.png", i, h=h)
+    put(d / "LQ/same.jpg", 0); put(d / "LQ/sr.png", 1, h=6, w=8); put(d / "LQ/odd.png", 2, h=12, w=8); put(d / "LQ/orphan.png", 3); put(d / "LQ/larger.png", 3, h=48, w=64)
+    (d / "LQ/cut.png").write_bytes((d / "LQ/same.jpg").read_bytes()[:100])
+    put(tmp_path / "set/test/GT/sub/t.png", 77); put(tmp_path / "set/test/LQ/sub/t.png", 77)
+    m = build_manifest("set", root=tmp_path)
+    good = m[m.verdict == ACCEPTED]
+    assert list(good.photo) == ["train/rain/same", "train/rain/sr", "test/sub/t"] and list(good.task) == ["rain", "rain", ""]
+    assert list(good.lq) == ["set/train/rain/LQ/same.jpg", "set/train/rain/LQ/sr.png", "set/test/LQ/sub/t.png"]
+    bad = rejected(m)
+    assert set(bad) == {f"train/rain/{n}" for n in ("odd", "alone", "cut", "orphan", "larger")}
+    assert "8x12" in bad["train/rain/odd"] and "64x48" in bad["train/rain/larger"] and "LQ/alone" in bad["train/rain/alone"] and "GT/orphan" in bad["train/rain/orphan"]
+    assert "LQ/cut.png" in bad["train/rain/cut"]
+    unusable = m[m.verdict == REJECTED]
+    assert (unusable.width == 0).all() and (unusable.sha256 == "").all()
+
+
+def test_bad_pictures_are_rows_with_reasons(gts):
+    d = gts / "set/train"
+    (d / "empty.png").touch(); (d / "text.jpg").write_text("no picture"); put(d / "large.png", 5, h=100, w=100)
+    (d / "cut.jpg").write_bytes(put(d / "whole.jpg", 6).read_bytes()[:200])
+    m = build_manifest("set", root=gts, max_pixels=9999)
+    bad = rejected(m)
+    assert set(bad) == {"train/cut", "train/empty", "train/large", "train/text"}
+    for photo, reason in bad.items(): assert f"set/{photo}" in reason and str(gts) not in reason and "\n" not in reason
+    assert "9,999 pixels" in bad["train/large"] and (m.verdict == ACCEPTED).sum() == 5
+
+
+def test_layouts_that_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"): scan(tmp_path / "none")
+    (tmp_path / "empty/train").mkdir(parents=True)
+    with pytest.raises(FoundIRError, match="no pictures"): scan(tmp_path / "empty")
+    put(tmp_path / "val/train/a.png", 0); put(tmp_path / "val/valid/b.png", 1)
+    with pytest.raises(FoundIRError, match="valid.*reference"): scan(tmp_path / "val")
+    put(tmp_path / "twice/train/a.png", 0); put(tmp_path / "twice/train/a.jpg", 1)
+    with pytest.raises(FoundIRError, match="share the name train/a"): scan(tmp_path / "twice")
+
+
+CHANGES = {"same bytes": lambda x: x, "mirrored": lambda x: x.flip(2), "darker": lambda x: x * 0.5, "washed out": lambda x: x * 0.5 + 0.4,
+           "half size": lambda x: torch.nn.functional.interpolate(x[None], scale_factor=0.5, mode="area")[0],
+           "noisy": lambda x: x + 0.02 * torch.randn(x.shape, generator=generator(0))}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("splits", [("train", "reference"), ("train", "test"), ("reference", "test"), ("test", "train")])
+def test_a_photograph_in_two_splits_is_an_error(tmp_path, change, splits):
+    x = picture(0, 96, 128)
+    save_image(x, tmp_path / "set" / splits[0] / "original.png")
+    save_image(CHANGES[change](x), tmp_path / "set" / splits[1] / "copy.png")
+    with pytest.raises(FoundIRError) as e: build_manifest("set", root=tmp_path)
+    assert all(w in str(e.value) for w in (f"{splits[0]}/original", f"{splits[1]}/copy", "is" if change == "same bytes" else "looks like"))
+    assert len(build_manifest("set", root=tmp_path, near_bits=-1)) == 2
+
+
+def test_copies_within_a_split_are_no_leak(gts):
+    put(gts / "set/train/again.png", 0)
+    assert len(build_manifest("set", root=gts)) == 5
+
+
+def test_unusable_rows_are_not_compared(tmp_path):
+    for split in ("train", "test"): put(tmp_path / "set" / split / "a.png", split == "test"); (tmp_path / "set" / split / "bad.png").touch()
+    assert len(rejected(build_manifest("set", root=tmp_path))) == 2
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_look_alike_is_a_symmetric_distance_blind_to_mirrors(a, b):
+    x, y = picture(a, 64, 80), picture(b, 64, 80)
+    d = look_alike([dhash(x), dhash(y)], [dhash(x), dhash(y), dhash(y.flip(2))])
+    assert d[0, 0] == d[1, 1] == 0 and d[0, 1] == d[1, 0] and d[1, 2] <= 4 and abs(int(d[0, 1]) - int(d[0, 2])) <= 4
+    assert a == b or d[0, 1] > NEAR_BITS
+
+
+def test_dhash_counts_rising_neighbours():
+    ramp = torch.linspace(0, 1, 17).expand(3, 16, 17)
+    assert dhash(ramp) == "f" * 64 and dhash(ramp.flip(2)) == "0" * 64 == dhash(torch.rand(3, 1, 1))
+    assert look_alike([dhash(ramp)], [dhash(ramp.flip(2))])[0, 0] == 0
+
+
+def test_select_drops_for_training_and_keeps_the_benchmarks(gts):
+    m = build_manifest("set", root=gts)
+    m.loc[m.photo.isin(["train/0", "reference/2", "test/3"]), "verdict"] = REJECTED
+    kept = select(m)
+    assert list(kept.photo) == ["train/1", "reference/2", "test/3"] and list(kept.index) == [0, 1, 2] and len(m) == 4
+    m.loc[m.photo == "train/1", "verdict"] = REJECTED
+    with pytest.raises(FoundIRError, match="no training picture"): select(m)
+
+
+@pytest.mark.parametrize("split", ["reference", "test"])
+def test_an_unreadable_benchmark_picture_is_an_error(gts, split):
+    (gts / "set" / split / "bad.png").touch()
+    with pytest.raises(FoundIRError, match=f"{split}/bad .*0 bytes"): select(build_manifest("set", root=gts))
+
+
+def test_captions(gts):
+    m = build_manifest("set", root=gts)
+    described = add_captions(m, lambda p: f"{p.name} of {p.stat().st_size} bytes", root=gts)
+    assert list(described.caption) == [f"{Path(p).name} of {(gts / p).stat().st_size} bytes" for p in m.path] and (m.caption == "").all()
+
+
+def test_parquet_round_trip(gts, tmp_path):
+    m = build_manifest("set", root=gts)
+    path = save_manifest(m.assign(niqe=[1.0, np.nan, 2.0, 3.0]), tmp_path / "out/m.parquet")
+    first = path.read_bytes()
+    assert load_manifest(path)[list(COLUMNS)].equals(m)
+    assert save_manifest(m.assign(niqe=[1.0, np.nan, 2.0, 3.0]), path).read_bytes() == first
+    with pytest.raises(FileNotFoundError, match="dvc repro"): load_manifest(tmp_path / "none.parquet")
+    (tmp_path / "bad.parquet").write_text("no table")
+    with pytest.raises(FoundIRError, match="bad.parquet is not"): load_manifest(tmp_path / "bad.parquet")
+    save_manifest(m.drop(columns=["split", "path"]), tmp_path / "few.parquet")
+    with pytest.raises(FoundIRError, match="lacks the columns path, split"): load_manifest(tmp_path / "few.parquet")
+
+
+def test_exif_rotation_counts_in_the_size(tmp_path):
+    exif = Image.Exif(); exif[0x0112] = 6
+    (tmp_path / "set/train").mkdir(parents=True)
+    Image.new("RGB", (30, 20)).save(tmp_path / "set/train/a.jpg", exif=exif)
+    row = build_manifest("set", root=tmp_path).iloc[0]
+    assert (row.width, row.height) == (20, 30)
+
+
+def test_linked_files_keep_their_names(gts):
+    "DVC may link files from its cache: the manifest names the link."
+    store = gts / "store/0123.png"; store.parent.mkdir()
+    (gts / "set/train/0.png").rename(store); (gts / "set/train/0.png").symlink_to(store)
+    m = build_manifest("set", root=gts)
+    assert m.path[0] == "set/train/0.png" and m.verdict[0] == ACCEPTED
+
+
+def test_thumbnails(gts):
+    put(gts / "set/train/tall.png", 8, h=300, w=3); (gts / "set/train/bad.png").touch()
+    small = thumbnails(build_manifest("set", root=gts), root=gts, side=40)
+    assert len(small) == 5 and all(x.shape == (3, 40, 40) and 0 <= x.min() and x.max() <= 1 + 1e-5 for x in small)
+    assert (small[2][:, :, 0] == 1).all() and (small[2][:, :, 19] < 1).any()
+
+
+@pytest.mark.skipif(not (ROOT / "data/SOURCES.csv").exists(), reason="nothing fetched yet")
+def test_the_fetched_photographs():
+    m = build_manifest("data", root=ROOT)
+    assert (m.verdict == ACCEPTED).all() and m.split.value_counts().to_dict() == {"train": 21, "test": 8, "reference": 6}
+    distances = look_alike(list(m.dhash), list(m.dhash))[np.triu_indices(35, 1)]
+    assert distances.min() > 2 * NEAR_BITS
+    check_splits(m, near_bits=int(distances.min()) - 1)
+    with pytest.raises(FoundIRError): check_splits(pd.concat([m, m.tail(1).assign(split="test")]))
