@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-# %% ../nbs/00_core.ipynb #7d1b46b8
 import numpy as np, torch
 from PIL import Image, ImageOps
 from torch import Tensor

