@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import FoundIRError, Restorer, from_pil, load_image, save_image, to_pil
+from .core import FoundIRError, Restorer, load_image, save_image, to_pil
 from .degrade import upsample_lq
 from .tasks import SubTask, subtask as as_subtask
 
@@ -112,22 +112,19 @@ class PipelineRestorer:
 
     def __init__(
         self,
-        pipe: Any, # callable as `pipe(image, num_inference_steps=, guidance_scale=, upscale=, start=, color_fix=, generator=).images`
+        pipe: Any, # callable as `pipe(image, num_inference_steps=, guidance_scale=, upscale=, start=, generator=, output_type=).images`
         name: str = "foundir_v2",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        start: str | None = None,            # "lq" or "noise"
-        sr_color_fix: str | None = "adain",  # colour fix of super-resolution; None: none
+        start: str | None = None, # "lq" or "noise"
     ):
-        self.pipe, self.name, self.sr_color_fix = pipe, name, sr_color_fix
-        self.options = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, start=start)
+        self.pipe, self.name = pipe, name
+        self.options = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, start=start, output_type="pt")
 
     @torch.no_grad()
     def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
-        k = _scale(subtask)
-        images = self.pipe(to_pil(lq), upscale=k, color_fix=self.sr_color_fix if k > 1 else None,
-                           generator=torch.Generator().manual_seed(seed), **self.options).images
-        return from_pil(images[0]).to(lq.device)
+        images = self.pipe(lq, upscale=_scale(subtask), generator=torch.Generator().manual_seed(seed), **self.options).images
+        return images[0].float().to(lq.device)
 
 # %% ../nbs/76_restorers.ipynb #e1453676
 def _digest(lq: Tensor) -> str:
@@ -177,7 +174,9 @@ def _bound(base: str) -> VAEBound:
 
 def _pipeline(path: str, options: Mapping[str, Any]) -> PipelineRestorer:
     from foundir_v2.pipeline import load_pipeline
-    return PipelineRestorer(load_pipeline(path), **options)
+    pipe = load_pipeline(path)
+    pipe.set_progress_bar_config(disable=True)
+    return PipelineRestorer(pipe, **options)
 
 def _folder(argument: str) -> FolderRestorer:
     inputs, separator, results = argument.partition(",")
