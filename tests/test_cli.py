@@ -1,0 +1,183 @@
+"The command line: exit codes, one-line errors, folders, and nothing lost."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from foundir_v2 import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def picture(path, size=(16, 12), mode='RGB'):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).convert(mode).save(path)
+    return path
+
+
+class Enlarge:
+    "Stands in for the pipeline: enlarges, adds noise from the generator, records its calls."
+    calls = []
+
+    def set_progress_bar_config(self, **kw): pass
+
+    def __call__(self, image, generator, output_type, upscale=1, **options):
+        self.calls.append(options)
+        big = torch.nn.functional.interpolate(image[None], scale_factor=upscale, mode='nearest')[0]
+        return type('Output', (), dict(images=[(big + 0.1 * torch.rand(big.shape, generator=generator)).clamp(0, 1)]))
+
+
+@pytest.fixture
+def enlarge(monkeypatch):
+    import foundir_v2.pipeline
+    loaded = []
+    monkeypatch.setattr(foundir_v2.pipeline, 'load_pipeline', lambda name, device, dtype: loaded.append((name, device, dtype)) or Enlarge())
+    monkeypatch.setattr(Enlarge, 'calls', [])
+    return loaded
+
+
+def run(*argv):
+    return cli.main([str(a) for a in argv])
+
+
+@pytest.mark.parametrize('argv', [[], ['restore'], ['degrade'], ['data'], ['data', 'fetch'], ['caption'], ['train'], ['evaluate'], ['mixture'], ['mixture', 'update'], ['mixture', 'show']], ids=' '.join)
+def test_help(argv, capsys):
+    with pytest.raises(SystemExit) as done: cli.main([*argv, '--help'])
+    assert done.value.code == 0 and 'usage: foundir-v2' in capsys.readouterr().out
+
+
+def test_help_loads_nothing_heavy():
+    code = 'import sys\nfrom foundir_v2 import cli\ntry: cli.main(["restore", "--help"])\nexcept SystemExit: pass\nprint(sorted({"torch", "numpy", "diffusers", "PIL", "pandas"} & set(sys.modules)))'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith('[]'), done.stdout + done.stderr
+
+
+def test_every_command_of_the_parser_is_tested_for_help():
+    choices = next(a for a in cli.parser()._actions if getattr(a, 'choices', None)).choices
+    assert set(choices) >= {'restore', 'degrade', 'data', 'caption', 'train', 'evaluate', 'mixture'}
+
+
+def test_restore_a_file(tmp_path, enlarge):
+    src, out = picture(tmp_path / 'a.jpg'), tmp_path / 'new' / 'b.png'
+    assert run('restore', src, out, '--upscale', 2, '--steps', 3, '--seed', 5) == 0
+    assert Image.open(out).size == (32, 24) and enlarge == [('tiny', None, None)] and Enlarge.calls == [dict(num_inference_steps=3)]
+    first = out.read_bytes()
+    assert run('restore', src, out, '--upscale', 2, '--seed', 5) == 0 and out.read_bytes() == first
+    assert run('restore', src, out, '--upscale', 2, '--seed', 6) == 0 and out.read_bytes() != first
+
+
+def test_a_file_gives_the_same_alone_and_in_a_folder(tmp_path, enlarge):
+    for name in ('a.png', 'b.png', 'deep/c.png'): picture(tmp_path / 'in' / name)
+    assert run('restore', tmp_path / 'in', tmp_path / 'out') == 0
+    assert run('restore', tmp_path / 'in' / 'b.png', tmp_path / 'b.png') == 0
+    assert (tmp_path / 'out' / 'b.png').read_bytes() == (tmp_path / 'b.png').read_bytes()
+    assert (tmp_path / 'out' / 'deep' / 'c.png').exists() and len(enlarge) == 2
+
+
+def test_one_bad_file_does_not_stop_the_others(tmp_path, enlarge, capsys):
+    for name in ('a.png', 'c.png'): picture(tmp_path / 'in' / name)
+    (tmp_path / 'in' / 'b.png').write_bytes((tmp_path / 'in' / 'a.png').read_bytes()[:100])
+    (tmp_path / 'in' / 'd.png').touch()
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'b.png').write_text('an older result')
+    assert run('restore', tmp_path / 'in', tmp_path / 'out') == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('foundir-v2:')]
+    assert len(lines) == 3 and 'b.png' in lines[0] and 'd.png' in lines[1] and '2 of 4 files failed' in lines[2]
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['a.png', 'b.png', 'c.png']
+    assert (tmp_path / 'out' / 'b.png').read_text() == 'an older result'
+
+
+def test_skip_existing_goes_on(tmp_path, enlarge):
+    for name in ('a.png', 'b.png'): picture(tmp_path / 'in' / name)
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'a.png').write_text('done before')
+    assert run('restore', tmp_path / 'in', tmp_path / 'out', '--skip-existing') == 0
+    assert (tmp_path / 'out' / 'a.png').read_text() == 'done before' and len(Enlarge.calls) == 1
+
+
+@pytest.mark.parametrize('mode, suffix, expected', [('RGBA', '.png', 'RGBA'), ('RGBA', '.jpg', 'RGB'), ('CMYK', '.png', 'RGB'), ('L', '.webp', 'RGB'), ('1', '.png', 'RGB')])
+def test_colour_modes(tmp_path, enlarge, mode, suffix, expected):
+    src = picture(tmp_path / ('a.tif' if mode == 'CMYK' else 'a.png'), mode=mode)
+    assert run('restore', src, tmp_path / f'b{suffix}', '--upscale', 2) == 0
+    assert (Image.open(tmp_path / f'b{suffix}').mode, Image.open(tmp_path / f'b{suffix}').size) == (expected, (32, 24))
+
+
+def test_bad_input_is_refused_before_the_model_is_loaded(tmp_path, enlarge, capsys):
+    good, empty = picture(tmp_path / 'a.png'), tmp_path / 'empty.png'
+    empty.touch()
+    (tmp_path / 'none').mkdir()
+    blocked = tmp_path / 'file'
+    blocked.write_text('not a folder')
+    for argv, words in [((tmp_path / 'x.png', tmp_path / 'y.png'), 'x.png'), ((empty, tmp_path / 'y.png'), 'empty'), ((good, good), 'input itself'), ((good, tmp_path / 'y.gif'), 'suffix'),
+                        ((tmp_path / 'none', tmp_path / 'out'), 'no pictures'), ((good, blocked / 'y.png'), "can't write"), ((tmp_path / 'none', blocked), 'is a file'),
+                        ((good, tmp_path / 'y.png', '--max-pixels', 100), 'more than 100 pixels')]:
+        assert run('restore', *argv) == 2, argv
+        err = capsys.readouterr().err
+        assert err.count('\n') == 1 and err.startswith('foundir-v2: ') and words in err, err
+    assert not enlarge and not (tmp_path / 'y.png').exists()
+
+
+def test_outputs_inside_the_input_folder_are_not_inputs(tmp_path, enlarge):
+    picture(tmp_path / 'a.png')
+    for _ in range(2): assert run('restore', tmp_path, tmp_path / 'restored') == 0
+    assert [p.name for p in tmp_path.rglob('*.png')].count('a.png') == 2 and len(Enlarge.calls) == 2
+
+
+def test_bugs_stay_visible(tmp_path, monkeypatch):
+    import foundir_v2.degrade
+    monkeypatch.setattr(foundir_v2.degrade, 'degrade', lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError): run('degrade', picture(tmp_path / 'a.png'), tmp_path / 'b.png', '--task', 'haze')
+
+
+def test_a_missing_extra_says_what_to_install(capsys, monkeypatch):
+    def run_without(args): raise ModuleNotFoundError("No module named 'pyiqa'", name='pyiqa')
+    monkeypatch.setattr(cli, 'run_mixture_show', run_without)
+    assert run('mixture', 'show', 'x.csv') == 2 and "pip install 'foundir_v2[all]'" in capsys.readouterr().err
+
+
+def test_degrade_is_the_librarys(tmp_path, capsys):
+    from foundir_v2.core import load_image
+    from foundir_v2.degrade import degrade
+    src = picture(tmp_path / 'a.png', (64, 64))
+    assert run('degrade', src, tmp_path / 'b.png', '--task', 'haze', '--seed', 3) == 0
+    assert torch.allclose(load_image(tmp_path / 'b.png'), degrade(load_image(src), 'haze', 3), atol=0.6 / 255)
+    assert run('degrade', '--list') == 0 and 'haze' in capsys.readouterr().out
+    assert run('degrade', src, tmp_path / 'c.png') == 2 and run('degrade', src, tmp_path / 'c.png', '--task', 'fog') == 2
+    assert not (tmp_path / 'c.png').exists()
+
+
+def test_mixture_log_is_the_whole_state(tmp_path, capsys):
+    from foundir_v2.mixture import DataEquilibrium
+    des, log = DataEquilibrium(['a', 'b'], alpha=0.3, floor=0.05), tmp_path / 'log.csv'
+    for step, scores in [(0, dict(a=20.0, b=30.0)), (10, dict(a=19.0, b=31.0)), (20, dict(a=21.5, b=31.0)), (30, dict(a=21.0, b=29.0))]:
+        assert run('mixture', 'update', log, *(f'{k}={v}' for k, v in scores.items()), '--step', step, '--alpha', 0.3, '--floor', 0.05) == 0
+        assert json.loads(capsys.readouterr().out) == pytest.approx(des.update(scores, step), abs=1e-6)
+    assert run('mixture', 'show', log) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 5 and '(19.00)' in table[2]
+    before = log.read_bytes()
+    for bad in [['a=1', 'b=2', '--step', 30], ['a=1', '--step', 40], ['a=x', 'b=1', '--step', 40], ['a=1', 'c=1', '--step', 40]]:
+        assert run('mixture', 'update', log, *bad, '--alpha', 0.3) == 2
+        assert capsys.readouterr().err.count('\n') == 1
+    assert log.read_bytes() == before
+
+
+def test_captions_are_copied_from_sidecars(tmp_path):
+    for name in ('a.png', 'b.png'): picture(tmp_path / 'in' / name)
+    (tmp_path / 'in' / 'a.txt').write_text('a red house')
+    assert run('caption', tmp_path / 'in', tmp_path / 'out', '--captioner', 'sidecar') == 0
+    assert [(p.name, p.read_text().strip()) for p in (tmp_path / 'out').iterdir()] == [('a.txt', 'a red house')]
+    assert run('caption', tmp_path / 'in' / 'a.png', tmp_path / 'one', '--captioner', 'sidecar') == 0 and (tmp_path / 'one' / 'a.txt').exists()
+    assert run('caption', tmp_path / 'in', tmp_path / 'out', '--captioner', 'magic') == 2
+
+
+def test_as_a_program(tmp_path):
+    done = subprocess.run([sys.executable, '-m', 'foundir_v2.cli', 'restore', 'nothing.png', str(tmp_path / 'o.png')], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, '') and done.stderr.count('\n') == 1
+    done = subprocess.run([sys.executable, '-m', 'foundir_v2.cli', 'restore', '--stepz', '3'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and 'usage' in done.stderr
