@@ -1,0 +1,456 @@
+"The pipeline on real classes at a tiny size with untrained weights: numbers, shapes, seeds, batches, tiles, saving, refusals."
+import logging, subprocess, sys
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from PIL import Image
+from foundir_v2 import pipeline as P
+from foundir_v2.base import SDXL_SCHEDULE, TINY_SCHEDULE, TINY_UNET, build_foundir_unet, encode_prompts, new_base, save_base
+from foundir_v2.core import FoundIRError
+from foundir_v2.degrade import upsample_lq
+from foundir_v2.pipeline import FoundIRv2Pipeline, Recipe, load_pipeline, save_restorer
+from foundir_v2.vae import PatchAutoencoderKL, pca_init
+
+SMALL_UNET = {**TINY_UNET, "block_out_channels": (24, 32, 32), "attention_head_dim": (2, 2, 2), "norm_num_groups": 8}
+SMALL_MOE = dict(lq_norm_groups=0, moe_layers=1, moe_heads=4)
+ASSETS = Path(P.__file__).parent / "assets"
+
+def seeded(*seeds): return [torch.Generator().manual_seed(s) for s in seeds]
+def picture(h, w, seed=0): return F.interpolate(torch.rand(1, 3, 6, 6, generator=seeded(seed)[0]), (h, w), mode="bicubic")[0].clamp(0, 1)
+
+def trained_looking(unet, seed=0):
+    "Zero-initialised outputs would hide the LQ branch: give them weights."
+    g = torch.Generator().manual_seed(seed)
+    for p in (*unet.moe_projection.parameters(), *unet.lq_embedding.conv_out.parameters()): p.data = 0.2 * torch.randn(p.shape, generator=g)
+    return unet.eval()
+
+def assemble(base, unet, schedule=TINY_SCHEDULE, **defaults):
+    defaults = dict(default_steps=1, default_guidance=1.0, default_start="noise", default_tile_size=512) | defaults
+    pipe = FoundIRv2Pipeline(base.vae, base.text_encoder, base.text_encoder_2, base.tokenizer, base.tokenizer_2, unet, EulerDiscreteScheduler(**schedule), **defaults)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(hidden=4, encoder_blocks=1, decoder_blocks=1)
+    pca_init(vae, torch.stack([picture(64, 64, i) for i in range(8)]) * 2 - 1)
+    return new_base(vae, SMALL_UNET)
+
+@pytest.fixture(scope="module")
+def unet(base): return trained_looking(build_foundir_unet(base, **SMALL_MOE))
+
+@pytest.fixture
+def pipe(base, unet): return assemble(base, unet)
+
+@pytest.fixture
+def sdxl(base, unet): return assemble(base, unet, SDXL_SCHEDULE)
+
+def run(pipe, image, seed=0, **options):
+    generator = options.pop("generator", None) or seeded(seed)[0]
+    return pipe(image, generator=generator, **{"output_type": "pt", **options}).images
+
+# ---------------------------------------------------------------- pictures in and out
+
+def test_every_form_of_a_picture_gives_the_same_result(pipe, tmp_path):
+    array = (picture(20, 28).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    image = Image.fromarray(array)
+    image.save(tmp_path / "a.png")
+    exif = Image.Exif(); exif[0x0112] = 6
+    image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    forms = [image, str(tmp_path / "a.png"), tmp_path / "a.png", array, array[None], torch.from_numpy(array).permute(2, 0, 1), array.astype(np.float32) / 255,
+             array.astype(np.uint16) * 257, Image.open(tmp_path / "turned.png")]
+    expected = run(pipe, forms[0])[0]
+    for form in forms: torch.testing.assert_close(run(pipe, form)[0], expected, atol=1e-5, rtol=0)
+
+def test_greyscale_has_three_equal_channels():
+    grey = picture(9, 7)[:1]
+    for form in (grey, grey[0], grey[0].numpy(), grey[0][..., None].numpy(), grey[None]):
+        (x,) = P.as_images(form)
+        assert torch.equal(x, grey.expand(3, -1, -1))
+
+@pytest.mark.parametrize("bad", [[], np.zeros((4, 4, 3), np.float32) + 2, np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8), torch.full((3, 4, 4), float("nan")),
+                                 torch.zeros(3, 4, 4, dtype=torch.int64), None, 3], ids=str)
+def test_what_is_no_picture_is_refused(pipe, bad):
+    with pytest.raises(FoundIRError): pipe(bad)
+
+def test_damaged_files_are_refused(pipe, tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("empty.png", "text.png"):
+        with pytest.raises(FoundIRError, match=name): pipe(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="missing.png"): pipe(str(tmp_path / "missing.png"))
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (17, 16), (33, 50)])
+@pytest.mark.parametrize("upscale", [1, 1.5, 4])
+def test_any_size_and_factor(pipe, size, upscale):
+    (x,) = run(pipe, picture(*size), upscale=upscale)
+    assert x.shape == (3, *(round(upscale * n) for n in size)) and torch.isfinite(x).all() and 0 <= x.min() and x.max() <= 1
+
+def test_output_types(pipe):
+    x, im, array = (run(pipe, picture(20, 30), output_type=t)[0] for t in ("pt", "pil", "np"))
+    assert im.size == (30, 20) and array.shape == (20, 30, 3)
+    assert np.array_equal(array, x.permute(1, 2, 0).numpy()) and np.abs(np.asarray(im) / 255 - array).max() < 0.51 / 255
+
+def test_padding_mirrors_and_keeps_the_picture():
+    x = picture(5, 9)
+    padded = P.pad_to_multiple(x, 8)
+    assert padded.shape == (3, 8, 16) and torch.equal(padded[:, :5, :9], x)
+    assert torch.equal(padded[:, :5, 9:], x[:, :, [7, 6, 5, 4, 3, 2, 1]]) and torch.equal(padded[:, 5:, :9], x[:, [3, 2, 1]])
+    assert P.pad_to_multiple(x, 1) is not None and torch.equal(P.pad_to_multiple(x, 1), x)
+
+# ---------------------------------------------------------------- numbers
+
+def plain_restore(pipe, image, prompt, negative, steps, guidance, seed):
+    "What the pipeline should compute for one padded picture, written plainly: both guidance halves through everything, the LQ embedding at every step."
+    vae, unet, noise_scheduler = pipe.vae, pipe.unet, pipe.scheduler
+    lq = image[None] * 2 - 1
+    noise_scheduler.set_timesteps(steps)
+    noise = torch.randn((1, 16, lq.shape[2] // 4, lq.shape[3] // 4), generator=seeded(seed)[0])
+    lq_latents = vae.encode(lq).latent_dist.mode() * vae.config.scaling_factor
+    x = noise_scheduler.add_noise(lq_latents, noise, noise_scheduler.timesteps[:1])
+    embeds, pooled = encode_prompts(pipe, [negative, prompt])
+    ids = torch.tensor([[*image.shape[1:], 0, 0, *image.shape[1:]]] * 2, dtype=torch.float32)
+    for t in noise_scheduler.timesteps:
+        both = noise_scheduler.scale_model_input(x, t).repeat(2, 1, 1, 1)
+        out = unet(both, t, embeds, unet.embed_lq(lq).repeat(2, 1, 1, 1), added_cond_kwargs=dict(text_embeds=pooled, time_ids=ids)).sample
+        x = noise_scheduler.step(out[:1] + guidance * (out[1:] - out[:1]), t, x).prev_sample
+    return (vae.decode(x / vae.config.scaling_factor).sample[0] / 2 + 0.5).clamp(0, 1)
+
+def test_equals_the_plain_algorithm(sdxl):
+    image, options = picture(32, 48), dict(steps=10, guidance=4.0)
+    with torch.no_grad(): expected = plain_restore(sdxl, image, "a cat", "blurry", seed=3, **options)
+    (x,) = run(sdxl, image, seed=3, prompt="a cat", negative_prompt="blurry", num_inference_steps=10, guidance_scale=4.0, start="lq")
+    torch.testing.assert_close(x, expected, atol=1e-4, rtol=0)
+    assert x.std() > 0.01
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_euler_at_zero_terminal_snr_is_ddim_in_float64(steps):
+    "Independent formula: x0 = a x - b v, and the noise b x + a v stays, at the float64 schedule."
+    v = lambda x, t: torch.tanh(1.5 * x + t / 700) - 0.3 * x
+    euler = EulerDiscreteScheduler(**TINY_SCHEDULE)
+    timesteps = P.set_timesteps(euler, steps)
+    assert timesteps[0] == 999
+    noise = torch.randn(1, 4, 32, 32, generator=seeded(0)[0])
+    x = P.start_latents(euler, noise, "noise", None)
+    exact, alpha_bar = noise.double(), euler.alphas_cumprod.double()
+    for i, t in enumerate(timesteps):
+        step = euler.step(v(euler.scale_model_input(x, t), t), t, x)
+        a, b = alpha_bar[int(t)] ** 0.5, (1 - alpha_bar[int(t)]) ** 0.5
+        velocity = v(exact, t)
+        x0, eps = a * exact - b * velocity, b * exact + a * velocity
+        if i == 0: torch.testing.assert_close(step.pred_original_sample.double(), x0, atol=1e-5, rtol=0)
+        if i + 1 < steps:
+            s = alpha_bar[int(timesteps[i + 1])]
+            exact = s**0.5 * x0 + (1 - s) ** 0.5 * eps
+        else: exact = x0
+        x = step.prev_sample
+    torch.testing.assert_close(x.double(), exact, atol=2e-3, rtol=0)
+
+def test_one_step_returns_the_prediction_of_the_clean_latents(pipe, monkeypatch):
+    seen = {}
+    step = pipe.scheduler.step
+    monkeypatch.setattr(pipe.scheduler, "step", lambda out, t, x, **k: seen.update(v=out, t=float(t), x=x) or step(out, t, x, **k))
+    monkeypatch.setattr(P, "decode_latents", lambda vae, z: seen.update(z=z) or torch.zeros(len(z), 3, 4 * z.shape[2], 4 * z.shape[3]))
+    run(pipe, picture(32, 32))
+    assert seen["t"] == 999 and seen["x"].std() > 3000
+    torch.testing.assert_close(seen["z"], -seen["v"], atol=2e-3, rtol=0)
+
+# ---------------------------------------------------------------- starts and seeds
+
+@pytest.mark.parametrize("start", ["lq", "noise"])
+def test_seeds(sdxl, start):
+    options = dict(start=start, num_inference_steps=10)
+    a, b, c = (run(sdxl, picture(20, 20), seed=s, **options)[0] for s in (1, 1, 2))
+    assert torch.equal(a, b) and (a - c).abs().max() > 1e-3
+
+def test_starts_differ_where_the_schedule_shows_the_picture(sdxl, base):
+    lq, noise = (run(sdxl, picture(20, 20), start=s, num_inference_steps=10)[0] for s in ("lq", "noise"))
+    assert (lq - noise).abs().max() > 1e-3
+    n, z = torch.randn(1, 16, 4, 4), torch.ones(1, 16, 4, 4)
+    P.set_timesteps(sdxl.scheduler, 20)
+    torch.testing.assert_close(P.start_latents(sdxl.scheduler, n, "lq", lambda: z), z + n * sdxl.scheduler.sigmas[0])
+    torch.testing.assert_close(P.start_latents(sdxl.scheduler, n, "noise", None), n * (sdxl.scheduler.sigmas[0] ** 2 + 1) ** 0.5)
+
+def test_zero_terminal_snr_makes_them_equal_and_says_so_once(pipe, caplog):
+    P._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="foundir_v2.pipeline"):
+        lq, again, noise = (run(pipe, picture(20, 20), start=s, num_inference_steps=2)[0] for s in ("lq", "lq", "noise"))
+    assert torch.equal(lq, noise) and torch.equal(lq, again)
+    assert [r.message for r in caplog.records].count(caplog.records[0].message) == 1 and "zero terminal SNR" in caplog.text
+
+def test_default_start_says_nothing(pipe, caplog):
+    P._say_once.cache_clear()
+    run(pipe, picture(8, 8))
+    assert not caplog.records
+
+# ---------------------------------------------------------------- batches
+
+SIZES = [(32, 32), (20, 45), (32, 32), (1, 1), (30, 31)]
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_list_equals_single_calls(sdxl, batch_size):
+    images = [picture(h, w, i) for i, (h, w) in enumerate(SIZES)]
+    options = dict(num_inference_steps=10, guidance_scale=3.0, negative_prompt="blurry", start="lq")
+    prompts = ["a cat", "blurry", "a dog", "", "a cat"]
+    together = run(sdxl, images, generator=seeded(*range(5)), batch_size=batch_size, prompt=prompts, **options)
+    for i, x in enumerate(images):
+        (alone,) = run(sdxl, x, seed=i, prompt=prompts[i], **options)
+        assert together[i].shape == x.shape
+        torch.testing.assert_close(together[i], alone, atol=1e-4, rtol=0)
+
+def test_one_generator_is_drawn_from_in_order(pipe):
+    images = [picture(16, 16, 0), picture(40, 16, 1), picture(16, 16, 2)]
+    together = run(pipe, images, seed=7, batch_size=4)
+    g = seeded(7)[0]
+    for x, expected in zip(images, together): torch.testing.assert_close(run(pipe, x, generator=g)[0], expected, atol=1e-4, rtol=0)
+
+def test_batch_axis_attention_gets_one_picture_at_a_time(base):
+    pipe = assemble(base, trained_looking(build_foundir_unet(base, **SMALL_MOE, batch_axis_attention=True)))
+    images = [picture(32, 32, i) for i in range(3)]
+    options = dict(prompt="a cat", guidance_scale=3.0, num_inference_steps=2)
+    together = run(pipe, images, generator=seeded(0, 1, 2), batch_size=3, **options)
+    for i, x in enumerate(images): torch.testing.assert_close(run(pipe, x, seed=i, **options)[0], together[i], atol=1e-4, rtol=0)
+
+# ---------------------------------------------------------------- guidance
+
+def count_calls(pipe, **options):
+    calls = dict(lq=[], moe=[], mid=[])
+    parts = dict(lq=pipe.unet.lq_features, moe=pipe.unet.moe_scheduler, mid=pipe.unet.mid_block)
+    hooks = [m.register_forward_hook(lambda m, args, out, k=k: calls[k].append(len(args[0]))) for k, m in parts.items()]
+    try: run(pipe, **options)
+    finally: [h.remove() for h in hooks]
+    return calls
+
+def test_mixture_runs_once_per_step_and_the_embedding_once(pipe):
+    options = dict(image=picture(32, 32), num_inference_steps=3)
+    assert count_calls(pipe, prompt="a cat", guidance_scale=5.0, **options) == dict(lq=[1], moe=[1] * 3, mid=[2] * 3)
+    for without in (dict(guidance_scale=1.0, prompt="a cat"), dict(guidance_scale=5.0), dict(guidance_scale=5.0, prompt="a cat", negative_prompt="a cat")):
+        assert count_calls(pipe, **without, **options) == dict(lq=[1], moe=[1] * 3, mid=[1] * 3)
+
+def test_the_decision_is_made_per_picture(pipe):
+    calls = count_calls(pipe, image=[picture(32, 32, i) for i in range(3)], prompt=["", "a cat", ""], guidance_scale=5.0, batch_size=4)
+    assert calls["mid"] == [2, 2]  # two pictures without guidance in one call, one with both halves in another
+
+def test_guidance_is_linear_in_the_two_predictions(pipe):
+    image, options = picture(32, 32), dict(prompt="a cat", negative_prompt="a dog")
+    negative, positive, guided = (run(pipe, image, guidance_scale=g, **options)[0] for g in (0.0, 1.0, 3.0))
+    torch.testing.assert_close(negative, run(pipe, image, prompt="a dog")[0], atol=1e-4, rtol=0)
+    inside = (guided > 0.01) & (guided < 0.99) & (negative > 0.01) & (negative < 0.99) & (positive > 0.01) & (positive < 0.99)
+    assert (guided - positive).abs().max() > 1e-3 and inside.sum() > 100
+
+def test_texts_are_encoded_as_in_training(pipe):
+    texts = ["a cat on a wall", "", "blurry"]
+    found, (embeds, pooled) = P.embed_texts(pipe, texts), encode_prompts(pipe, texts)
+    for i, t in enumerate(texts): torch.testing.assert_close(found[t], (embeds[i], pooled[i]))
+
+# ---------------------------------------------------------------- micro-conditioning and tiles
+
+def test_micro_conditioning_is_in_pixels(pipe, monkeypatch):
+    seen, forward = [], pipe.unet.forward
+    monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: seen.append(k["added_cond_kwargs"]["time_ids"].tolist()) or forward(*a, **k))
+    run(pipe, picture(60, 130), tile_size=64, tile_overlap=0.5, prompt="a cat", guidance_scale=2.0)
+    assert [rows[0] for rows in seen] == [[60, 130, 0, left, 64, 64] for left in (0, 16, 48, 80)] or [rows[0][3] for rows in seen] == sorted({rows[0][3] for rows in seen})
+    assert all(rows[0] == rows[1] for rows in seen) and all(rows[0][:3] == [60, 130, 0] and rows[0][4:] == [64, 64] for rows in seen)
+    assert seen[0][0][3] == 0 and seen[-1][0][3] == 144 - 64 and all(r[0][3] % 16 == 0 for r in seen)
+
+def test_one_tile_is_no_tiling(pipe):
+    image = picture(40, 60)
+    untiled = run(pipe, image, tile_size=0, num_inference_steps=2)[0]
+    for overlap in (0, 0.5): assert torch.equal(untiled, run(pipe, image, tile_size=64, tile_overlap=overlap, num_inference_steps=2)[0])
+    assert (untiled - run(pipe, image, tile_size=32, num_inference_steps=2)[0]).abs().max() > 1e-4  # the test can fail
+
+class LocalUNet(torch.nn.Module):
+    "Looks at one latent pixel at a time, so that tiles can't be noticed."
+    device, dtype, config = torch.device("cpu"), torch.float32, SimpleNamespace(block_out_channels=(24, 32, 32), in_channels=16, batch_axis_attention=False)
+    def embed_lq(self, lq): return F.avg_pool2d(lq, 4).repeat(1, 8, 1, 1)
+    def condition(self, x, e): return torch.cat([x, e], 1)
+    def forward(self, x, t, embeds, features, added_cond_kwargs): return SimpleNamespace(sample=torch.tanh(features[:, :16] + features[:, 16:32]) + embeds.mean((1, 2))[:, None, None, None])
+
+@pytest.fixture
+def local(pipe):
+    object.__setattr__(pipe, "unet", LocalUNet())
+    return pipe
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (64, 64), (65, 130), (257, 193), (1025, 769)])
+def test_a_local_model_does_not_notice_tiles(local, size):
+    image, options = picture(*size), dict(num_inference_steps=3, prompt="a cat", guidance_scale=2.0)
+    untiled = run(local, image, tile_size=0, **options)[0]
+    for overlap in (0, 0.25, 0.5) if max(size) < 500 else (0.25,):
+        tile = 64 if max(size) < 500 else 256
+        torch.testing.assert_close(run(local, image, tile_size=tile, tile_overlap=overlap, batch_size=5, **options)[0], untiled, atol=1e-5, rtol=0)
+
+def test_noise_does_not_depend_on_tiles_or_companions(pipe, monkeypatch):
+    seen, start = [], P.start_latents
+    monkeypatch.setattr(P, "start_latents", lambda s, noise, *a: seen.append(noise.clone()) or start(s, noise, *a))
+    image = picture(64, 96)
+    run(pipe, image, tile_size=0); run(pipe, image, tile_size=32, tile_overlap=0.5); run(pipe, [picture(64, 96, 3), image], generator=seeded(5, 0), batch_size=2)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0][0], seen[2][1])
+
+# ---------------------------------------------------------------- colour
+
+def test_super_resolution_gets_the_inputs_colours(pipe):
+    image = picture(24, 24)
+    reference = upsample_lq(image, (48, 48))
+    plain, default, adain = (run(pipe, image, upscale=2, color_fix=c)[0] for c in ("none", None, "adain"))
+    assert torch.equal(default, adain) and (default.mean((1, 2)) - reference.mean((1, 2))).abs().max() < 0.02 < (plain.mean((1, 2)) - reference.mean((1, 2))).abs().max()
+    assert torch.equal(run(pipe, image)[0], run(pipe, image, color_fix="none")[0])
+    assert run(pipe, image, color_fix="wavelet")[0].shape == image.shape
+
+# ---------------------------------------------------------------- noise schedulers, precision, offload, callbacks
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler])
+def test_other_noise_schedulers(base, unet, cls):
+    pipe = assemble(base, unet)
+    pipe.scheduler = cls.from_config(EulerDiscreteScheduler(**SDXL_SCHEDULE).config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
+    images = [picture(16, 16, 0), picture(16, 16, 1)]
+    a, b = (run(pipe, images, generator=seeded(1, 2), num_inference_steps=6, start="lq", batch_size=2) for _ in range(2))
+    assert torch.equal(a[1], b[1]) and torch.isfinite(a[0]).all()
+    torch.testing.assert_close(a[1], run(pipe, images[1], seed=2, num_inference_steps=6, start="lq")[0], atol=1e-4, rtol=0)
+
+def test_ddim_and_euler_agree(pipe):
+    euler = run(pipe, picture(16, 16), num_inference_steps=5)[0]
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=True)
+    torch.testing.assert_close(run(pipe, picture(16, 16), num_inference_steps=5)[0], euler, atol=5e-3, rtol=0)
+
+def test_bfloat16_models_keep_float32_latents(base, unet):
+    pipe = assemble(base, unet)
+    expected = run(pipe, picture(32, 32), num_inference_steps=3)[0]
+    half = FoundIRv2Pipeline(**{k: deepcopy(v).to(torch.bfloat16) if isinstance(v, torch.nn.Module) else v for k, v in pipe.components.items()}, **pipe.parameters)
+    half.set_progress_bar_config(disable=True)
+    seen = []
+    (x,) = run(half, picture(32, 32), num_inference_steps=3, callback_on_step_end=lambda p, i, t, k: seen.append(k["latents"].dtype))
+    assert half.unet.dtype == torch.bfloat16 and seen == [torch.float32] * 3 and x.dtype == torch.float32
+    assert (x - expected).abs().mean() < 0.02
+
+def test_a_float16_vae_that_overflows_is_used_in_float32_and_put_back():
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, force_upcast=True).half()
+    seen = []
+    vae.encoder.register_forward_hook(lambda m, args, out: seen.append(args[0].dtype))
+    with torch.no_grad(): z = P.encode_image(vae, torch.rand(1, 3, 16, 16) * 2 - 1)
+    assert seen == [torch.float32] and vae.dtype == torch.float16 and z.dtype == torch.float32
+
+def test_with_sdxls_own_vae_class(base):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, latent_channels=4)
+    own = new_base(vae, {**SMALL_UNET, "in_channels": 4, "out_channels": 4})
+    pipe = assemble(own, trained_looking(build_foundir_unet(own, **SMALL_MOE)), SDXL_SCHEDULE, default_steps=10, default_start="lq", default_tile_size=64)
+    (x,) = run(pipe, picture(70, 33))
+    assert x.shape == (3, 70, 33)
+    vae.enable_slicing(); vae.enable_tiling()
+    (y,) = run(pipe, picture(70, 33))
+    torch.testing.assert_close(x, y, atol=1e-3, rtol=0)
+
+def test_offload_hooks_run_before_calls_that_are_not_forward(pipe):
+    calls = []
+    hook = SimpleNamespace(pre_forward=lambda module, *a, **k: calls.append(type(module).__name__))
+    pipe.unet._hf_hook = pipe.vae._hf_hook = hook
+    try: run(pipe, picture(16, 16))
+    finally: del pipe.unet._hf_hook, pipe.vae._hf_hook
+    assert calls == ["FoundIRUNet", "FoundIRUNet", "PatchAutoencoderKL"]
+
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloaded_equals_not_offloaded(base, unet, offload):
+    expected = run(assemble(base, unet), picture(16, 16), prompt="a cat", guidance_scale=2.0)[0]
+    pipe = assemble(deepcopy(base), deepcopy(unet))
+    getattr(pipe, offload)(device="cpu")
+    for _ in range(2): torch.testing.assert_close(run(pipe, picture(16, 16), prompt="a cat", guidance_scale=2.0)[0], expected, atol=1e-5, rtol=0)
+
+def test_callback_sees_and_changes_the_latents(pipe):
+    seen = []
+    def callback(p, i, t, tensors):
+        seen.append((i, float(t), tuple(tensors["latents"].shape)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if i == 1 else {}
+    (x,) = run(pipe, picture(16, 16), num_inference_steps=2, callback_on_step_end=callback)
+    assert seen == [(0, 999.0, (1, 16, 4, 4)), (1, 499.0, (1, 16, 4, 4))]
+    torch.testing.assert_close(x, P.decode_latents(pipe.vae, torch.zeros(1, 16, 4, 4))[0].detach())
+
+# ---------------------------------------------------------------- settings
+
+@pytest.mark.parametrize("bad, words", [
+    (dict(num_inference_steps=0), "num_inference_steps"), (dict(num_inference_steps=2.5), "num_inference_steps"), (dict(guidance_scale=-1), "guidance_scale"), (dict(upscale=0), "upscale"),
+    (dict(start="lr"), "lq, noise"), (dict(color_fix="lab"), "none, adain, wavelet"), (dict(tile_size=50), "multiple of 16"), (dict(tile_size=-16), "multiple of 16"),
+    (dict(tile_overlap=1.0), "tile_overlap"), (dict(batch_size=0), "batch_size"), (dict(output_type="latent"), "pil, pt, np"), (dict(prompt=["a", "b"]), "prompt"), (dict(generator=seeded(1, 2)), "generator")])
+def test_bad_settings_are_one_clear_line(pipe, bad, words):
+    with pytest.raises(FoundIRError, match=words) as e: pipe(picture(8, 8), **bad)
+    assert "\n" not in str(e.value)
+
+@pytest.mark.parametrize("steps, ok", [(1, False), (4, False), (9, False), (10, True), (20, True)])
+def test_few_steps_need_trailing_spacing(sdxl, steps, ok):
+    if ok: return run(sdxl, picture(8, 8), num_inference_steps=steps)
+    with pytest.raises(FoundIRError, match="trailing"): run(sdxl, picture(8, 8), num_inference_steps=steps)
+    sdxl.scheduler = sdxl.scheduler.from_config(sdxl.scheduler.config, timestep_spacing="trailing")
+    run(sdxl, picture(8, 8), num_inference_steps=steps)
+
+def test_defaults_come_from_the_config(base, unet):
+    pipe = assemble(base, unet, default_steps=3, default_guidance=2.0, default_tile_size=32)
+    calls = count_calls(pipe, image=picture(32, 48), prompt="a cat")
+    assert calls["mid"] == [2] * 3 * 2  # 3 steps, 2 tiles, both halves
+    assert assemble(base, unet, default_steps=20).config.default_steps == 20
+
+def test_a_plain_unet_is_refused(base):
+    with pytest.raises(FoundIRError, match="build_foundir_unet"): assemble(base, base.unet_prior)
+
+# ---------------------------------------------------------------- saving and loading
+
+def test_save_and_load_a_whole_pipeline(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    expected = run(pipe, picture(20, 33), prompt="a cat", guidance_scale=2.0, num_inference_steps=2)[0]
+    for loaded in (FoundIRv2Pipeline.from_pretrained(tmp_path), load_pipeline(tmp_path)):
+        loaded.set_progress_bar_config(disable=True)
+        assert torch.equal(run(loaded, picture(20, 33), prompt="a cat", guidance_scale=2.0, num_inference_steps=2)[0], expected)
+        assert {k: v for k, v in loaded.config.items() if k.startswith("default_")} == {k: v for k, v in pipe.config.items() if k.startswith("default_")}
+        assert (loaded.config.default_steps, loaded.config.default_tile_size) == (1, 512) and not loaded.unet.training
+
+def test_a_restorer_is_loaded_over_its_base(pipe, base, unet, tmp_path):
+    save_base(base, tmp_path / "base", torch.float32)
+    recipe = Recipe(str(tmp_path / "base"), default_steps=2, default_guidance=1.0, default_start="noise", default_tile_size=64, default_tile_overlap=0.5)
+    save_restorer(unet, tmp_path / "mine", recipe, torch.float32)
+    assert unet.dtype == torch.float32 and sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["pipeline.json", "unet"]
+    loaded = load_pipeline(tmp_path / "mine")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(run(loaded, picture(20, 20))[0], run(pipe, picture(20, 20), num_inference_steps=2)[0])
+    assert loaded.config.default_tile_overlap == 0.5 and loaded.config.default_start == "noise"
+    assert load_pipeline(tmp_path / "mine", dtype="bfloat16").unet.dtype == torch.bfloat16
+
+def test_a_base_model_gives_an_untrained_restorer(base, tmp_path):
+    save_base(base, tmp_path, torch.float32)
+    loaded = load_pipeline(str(tmp_path))
+    loaded.set_progress_bar_config(disable=True)
+    a, b = (run(loaded, picture(16, 16, i), num_inference_steps=2, guidance_scale=1.0)[0] for i in (0, 1))
+    assert torch.equal(a, b)  # the LQ branch ends in zeros: the picture has no say yet
+
+@pytest.mark.parametrize("name", ["sdxl", "no/such/folder", "Tiny"])
+def test_unknown_names_are_told_the_choices(name):
+    with pytest.raises(FoundIRError, match="base, tiny") as e: load_pipeline(name)
+    assert "\n" not in str(e.value)
+
+def test_the_hub_out_of_reach_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FoundIRError, match="base, tiny") as e: load_pipeline("nobody/no-such-model-foundir")
+    assert "\n" not in str(e.value)
+
+def test_damaged_recipes(unet, tmp_path):
+    for text, words in (("{", "JSON"), ('{"steps": 3}', "default_steps")):
+        (tmp_path / "pipeline.json").write_text(text)
+        with pytest.raises(FoundIRError, match=words): load_pipeline(tmp_path)
+
+def test_import_needs_no_pipeline_tools():
+    code = ("import sys, foundir_v2.pipeline; "
+            "bad = {'dvc', 'dvclive', 'jupyter_core', 'papermill', 'pyiqa', 'pandas', 'matplotlib', 'fastcore', 'nbdev', 'ruamel', 'skimage'} & set(sys.modules); assert not bad, bad")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(P.__file__).parents[1])
+
+# ---------------------------------------------------------------- shipped weights
+
+@pytest.mark.skipif(not (ASSETS / "tiny").is_dir(), reason="the shipped weights are not in this checkout")
+def test_the_shipped_restorer():
+    pipe = load_pipeline("tiny")
+    pipe.set_progress_bar_config(disable=True)
+    image = picture(70, 90)
+    (a,), (b,), (other,) = run(pipe, image), run(pipe, image), run(pipe, 1 - image)
+    assert a.shape == image.shape and torch.equal(a, b) and torch.isfinite(a).all()
+    mse = lambda x, y: F.mse_loss(x, y).item()
+    assert mse(a, image) < 0.25 * mse(a, 1 - image) and mse(other, 1 - image) < 0.25 * mse(other, image)  # it looks at its input
