@@ -222,7 +222,9 @@ def scale_delta(
     if np.any((unit == 0) & (delta != 0)):
         bad = [t for t, u, d in zip(tasks, unit, delta) if u == 0 and d != 0]
         raise MixtureError(f"the scores of {', '.join(bad)} have no spread to measure a change by: give noise={{task: value}} or another score_scale")
-    return np.divide(delta, unit, out=np.zeros_like(delta), where=delta != 0)
+    with np.errstate(over="ignore"): scaled = np.divide(delta, unit, out=np.zeros_like(delta), where=delta != 0)
+    if not np.isfinite(scaled).all(): raise MixtureError(f"the scores of {tasks[np.argmax(~np.isfinite(scaled))]} changed by more than a float can hold, measured by {unit.min()}: use another score_scale")
+    return scaled
 
 # %% ../nbs/30_mixture.ipynb #bfcc84e7
 def dead_band(
@@ -336,6 +338,7 @@ def des_delta(
     o, tasks = policy.options, policy.tasks
     before, after = (np.array([mean(s[t]) for t in tasks]) for s in (last, now))
     delta = after - before
+    delta[np.abs(delta) < 1 / LARGEST] = 0.0 # its square would be no float
     if o["score_scale"] == "relative": unit = np.where(before != 0, np.abs(before), np.abs(after))
     elif o["score_scale"] == "raw": unit = np.ones(len(tasks))
     elif o["noise"] is not None: unit = np.array([float(o["noise"][t]) for t in tasks])

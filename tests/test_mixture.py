@@ -1,0 +1,283 @@
+"Mixture policies: Eq. 3 and its limits as properties, states, schedules, bad input."
+import json, math, subprocess, sys
+import numpy as np, pytest
+from hypothesis import given, settings, strategies as st
+from foundir_v2.mixture import (POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, MixtureError, OnlineDataMixing, ProportionalMixture, ReplayMixture,
+                                SequentialMixture, SlopeMixture, TargetGapMixture, TemperatureMixture, make_mixture, mixture_rows, project, read_mixture, released_schedule, write_mixture)
+
+few = settings(max_examples=60, deadline=None)
+score = st.floats(-60, 60)
+
+@st.composite
+def runs(draw, most=6, images=False):
+    "Tasks, positive start weights and a few rounds of scores."
+    k = draw(st.integers(1, most))
+    tasks = [f"t{i}" for i in range(k)]
+    raw = draw(st.lists(st.floats(0.01, 1), min_size=k, max_size=k))
+    value = st.lists(score, min_size=3, max_size=3) if images else score
+    rounds = draw(st.lists(st.lists(value, min_size=k, max_size=k), min_size=2, max_size=5))
+    return tasks, dict(zip(tasks, (np.array(raw) / math.fsum(raw)).tolist())), [dict(zip(tasks, r)) for r in rounds]
+
+def plain_eq3(weights, delta, alpha):
+    "Eq. 3 term by term in 50 digits: independent of the code under test."
+    from decimal import Decimal, getcontext
+    getcontext().prec = 50
+    grown = {t: Decimal(w) * (-Decimal(alpha) * Decimal(delta[t])).exp() for t, w in weights.items()}
+    return {t: float(g / sum(grown.values())) for t, g in grown.items()}
+
+@few
+@given(runs(), st.floats(0.01, 3))
+def test_raw_is_eq3(run, alpha):
+    tasks, start, rounds = run
+    policy, expected = DataEquilibrium(tasks, alpha, start=start), start
+    assert policy.update(rounds[0], 0) == policy.weights
+    for t in tasks: assert policy.weights[t] == pytest.approx(start[t], abs=1e-15)
+    for step, (last, now) in enumerate(zip(rounds, rounds[1:]), 1):
+        expected = plain_eq3(expected, {t: now[t] - last[t] for t in tasks}, alpha)
+        got = policy.update(now, step)
+        assert max(abs(got[t] - expected[t]) for t in tasks) < 1e-12
+        assert abs(math.fsum(got.values()) - 1) < 1e-12
+
+@few
+@given(runs(), st.floats(0.01, 3))
+def test_the_one_that_falls_most_never_loses_and_order_is_kept(run, alpha):
+    tasks, start, rounds = run
+    policy = DataEquilibrium(tasks, alpha, start=start)
+    policy.update(rounds[0], 0)
+    before, after = policy.weights, policy.update(rounds[1], 1)
+    delta = {t: rounds[1][t] - rounds[0][t] for t in tasks}
+    worst = min(tasks, key=delta.get)
+    assert after[worst] >= before[worst] - 1e-12
+    log_factor = {t: math.log(after[t]) - math.log(before[t]) for t in tasks if after[t] > 1e-250}
+    for a in log_factor:
+        for b in log_factor:
+            if delta[a] < delta[b] - 1e-9: assert log_factor[a] >= log_factor[b] - 1e-9
+
+@st.composite
+def limits(draw):
+    lowest = draw(st.none() | st.floats(0.1, 20))
+    return dict(alpha=draw(st.floats(0.01, 3)), score_scale=draw(st.sampled_from(["raw", "relative", "zscore"])), min_step=lowest,
+                max_step=draw(st.none() | st.floats(lowest or 0.1, 30)), floor=draw(st.floats(0, 0.12)), ceiling=draw(st.floats(0.6, 1)), protect_falling=draw(st.booleans()))
+
+@few
+@given(runs(images=True), limits(), st.booleans())
+def test_limits_hold(run, options, lists):
+    tasks, _, rounds = run
+    if len(tasks) == 1: options["ceiling"] = 1.0
+    policy = DataEquilibrium(tasks, **options)
+    for step, scores in enumerate(rounds):
+        if not lists: scores = {t: v[0] for t, v in scores.items()}
+        before = policy.weights
+        try: after = policy.update(scores, step)
+        except MixtureError as e:
+            assert ("no spread" in str(e) or "float" in str(e)) and policy.weights == before
+            return
+        assert abs(math.fsum(after.values()) - 1) < 1e-12
+        assert min(after.values()) >= options["floor"] and max(after.values()) <= options["ceiling"] + 1e-15
+        if options["max_step"]: assert max(abs(after[t] - before[t]) for t in tasks) <= options["max_step"] / 100 + 1e-12
+
+@few
+@given(runs(), limits(), st.randoms())
+def test_permuting_tasks_permutes_weights(run, options, rng):
+    tasks, start, rounds = run
+    other = tasks[:]
+    rng.shuffle(other)
+    options |= dict(floor=0.0, ceiling=1.0)
+    a, b = DataEquilibrium(tasks, start=start, **options), DataEquilibrium(other, start={t: start[t] for t in other}, **options)
+    for step, scores in enumerate(rounds):
+        try: x = a.update(scores, step)
+        except MixtureError: # a change of a score that was next to nothing, measured by that score
+            with pytest.raises(MixtureError): b.update({t: scores[t] for t in other}, step)
+            return
+        assert x == pytest.approx(b.update({t: scores[t] for t in other}, step), abs=1e-9)
+
+def test_limits_come_in_the_documented_order():
+    def step(delta, **options):
+        policy = DataEquilibrium(["a", "b", "c", "d"], alpha=0.1, initial_scores=dict.fromkeys("abcd", 20.0), **options)
+        return np.array(list(policy.update(dict(zip("abcd", 20 + np.array(delta))), 1).values())) - 0.25
+    raw = step([0.1, 0.2, 0.0, -0.5])
+    assert np.allclose(step([0.1, 0.2, 0.0, -0.5], min_step=5), raw * 0.05 / np.abs(raw).max(), atol=1e-12)
+    assert np.allclose(step([0, 0, 0, 0], min_step=5), 0) and np.allclose(step([3, 3, 3, 3], min_step=5, max_step=10), 0)
+    big = step([0, 0, 0, -60.0], max_step=10)
+    assert np.allclose(big, [-0.1 / 3] * 3 + [0.1])
+    assert np.allclose(step([0, 0, 0, -60.0], floor=0.24), [-0.01] * 3 + [0.03])
+    assert np.allclose(step([0, 0, 0, -60.0], ceiling=0.4), [-0.05] * 3 + [0.15])
+
+@few
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=7), st.floats(0, 1), st.floats(0, 1))
+def test_projection_is_the_nearest_point(values, low, high):
+    k = len(values)
+    v, lo, hi = np.array(values), np.full(k, low / k), np.full(k, 1 / k + high)
+    p = project(v, lo, hi)
+    assert abs(p.sum() - 1) < 1e-12 and (p >= lo).all() and (p <= hi).all()
+    rng = np.random.default_rng(0)
+    for _ in range(20): # no feasible neighbour is nearer: the angle between (v - p) and (q - p) is never acute
+        q = project(rng.normal(0.3, 0.5, k), lo, hi)
+        assert (v - p) @ (q - p) <= 1e-9
+
+def trained(make, tasks=("a", "b", "c")):
+    "Three updates, then the state through JSON into a fresh policy, then both go on."
+    rng = np.random.default_rng(1)
+    rounds = [{t: (20 + i + rng.normal(0, 1, 4)).tolist() for t in tasks} for i in range(6)]
+    one = make()
+    for i in range(3): one.update(rounds[i], 10 * i)
+    state = one.state_dict()
+    two = make()
+    two.load_state_dict(json.loads(json.dumps(state)))
+    assert two.state_dict() == state == one.state_dict()
+    for i in range(3, 6): assert one.update(rounds[i], 10 * i) == two.update(rounds[i], 10 * i)
+    return one
+
+MAKERS = {
+    "fixed": lambda: FixedMixture({"a": 0.5, "b": 0.25, "c": 0.25}), "proportional": lambda: ProportionalMixture({"a": 5, "b": 10, "c": 1}), "temperature": lambda: TemperatureMixture({"a": 5, "b": 10, "c": 1}, 3),
+    "sequential": lambda: SequentialMixture(["a", "b", "c"], [10, 35]), "incremental": lambda: IncrementalMixture(["a", "b", "c"], [10, 35]), "replay": lambda: ReplayMixture({0: {"a": 0.2, "b": 0.3, "c": 0.5}, 20: {"a": 1.0, "b": 0.0, "c": 0.0}}),
+    "des": lambda: DataEquilibrium(["a", "b", "c"], 0.5, "zscore", min_step=2, max_step=8, floor=0.1, dead_band=0.5), "excess_loss": lambda: ExcessLossMixture(["a", "b", "c"], dict.fromkeys("abc", 24.0)),
+    "target_gap": lambda: TargetGapMixture(["a", "b", "c"], dict.fromkeys("abc", 24.0), rate=0.2), "odm": lambda: OnlineDataMixing(["a", "b", "c"], best=30, worst=10), "slope": lambda: SlopeMixture(["a", "b", "c"])}
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_policy_keeps_the_contract(name):
+    policy = trained(MAKERS[name])
+    assert set(MAKERS) == set(POLICIES) and type(policy) is POLICIES[name]
+    assert abs(math.fsum(policy.weights.values()) - 1) < 1e-12 and min(policy.weights.values()) >= 0
+    policy.weights["a"] = 9.0
+    assert policy.weights["a"] != 9.0, "weights must be a copy"
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("scores", [{"a": 1.0, "b": math.nan, "c": 1.0}, {"a": 1.0, "b": math.inf, "c": 1.0}, {"a": 1.0, "b": 2.0, "c": 3.0, "typo": 4.0}, {"a": 1.0, "b": [], "c": 1.0}, {"a": 1.0, "b": "x", "c": 1.0}, None])
+def test_bad_scores_change_nothing(name, scores):
+    policy = MAKERS[name]()
+    policy.update({t: [20.0, 21.0] for t in "abc"}, 5)
+    before = json.dumps(policy.state_dict())
+    with pytest.raises(MixtureError): policy.update(scores, 6)
+    with pytest.raises(MixtureError): policy.update({t: [20.0, 22.0] for t in "abc"}, 4)
+    with pytest.raises(MixtureError): policy.update({t: [20.0, 22.0] for t in "abc"}, -1)
+    assert json.dumps(policy.state_dict()) == before
+
+def test_missing_scores_name_the_tasks():
+    policy = DataEquilibrium(["a", "b"], 1.0)
+    with pytest.raises(MixtureError, match="b missing; the tasks are a, b"): policy.update({"a": 1.0}, 0)
+
+@pytest.mark.parametrize("change", [dict(version=2), dict(kind="FixedMixture"), dict(tasks=["a", "b"]), dict(tasks=["a", "b", "d"]), dict(weights={"a": 0.5, "b": 0.25, "c": 0.2}),
+                                    dict(weights={"a": math.nan, "b": 0.5, "c": 0.5}), dict(step=-3), dict(memory=None), dict(memory={"scores": {"a": [1.0]}}), dict(memory={"score": 1})])
+def test_foreign_states_are_refused(change):
+    policy = DataEquilibrium(["a", "b", "c"], 0.5)
+    for i in range(2): policy.update(dict.fromkeys("abc", float(i)), i)
+    state = policy.state_dict()
+    with pytest.raises(MixtureError): policy.load_state_dict({**state, **change})
+    with pytest.raises(MixtureError): policy.load_state_dict({k: v for k, v in state.items() if k != "weights"})
+    assert policy.state_dict() == state
+
+@pytest.mark.parametrize("options", [dict(alpha=0), dict(alpha=math.nan), dict(alpha=-1), dict(floor=0.4), dict(ceiling=0.2), dict(score_scale="db"), dict(min_step=0), dict(max_step=-1), dict(min_step=9, max_step=3),
+                                     dict(dead_band=1.0), dict(gap=1.0), dict(gap=1.0, targets={"a": 1.0}), dict(start={"a": 0.5, "b": 0.4, "c": 0.0}), dict(start={"a": 0.9, "b": 0.1, "c": 0.0}, floor=0.1), dict(noise={"a": 1, "b": 0, "c": 1}), dict(warmup=-1)])
+def test_bad_options_are_refused(options):
+    with pytest.raises(MixtureError): DataEquilibrium(["a", "b", "c"], **{"alpha": 1.0, **options})
+
+def test_bad_tasks_are_refused():
+    for tasks in ([], ["a", "a"], "abc", [""], [3]):
+        with pytest.raises(MixtureError): DataEquilibrium(tasks, 1.0)
+
+def test_first_change_is_against_what_was_asked_for():
+    scores = {"a": 20.0, "b": 22.0}
+    recorded = DataEquilibrium(["a", "b"], 0.5)
+    assert recorded.update(scores, 100) == {"a": 0.5, "b": 0.5}
+    compared = DataEquilibrium(["a", "b"], 0.5, initial_scores={"a": 20.0, "b": 21.0})
+    assert compared.update(scores, 100) == pytest.approx(plain_eq3({"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 1.0}, 0.5))
+
+def test_warmup_and_freeze():
+    policy = DataEquilibrium(["a", "b"], 0.5, warmup=20, freeze=40)
+    seen = [policy.update({"a": 20.0 + s, "b": 20.0}, s)["a"] for s in (0, 10, 20, 30, 40, 50)]
+    assert seen[0] == seen[1] == 0.5 and seen[2] < 0.5 and seen[3] < seen[2] and seen[3] == seen[4] == seen[5]
+    assert seen[2] == pytest.approx(1 / (1 + math.exp(5))) # against the score recorded during warm-up
+
+def test_score_scales():
+    last, now = {"a": 20.0, "b": -0.4}, {"a": 21.0, "b": -0.3}
+    relative = DataEquilibrium(["a", "b"], 2.0, "relative", initial_scores=last).update(now, 1)
+    assert relative == pytest.approx(plain_eq3({"a": 0.5, "b": 0.5}, {"a": 0.05, "b": 0.25}, 2.0))
+    given_noise = DataEquilibrium(["a", "b"], 2.0, "zscore", noise={"a": 2.0, "b": 0.1}, initial_scores=last).update(now, 1)
+    assert given_noise == pytest.approx(plain_eq3({"a": 0.5, "b": 0.5}, {"a": 0.5, "b": 1.0}, 2.0))
+    numbers = DataEquilibrium(["a", "b"], 2.0, "zscore", initial_scores=last).update(now, 1) # one change so far: its own size is the unit
+    assert numbers == pytest.approx({"a": 0.5, "b": 0.5})
+    rng = np.random.default_rng(0)
+    images = {"a": (20 + 3 * rng.normal(size=10)).tolist(), "b": (50 + 30 * rng.normal(size=10)).tolist()}
+    shifted = {"a": [v + 1 for v in images["a"]], "b": [v + 10 for v in images["b"]]}
+    policy = DataEquilibrium(["a", "b"], 1.0, "zscore")
+    policy.update(images, 0)
+    z = {"a": 1 / (np.std(images["a"], ddof=1) / 10**0.5), "b": 10 / (np.std(images["b"], ddof=1) / 10**0.5)}
+    assert policy.update(shifted, 1) == pytest.approx(plain_eq3({"a": 0.5, "b": 0.5}, z, 1.0))
+
+def test_dead_band_stops_noise_and_lets_changes_through():
+    rng = np.random.default_rng(0)
+    base = {t: (24 + 3 * rng.normal(size=10)) for t in "ab"}
+    def move(shift, dead_band):
+        policy = DataEquilibrium(["a", "b"], 1.0, dead_band=dead_band)
+        policy.update({t: v.tolist() for t, v in base.items()}, 0)
+        noise = np.random.default_rng(1).normal(0, 0.3, (2, 10))
+        return policy.update({"a": (base["a"] + noise[0] - noise[0].mean() + 0.01 + shift).tolist(), "b": (base["b"] + noise[1] - noise[1].mean()).tolist()}, 1)
+    assert move(0.0, 0.95) == {"a": 0.5, "b": 0.5} and move(0.0, None)["a"] < 0.5 and move(2.0, 0.95)["a"] < 0.2
+    assert move(2.0, 0.95) == move(2.0, 0.95)
+    with pytest.raises(MixtureError, match="same D_ref images"):
+        policy = DataEquilibrium(["a"], 1.0, dead_band=0.9)
+        policy.update({"a": 1.0}, 0); policy.update({"a": 2.0}, 1)
+
+def test_remedies():
+    falls = dict(zip("abc", (19.8, 17.0, 21.0)))
+    def after(**options): return DataEquilibrium(["a", "b", "c"], 0.5, initial_scores=dict.fromkeys("abc", 20.0), **options).update(falls, 1)
+    assert after()["a"] < 1 / 3 <= after(protect_falling=True)["a"] + 1e-15 and after(protect_falling=True)["b"] > 1 / 3
+    all_fell = DataEquilibrium(["a", "b"], 0.5, initial_scores={"a": 20.0, "b": 20.0}, protect_falling=True).update({"a": 19.0, "b": 10.0}, 1)
+    assert all_fell == pytest.approx({"a": 0.5, "b": 0.5})
+    still = DataEquilibrium(["low", "high"], 0.5, initial_scores={"low": 15.0, "high": 35.0}, targets={"low": 25.0, "high": 35.0}, gap=0.1).update({"low": 15.0, "high": 35.0}, 1)
+    assert still["low"] == pytest.approx(1 / (1 + math.exp(-1)))
+
+def test_schedules():
+    sequential, incremental = SequentialMixture(["a", "b"], [10]), IncrementalMixture(["a", "b", "c"], [5, 9])
+    assert sequential.at(9) == {"a": 1.0, "b": 0.0} and sequential.at(10) == {"a": 0.0, "b": 1.0} == sequential.update({}, 10) == sequential.weights
+    assert incremental.at(4)["a"] == 1 and incremental.at(5) == {"a": 0.5, "b": 0.5, "c": 0.0} and incremental.at(100)["c"] == pytest.approx(1 / 3)
+    for bad in ([0], [5, 5], [5, 3], [], [1, 2, 3]):
+        with pytest.raises(MixtureError): IncrementalMixture(["a", "b", "c"], bad)
+    released = ReplayMixture(released_schedule(["1", "2", "3", "4", "sr"], 32))
+    assert released.at(9374)["sr"] == 0.2 and released.at(9375)["sr"] == 0.3 and released.at(10**6)["sr"] == 0.5
+
+def test_record_and_replay(tmp_path):
+    policy, rows = DataEquilibrium(["a", "b"], 0.7), []
+    for step in (100, 200, 300):
+        scores = {"a": 20 + step / 90, "b": 25.0}
+        rows += mixture_rows(step, policy.update(scores, step), scores)
+    write_mixture(rows, tmp_path / "deep" / "mixture.csv")
+    assert read_mixture(tmp_path / "deep" / "mixture.csv") == rows and len(list((tmp_path / "deep").iterdir())) == 1
+    replay = ReplayMixture(tmp_path / "deep" / "mixture.csv")
+    assert replay.at(0) == replay.at(199) == {"a": 0.5, "b": 0.5} and replay.at(300) == policy.weights != replay.at(299)
+    assert ReplayMixture(rows, stretch=10).at(2999) == replay.at(299) and ReplayMixture(rows, start={"a": 1.0, "b": 0.0}).at(5) == {"a": 1.0, "b": 0.0}
+    pandas = pytest.importorskip("pandas")
+    assert ReplayMixture(pandas.DataFrame(rows)).table == replay.table
+    recomputed = DataEquilibrium(["a", "b"], 0.7)
+    for step in (100, 200, 300): assert recomputed.update({r["task"]: r["score"] for r in rows if r["step"] == step}, step) == {r["task"]: r["weight"] for r in rows if r["step"] == step}
+
+@pytest.mark.parametrize("text, says", [("", "no rows"), ("step,task\n1,a\n", "column weight is missing"), ("step,task,weight\n0,a,x\n", "line 2"), ("step,task,weight\n0,a,0.5\n0,b,0.4\n", "sum to 0.9"),
+                                        ("step,task,weight\n0,a,1\n0,a,1\n", "two rows"), ("step,task,weight\n0,a,1\n5,b,1\n", "unknown task")])
+def test_bad_tables(tmp_path, text, says):
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(MixtureError, match=says): ReplayMixture(tmp_path / "m.csv")
+
+def test_by_name():
+    assert isinstance(make_mixture("des", tasks=["a", "b"], alpha=1), DataEquilibrium)
+    with pytest.raises(MixtureError, match="the choices are fixed"): make_mixture("Des")
+    with pytest.raises(MixtureError, match="alfa"): make_mixture("des", tasks=["a"], alfa=1)
+
+def test_language_model_policies_move_as_their_papers_say():
+    excess = ExcessLossMixture(["a", "b"], {"a": 25.0, "b": 25.0}, eta=1.0, smoothing=0.1)
+    assert excess.update({"a": 24.0, "b": 30.0}, 0)["a"] == pytest.approx(0.9 * math.e / (math.e + 1) + 0.05) # below the reference counts, above it doesn't
+    first = excess.weights["a"]
+    assert excess.average["a"] == pytest.approx(first) and excess.update({"a": 30.0, "b": 24.0}, 1)["a"] < first
+    assert TargetGapMixture(["a", "b"], {"a": 25.0, "b": 25.0}).update({"a": 24.0, "b": 30.0}, 0)["a"] == pytest.approx(math.e / (math.e + 1))
+    odm = OnlineDataMixing(["a", "b"], best=30, worst=10)
+    for i in range(20): odm.update({"a": 12.0, "b": 29.0}, i)
+    assert odm.weights["a"] > 0.5 and odm.weights["b"] > 0
+    slope = SlopeMixture(["a", "b"], window=2, keep=0.0, floor=0.1)
+    slope.update({"a": 20.0, "b": 20.0}, 0)
+    assert slope.update({"a": 23.0, "b": 21.0}, 10) == pytest.approx({"a": 0.75, "b": 0.25})
+    assert slope.update({"a": 22.0, "b": 22.0}, 20) == pytest.approx({"a": 0.1, "b": 0.9})
+
+def test_import_is_light():
+    code = "import sys, numpy, time; t = time.process_time(); import foundir_v2.mixture; d = time.process_time() - t; assert 'torch' not in sys.modules and 'pandas' not in sys.modules; print(d)"
+    took = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
+    assert took < 0.15, f"importing foundir_v2.mixture took {took:.3f} s more than numpy"
