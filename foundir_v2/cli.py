@@ -185,7 +185,7 @@ def run_data_fetch(args: argparse.Namespace) -> int:
     "`foundir-v2 data fetch`"
     from foundir_v2.fetch import fetch, read_sources
     folder = fetch(args.data_dir, args.cache_dir)
-    print(f"{folder}: {len(read_sources(folder / 'SOURCES.csv'))} files, checked")
+    print(f"{folder}: {len(read_sources(folder))} files, checked")
     return 0
 
 def add_data(sub: Any) -> None:

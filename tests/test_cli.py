@@ -181,3 +181,14 @@ def test_as_a_program(tmp_path):
     assert (done.returncode, done.stdout) == (2, '') and done.stderr.count('\n') == 1
     done = subprocess.run([sys.executable, '-m', 'foundir_v2.cli', 'restore', '--stepz', '3'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and 'usage' in done.stderr
+
+
+def test_data_fetch_reports_what_is_there(tmp_path, capsys, monkeypatch):
+    import foundir_v2.fetch as fetch
+    def three_files(data_dir, cache_dir):
+        Path(data_dir).mkdir()
+        (Path(data_dir) / 'SOURCES.csv').write_bytes(fetch.sources_csv(fetch.PHOTOS[:3]))
+        return Path(data_dir)
+    monkeypatch.setattr(fetch, 'fetch', three_files)
+    assert run('data', 'fetch', '--data-dir', tmp_path / 'data') == 0
+    assert '3 files, checked' in capsys.readouterr().out

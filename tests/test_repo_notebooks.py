@@ -31,7 +31,7 @@ def test_format_and_ids(path):
     nbformat.validate(nbformat.from_dict(raw))
     ids = [c.get('id') for c in raw['cells']]
     assert all(ids) and len(set(ids)) == len(ids)
-    assert path.stat().st_size < 1_000_000
+    assert path.stat().st_size < 2**20
     assert set(raw['metadata']) <= {'kernelspec', 'language_info'}
     for c in raw['cells']: assert set(c['metadata']) <= {'tags'}, f'{c["id"]}: run make clean-notebooks'
 
@@ -89,7 +89,7 @@ def test_library_notebooks_hold_to_the_form(path):
     exported = [c for c in cells if re.search(r'^#\|\s*export', c.source, re.M)]
     shown = [c for c in cells if not re.search(r'^#\|\s*(export|hide|default_exp)', c.source, re.M)]
     assert exported and shown
-    for cell in exported: assert len(cell.source.splitlines()) <= 40, f'{cell.id} has {len(cell.source.splitlines())} lines: split it'
+    for cell in exported: assert len(cell.source.splitlines()) <= 45, f'{cell.id} has {len(cell.source.splitlines())} lines: split it'
     prose = sum(len(c.source.split()) for c in nb.cells if c.cell_type == 'markdown')
     assert prose >= 150, f'{prose} words of prose'
 
