@@ -48,9 +48,9 @@ def _fast_size(n: int) -> int:
 
 def convolve(
     image: Tensor,  # (C, H, W)
-    kernel: Tensor,  # (k, k), k odd
+    kernel: Tensor,  # (k, k) for all channels, or (C, k, k) with one for each; k odd
 ) -> Tensor:  # (C, H, W)
-    "Convolve every channel with `kernel`, mirroring the border."
+    "Convolve every channel with its kernel, mirroring the border."
     p, (_, h, w) = kernel.shape[-1] // 2, image.shape
     x = image[:, _mirror(h, p).to(image.device)][:, :, _mirror(w, p).to(image.device)]
     size = _fast_size(h + 2 * p), _fast_size(w + 2 * p)
@@ -104,10 +104,10 @@ def motion_blur(image: Tensor, length: float, angle: float, wobble: float, seed:
 
 # %% ../nbs/12_degrade.ipynb #771edd4d
 def disc_kernel(
-    radius: float,  # px, at most 14
-) -> Tensor:  # (31, 31), sums to 1
+    radius: float,  # px
+) -> Tensor:  # (k, k), just large enough, sums to 1
     "Point spread function of a defocused lens: a disc with an antialiased edge."
-    dy, dx = _grid_offsets(_RADIUS)
+    dy, dx = _grid_offsets(math.ceil(radius))
     kernel = (radius + 0.5 - (dy**2 + dx**2).sqrt()).clamp(0, 1)
     return kernel / kernel.sum()
 
@@ -122,6 +122,9 @@ def gaussian_noise(image: Tensor, sigma: float, seed: int) -> Tensor:
     return image + torch.randn(image.shape, generator=generator("gaussian", seed)).to(image.device) * (sigma / 255)
 
 
+_FEW = 16  # photons, from which on a Gaussian stands in for the Poisson distribution
+
+
 def camera_noise(
     image: Tensor,  # (3, H, W)
     shot: float,  # variance per unit of linear light (1 / photons at white)
@@ -129,9 +132,12 @@ def camera_noise(
     seed: int,
 ) -> Tensor:  # (3, H, W)
     "Shot (Poisson) and read (Gaussian) noise of a sensor, in linear light."
-    g, light = generator("camera", seed), srgb_to_linear(image).cpu()
+    g, photons = generator("camera", seed), srgb_to_linear(image).cpu() / shot
     read = math.exp(2.18 * math.log(shot) + 1.2 + read_offset)
-    noisy = torch.poisson(light / shot, generator=g) * shot + torch.randn(light.shape, generator=g) * math.sqrt(read)
+    count = photons + photons.sqrt() * torch.randn(photons.shape, generator=g)
+    few = photons < _FEW
+    count[few] = torch.poisson(photons[few], generator=g)
+    noisy = count * shot + torch.randn(photons.shape, generator=g) * math.sqrt(read)
     return linear_to_srgb(noisy.clamp(0, 1)).to(image.device)
 
 # %% ../nbs/12_degrade.ipynb #9ece5f74
@@ -185,13 +191,12 @@ def rain(
     seed: int,
 ) -> Tensor:  # (3, H, W)
     "Rain streaks in three depth layers, screen-blended."
-    g, dark = generator("rain", seed), torch.ones(1, *image.shape[1:])
-    for size, many in _LAYERS:
-        lean = angle + 4 * (torch.rand(1, generator=g).item() - 0.5)
-        drops = _impulses(*image.shape[1:], density * many / 10, g)
-        streaks = convolve(drops, line_kernel(length * size, lean, 0.6 + 1.2 * size**2))
-        dark = dark * (1 - (strength * streaks).clamp(0, 1))
-    return 1 - (1 - image) * dark.to(image.device)
+    g = generator("rain", seed)
+    leans = (angle + 4 * (torch.rand(len(_LAYERS), generator=g) - 0.5)).tolist()
+    kernels = torch.stack([line_kernel(length * size, lean, 0.6 + 1.2 * size**2) for (size, _), lean in zip(_LAYERS, leans)])
+    drops = torch.cat([_impulses(*image.shape[1:], density * many / 10, g) for _, many in _LAYERS])
+    shade = (1 - (strength * convolve(drops, kernels)).clamp(0, 1)).prod(0)
+    return 1 - (1 - image) * shade.to(image.device)
 
 # %% ../nbs/12_degrade.ipynb #1ea9b57c
 def flake_kernel(radius: float, angle: float, stretch: float) -> Tensor:
@@ -211,24 +216,22 @@ def snow(
     seed: int,
 ) -> Tensor:  # (3, H, W)
     "Snow flakes in three depth layers, alpha-blended in near-white."
-    g, clear = generator("snow", seed), torch.ones(1, *image.shape[1:])
-    for size, many in _LAYERS:
-        stretch = 1 + 0.8 * torch.rand(1, generator=g).item()
-        flakes = _impulses(*image.shape[1:], density * many / 10, g)
-        flakes = torch.where(flakes > 0, 0.4 + 0.6 * flakes, flakes)
-        clear = clear * (1 - strength * convolve(flakes, flake_kernel(max(radius * size, 0.6), angle, stretch)).clamp(0, 1))
+    g = generator("snow", seed)
+    stretches = (1 + 0.8 * torch.rand(len(_LAYERS), generator=g)).tolist()
+    kernels = torch.stack([flake_kernel(radius * size, angle, stretch) for (size, _), stretch in zip(_LAYERS, stretches)])
+    flakes = torch.cat([_impulses(*image.shape[1:], density * many / 10, g) for _, many in _LAYERS])
+    flakes = torch.where(flakes > 0, 0.4 + 0.6 * flakes, 0)
+    clear = (1 - strength * convolve(flakes, kernels).clamp(0, 1)).prod(0)
     return 0.97 - (0.97 - image) * clear.to(image.device)
 
 # %% ../nbs/12_degrade.ipynb #2c3a2688
 def _drop_heights(h: int, w: int, cover: float, radius: float, g: torch.Generator) -> Tensor:
     "(h, w) height of the water, in units of a drop's height: caps of three sizes, merged."
-    dy, dx = _grid_offsets(_RADIUS)
-    height = torch.zeros(h, w)
-    for size, share in ((1.0, 0.6), (0.6, 0.3), (0.35, 0.1)):
-        r = radius * size
-        cap = (1 - (dy**2 + dx**2) / r**2).clamp(min=0).sqrt()
-        seeds = (_impulses(h, w, cover * share / (math.pi * r**2), g) > 0).float()
-        height = torch.maximum(height, convolve(seeds, cap)[0])
+    dy, dx = _grid_offsets(math.ceil(radius))
+    sizes = [(radius * size, cover * share) for size, share in ((1.0, 0.6), (0.6, 0.3), (0.35, 0.1))]
+    caps = torch.stack([(1 - (dy**2 + dx**2) / r**2).clamp(min=0).sqrt() for r, _ in sizes])
+    seeds = torch.cat([_impulses(h, w, share / (math.pi * r**2), g) > 0 for r, share in sizes]).float()
+    height = convolve(seeds, caps).amax(0)
     return height * (0.75 + 0.5 * _smooth_field(h, w, max(2, round(max(h, w) / radius)), g))
 
 
@@ -242,7 +245,7 @@ def raindrop(
     "Drops on the lens: inside, the scene is refracted, defocused and slightly lit."
     _, h, w = image.shape
     height = _drop_heights(h, w, cover, radius, generator("raindrop", seed)).to(image.device)
-    height = convolve(height[None], disc_kernel(1.5).to(image.device))[0]
+    height = F.avg_pool2d(height[None], 3, 1, 1, count_include_pad=False)[0]
     mask = ((height - 0.25) * 3).clamp(0, 1)
     up, left = (torch.gradient(height, dim=i)[0] if n > 1 else torch.zeros_like(height) for i, n in enumerate((h, w)))
     y, x = torch.linspace(-1, 1, h, device=image.device)[:, None], torch.linspace(-1, 1, w, device=image.device)[None, :]

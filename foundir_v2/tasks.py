@@ -65,13 +65,13 @@ class SubTask:
 # %% ../nbs/10_tasks.ipynb #22dccbd9
 _MOTION = {"length": Uniform(5, 25), "angle": Uniform(0, 180), "wobble": Uniform(0, 2)}
 _SHORT_MOTION = {"length": Uniform(5, 15), "angle": Uniform(0, 180), "wobble": Uniform(0, 2)}
-_CAMERA = {"shot": LogUniform(1e-3, 1.2e-2), "read_offset": Uniform(-0.5, 0.5)}
+_CAMERA = {"shot": LogUniform(2e-3, 2e-2), "read_offset": Uniform(-0.5, 0.5)}
 _DIM_CAMERA = {"shot": LogUniform(1e-4, 1.2e-3), "read_offset": Uniform(-0.5, 0.5)}
 _HAZE = {"beta": Uniform(0.6, 1.8), "airlight": Uniform(0.7, 1.0), "tint": Uniform(-0.04, 0.04)}
 _DENSE_HAZE = {"beta": Uniform(1.8, 3.0), "airlight": Uniform(0.7, 1.0), "tint": Uniform(-0.04, 0.04)}
 _THIN_HAZE = {"beta": Uniform(0.4, 1.2), "airlight": Uniform(0.7, 1.0), "tint": Uniform(-0.04, 0.04)}
-_RAIN = {"density": LogUniform(0.002, 0.01), "length": Uniform(9, 25), "angle": Uniform(-45, 45), "strength": Uniform(0.4, 0.9)}
-_SNOW = {"density": LogUniform(0.002, 0.01), "radius": Uniform(1.5, 4), "angle": Uniform(-45, 45), "strength": Uniform(0.6, 1.0)}
+_RAIN = {"density": LogUniform(0.004, 0.03), "length": Uniform(9, 25), "angle": Uniform(-45, 45), "strength": Uniform(0.4, 0.9)}
+_SNOW = {"density": LogUniform(0.004, 0.02), "radius": Uniform(1.5, 4), "angle": Uniform(-45, 45), "strength": Uniform(0.6, 1.0)}
 _DROPS = {"cover": Uniform(0.08, 0.25), "radius": Uniform(5, 13), "defocus": Uniform(1, 3)}
 _DARK = {"stops": Uniform(2, 5)}
 _DUSK = {"stops": Uniform(1.5, 3)}
@@ -106,7 +106,12 @@ _LOWLIGHT = (
     SubTask("low_light_blur", "lowlight", (Step("motion_blur", _SHORT_MOTION), Step("low_light", _DARK))),
     SubTask("low_light_haze", "lowlight", (Step("haze", _THIN_HAZE), Step("low_light", _DUSK))),
 )
-_SR = tuple(SubTask(f"sr_x{s}", "sr", (Step("downscale", {"scale": Integers(s, s)}),), metric="stlpips", scale=s) for s in (2, 3, 4))
+_HALF, _QUARTER = (Step("downscale", {"scale": Integers(s, s)}) for s in (2, 4))
+_SR = (
+    SubTask("sr_x2", "sr", (_HALF,), metric="stlpips", scale=2),
+    SubTask("sr_x4", "sr", (_QUARTER,), metric="stlpips", scale=4),
+    SubTask("sr_x2_jpeg", "sr", (_HALF, Step("jpeg", {"quality": Integers(30, 70)})), metric="stlpips", scale=2),
+)
 
 # %% ../nbs/10_tasks.ipynb #b8747155
 SUBTASKS: Mapping[str, SubTask] = {s.name: s for s in _DEBLUR + _DENOISE + _WEATHER + _LOWLIGHT + _SR}

@@ -1,0 +1,183 @@
+import pickle
+
+import pandas as pd
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from foundir_v2.core import FoundIRError, generator, hash_seed, load_image, save_image
+from foundir_v2.data import RestorationDataset, View, collate, draw_view, look, micro_conditioning, reference_items, stored_pair
+from foundir_v2.degrade import crop_to_multiple, degrade, upsample_lq
+from foundir_v2.tasks import SUBTASKS, by_category, subtask
+
+TASKS = {"denoise": ["gaussian_noise", "jpeg"], "weather": ["haze"], "sr": ["sr_x2", "sr_x4"]}
+SIZES = dict(a=(70, 90), b=(120, 64), c=(66, 66), d=(80, 100))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for name, (h, w) in SIZES.items():
+        coarse = torch.rand(1, 3, h // 6, w // 6, generator=generator(name))
+        save_image(torch.nn.functional.interpolate(coarse, (h, w), mode="bilinear")[0], folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    splits = dict(a="train", b="train", c="reference", d="reference")
+    return pd.DataFrame([dict(photo=n, path=f"{n}.png", lq="", task="", split=splits[n], width=w, height=h, caption=f"photo {n}") for n, (h, w) in SIZES.items()])
+
+
+@pytest.fixture(scope="module")
+def dataset(manifest, root): return RestorationDataset(manifest, "train", TASKS, crop=32, root=root)
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
+DRAWS = [(task, i, 100 * t + 10 * i + s) for t, task in enumerate(TASKS) for i in range(2) for s in range(4)]
+
+
+def test_samples_have_the_promised_fields(dataset):
+    assert dataset.lengths == {"denoise": 2, "weather": 2, "sr": 2}
+    seen = set()
+    for draw in DRAWS:
+        s = dataset[draw]
+        assert s["lq"].shape == s["gt"].shape == (3, 32, 32) and s["lq"].dtype == s["gt"].dtype == torch.float32
+        assert 0 <= s["lq"].min() and s["lq"].max() <= 1 and not torch.equal(s["lq"], s["gt"])
+        assert s["task"] == draw[0] and s["subtask"] in TASKS[draw[0]] and s["caption"] == f"photo {'ab'[draw[1]]}"
+        assert s["original_size"].tolist() == list(SIZES["ab"[draw[1]]]) and s["target_size"].tolist() == [32, 32]
+        seen.add(s["subtask"])
+    assert seen == {"gaussian_noise", "jpeg", "haze", "sr_x2", "sr_x4"}
+
+
+def test_a_sample_is_a_pure_function_of_the_draw(dataset, manifest, root):
+    first = [dataset[d] for d in DRAWS]
+    torch.manual_seed(5)
+    fresh = RestorationDataset(manifest, "train", TASKS, crop=32, root=root, cache=False)
+    assert all(same(a, fresh[d]) for a, d in reversed(list(zip(first, DRAWS))))
+    assert all(same(a, pickle.loads(pickle.dumps(dataset))[d]) for a, d in zip(first[:3], DRAWS))
+    assert len({a["gt"].sum().item() for a in first}) == len(first), "draws repeat each other"
+
+
+def test_workers_give_what_the_main_process_gives(dataset):
+    batches = [DRAWS[:5], DRAWS[5:10]]
+    with_workers = list(DataLoader(dataset, batch_sampler=batches, num_workers=2, collate_fn=collate))
+    for batch, draws in zip(with_workers, batches):
+        assert torch.equal(batch["lq"], torch.stack([dataset[d]["lq"] for d in draws])) and batch["subtask"] == [dataset[d]["subtask"] for d in draws]
+    assert batch["original_size"].shape == (5, 2) and batch["caption"][0].startswith("photo")
+
+
+def test_the_gt_is_a_window_of_the_photograph(manifest, root):
+    plain = RestorationDataset(manifest, "train", {"weather": ["haze"]}, crop=32, root=root, scale_range=(1, 1))
+    photo = load_image(root / "a.png")
+    for seed in range(6):
+        s = plain["weather", 0, seed]
+        top, left = s["crop_top_left"].tolist()
+        window = photo[:, top:top + 32, left:left + 32]
+        assert torch.allclose(s["gt"], window, atol=1e-6) or torch.allclose(s["gt"], window.flip(-1), atol=1e-6)
+
+
+def test_views_fit_vary_and_respect_the_grid():
+    for multiple in (1, 4):
+        views = [draw_view(61, 200, 32, (0.25, 1.0), multiple, generator("v", i)) for i in range(400)]
+        assert all(v.top >= 0 and v.top + v.side <= 61 and v.left + v.side <= 200 and v.side >= 32 and v.top % multiple == v.left % multiple == 0 for v in views)
+        assert {v.flip for v in views} == {True, False} and max(v.side for v in views) >= 60 - multiple and max(v.left for v in views) > 130
+    assert draw_view(32, 32, 32, (0.1, 1), 1, generator("v"))[:3] == (0, 0, 32)
+
+
+def test_shrinking_keeps_the_content_in_place():
+    ramp = torch.linspace(0, 1, 100).expand(3, 100, 100)
+    x = look(ramp, View(10, 20, 64, 32, False))
+    assert torch.allclose(x[:, 5:-5, 5:-5], ((20 + 2 * torch.arange(32.0) + 0.5) / 99).expand(3, 32, 32)[:, 5:-5, 5:-5], atol=2e-3)
+    assert torch.equal(look(ramp, View(10, 20, 64, 32, True)), x.flip(-1))
+    assert torch.allclose(look((ramp * 255).round().byte(), View(0, 0, 50, 50, False)), ramp[:, :50, :50], atol=3e-3)
+
+
+def test_micro_conditioning_counts_shrunk_pixels():
+    c = micro_conditioning(400, 600, View(100, 40, 256, 128, False))
+    assert {k: v.tolist() for k, v in c.items()} == dict(original_size=[400, 600], crop_top_left=[50, 20], target_size=[128, 128])
+
+
+@pytest.mark.parametrize("top, left", [(0, 0), (32, 56), (40, 64)])
+def test_a_small_stored_lq_is_aligned_with_its_gt(root, top, left):
+    gt = crop_to_multiple(load_image(root / "d.png"), 4)
+    lq = degrade(gt, "sr_x4", 0)
+    for seed in range(6):
+        view = View(top, left, 36, 36, seed % 2 == 0)
+        a, b = stored_pair(gt, lq, view, seed)
+        assert torch.allclose(a, look(upsample_lq(lq, gt.shape[1:], hash_seed("enlarge", seed)), view), atol=1e-5) and torch.equal(b, look(gt, view))
+
+
+def with_pairs(manifest, root):
+    save_image(degrade(load_image(root / "a.png"), "haze", 3), root / "a_haze.png")
+    save_image(degrade(load_image(root / "d.png"), "sr_x4", 3), root / "d_small.png")
+    rows = manifest.to_dict("records")
+    return pd.DataFrame([rows[0] | dict(photo="p", lq="a_haze.png", task="haze"), rows[3] | dict(photo="q", lq="d_small.png", task="sr", split="train"), rows[1],
+                         rows[3] | dict(photo="r", lq="d_small.png", task="sr_x4")])
+
+
+def test_stored_pairs_serve_their_task_only(manifest, root):
+    ds = RestorationDataset(with_pairs(manifest, root), "train", TASKS, crop=32, root=root)
+    assert ds.lengths == {"denoise": 1, "weather": 2, "sr": 2}
+    hazy = ds["weather", 0, 4]
+    assert hazy["subtask"] == "haze" and not torch.equal(hazy["lq"], hazy["gt"])
+    photo, stored = load_image(root / "a.png"), load_image(root / "a_haze.png")
+    top, left = hazy["crop_top_left"].tolist()
+    for name, x in (("gt", photo), ("lq", stored)):
+        window = x[:, top:top + 32, left:left + 32]
+        assert torch.allclose(hazy[name], window, atol=1e-6) or torch.allclose(hazy[name], window.flip(-1), atol=1e-6)
+    assert ds["sr", 0, 1]["lq"].shape == (3, 32, 32) and ds["denoise", 0, 1]["caption"] == "photo b"
+
+
+@pytest.mark.parametrize("change, match", [
+    (dict(tasks={}), "no tasks"), (dict(tasks={"weather": []}), "list of sub-tasks"), (dict(tasks={"weather": "haze"}), "list of sub-tasks"), (dict(tasks={"weather": ["fog"]}), "unknown sub-task 'fog'"),
+    (dict(split="validation"), "validation.*train"), (dict(crop=65), "b is 64x120.*too small"), (dict(crop=63), None), (dict(crop=0), "at least 1"),
+    (dict(scale_range=(0.5, 1.5)), "scale_range"), (dict(scale_range=(1, 0.5)), "scale_range")])
+def test_what_cannot_work_is_refused_at_once(manifest, root, change, match):
+    options = dict(split="train", tasks=TASKS, crop=32, root=root) | change
+    if match is None: assert RestorationDataset(manifest, **options)["sr", 1, 0]["lq"].shape == (3, 63, 63)
+    else:
+        with pytest.raises(FoundIRError, match=match): RestorationDataset(manifest, **options)
+
+
+def test_bad_draws_and_pairs_are_refused(dataset, manifest, root):
+    with pytest.raises(FoundIRError, match="mist.*denoise"): dataset["mist", 0, 0]
+    with pytest.raises(IndexError, match="2 rows"): dataset["sr", 2, 0]
+    table = with_pairs(manifest, root)
+    with pytest.raises(FoundIRError, match="pair p .*'haze'.*not among"): RestorationDataset(table, "train", {"sr": ["sr_x4"]}, crop=32, root=root)
+    with pytest.raises(FoundIRError, match="'denoise' has neither"): RestorationDataset(table[:2], "train", TASKS, crop=32, root=root)
+
+
+def test_reference_items_are_fixed_and_independent_of_their_company(manifest, root):
+    together = reference_items(manifest, "reference", ["haze", "sr_x4", "jpeg"], 3, 48, 7, root=root)
+    alone = reference_items(manifest, "reference", [SUBTASKS["sr_x4"]], 2, 48, 7, root=root)
+    for a, b in zip(together[3:5], alone):
+        assert torch.equal(a.lq, b.lq) and torch.equal(a.gt, b.gt) and torch.equal(a.input, b.input) and (a.photo, a.seed) == (b.photo, b.seed)
+    assert [x.subtask.name for x in together] == ["haze"] * 3 + ["sr_x4"] * 3 + ["jpeg"] * 3
+    assert all({x.photo for x in together[i:i + 3]} == {"c", "d"} for i in (0, 3, 6)) and len({x.seed for x in together}) == 9
+    assert all(x.gt.shape == x.input.shape == (3, 48, 48) and x.lq.shape == (3, 48 // x.subtask.scale, 48 // x.subtask.scale) for x in together)
+    other = reference_items(manifest, "reference", ["haze"], 1, 48, 8, root=root)[0]
+    assert not torch.equal(other.gt, together[0].gt)
+    for x in together: assert torch.equal(x.lq, degrade(x.gt, x.subtask, x.seed)) and torch.equal(x.input, upsample_lq(x.lq, (48, 48)))
+
+
+def test_stored_pairs_come_first_as_reference_items(manifest, root):
+    item = reference_items(with_pairs(manifest, root), "reference", ["sr_x4"], 1, 48, 0, root=root)[0]
+    assert item.photo == "r" and item.lq.shape == (3, 12, 12)
+    assert -10 * torch.log10(((item.input - item.gt) ** 2).mean()) > 18, "LQ and GT are not aligned"
+    with pytest.raises(FoundIRError, match="neither photographs nor pairs for haze"): reference_items(with_pairs(manifest, root), "reference", ["haze"], 1, 48, 0, root=root)
+
+
+def test_impossible_reference_items_are_refused(manifest, root):
+    with pytest.raises(FoundIRError, match="multiple of sr_x4's scale 4: choose 48"): reference_items(manifest, "reference", ["sr_x4"], 1, 50, 0, root=root)
+    with pytest.raises(FoundIRError, match="too small"): reference_items(manifest, "reference", ["haze"], 1, 128, 0, root=root)
+    with pytest.raises(FoundIRError, match="per_subtask"): reference_items(manifest, "reference", ["haze"], 0, 48, 0, root=root)
+    with pytest.raises(FoundIRError, match="unknown sub-task"): reference_items(manifest, "reference", ["fog"], 1, 48, 0, root=root)
+
+
+def test_the_default_tasks_work(manifest, root):
+    ds = RestorationDataset(manifest, "train", by_category(), crop=32, root=root)
+    assert {ds[t, 0, s]["subtask"] for t in ds.tasks for s in range(40)} == set(SUBTASKS)
+    assert all(subtask(n).category == t for t in ds.tasks for n in ds.tasks[t])
