@@ -1,0 +1,154 @@
+"Captioners: none, sidecar files, the shortening rule, a real vision-language model of a few kilobytes, and the cache."
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from foundir_v2.caption import PROMPT, CachedCaptioner, Captioner, NoCaption, SidecarCaptioner, VLMCaptioner, VLMConfig, make_captioner, shorten
+from foundir_v2.core import FoundIRError, save_image
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for i, name in enumerate("ab"): save_image(torch.rand(3, 24, 30, generator=torch.Generator().manual_seed(i)), tmp_path/f"{name}.png")
+    return tmp_path
+
+
+def test_no_caption_needs_no_file(): assert NoCaption()("nowhere.png") == "" and isinstance(NoCaption(), Captioner)
+
+
+def test_sidecar_reads_the_file_beside_the_picture_or_in_a_folder(pictures):
+    (pictures/"a.txt").write_text("  ein  Käfer\nauf Gras ", encoding="utf-8")
+    assert SidecarCaptioner()(pictures/"a.png") == "ein Käfer auf Gras"
+    (pictures/"texts").mkdir()
+    (pictures/"texts/a.caption").write_text("")
+    assert SidecarCaptioner(".caption", pictures/"texts")(pictures/"a.png") == ""
+
+
+def test_a_missing_or_binary_sidecar_is_an_error_not_an_empty_caption(pictures):
+    with pytest.raises(FoundIRError, match="b.txt"): SidecarCaptioner()(pictures/"b.png")
+    (pictures/"b.txt").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(FoundIRError, match="UTF-8"): SidecarCaptioner()(pictures/"b.png")
+    with pytest.raises(FoundIRError, match="suffix"): SidecarCaptioner("txt")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("The image features a dog. It runs! It is fast. End.", "a dog. It runs!"),
+    ("The image features a dog", "a dog"),
+    ("One two", ""), ("", ""),
+    ("The image shows f/2.8 optics. Is it sharp? Yes.", "f/2.8 optics. Is it sharp?"),
+    ("The image\nfeatures  two\tlines. Second\nsentence. Third.", "two lines. Second sentence."),
+])
+def test_three_words_go_and_two_sentences_stay(text, expected): assert shorten(text) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(alphabet="ab .!?\n", max_size=80), st.integers(0, 4), st.integers(1, 3))
+def test_shortening_keeps_words_in_order_and_never_adds(text, drop, keep):
+    out = shorten(text, drop, keep)
+    words = text.split()[drop:]
+    assert out.split() == words[:len(out.split())]
+
+
+@pytest.fixture(scope="module")
+def tiny_vlm(tmp_path_factory):
+    "LLaVA's classes with random weights and a vocabulary of two dozen words, saved like a real model."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    folder = tmp_path_factory.mktemp("vlm")
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", *(PROMPT + " USER: ASSISTANT: a cat looks at the bowl .").split()]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens={"image_token": "<image>"})
+    template = "{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}ASSISTANT: "
+    LlavaProcessor(CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16), tokenizer, patch_size=8, vision_feature_select_strategy="default",
+                   num_additional_image_tokens=1, chat_template=template).save_pretrained(folder)
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **small), text_config=LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0, bos_token_id=2, eos_token_id=3, **small),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=4, vision_feature_layer=-1)).save_pretrained(folder)
+    return folder, set(words)
+
+
+def config(folder, **changes): return VLMConfig(**(dict(model=str(folder), max_new_tokens=10, drop_words=0, temperature=1.0, top_p=1.0) | changes))
+
+
+def test_a_vision_language_model_describes_reproducibly(tiny_vlm, pictures):
+    folder, words = tiny_vlm
+    first, again = VLMCaptioner(config(folder), "cpu"), VLMCaptioner(config(folder), "cpu")
+    captions = [first(pictures/f"{n}.png") for n in "ab"]
+    assert [again(pictures/f"{n}.png") for n in "ba"] == captions[::-1], "the order of the pictures doesn't matter"
+    assert captions[0] != captions[1] and all(c and set(c.split()) <= words for c in captions)
+    assert "ASSISTANT: <image>" not in captions[0] and PROMPT not in captions[0], "only the answer is kept"
+    assert VLMCaptioner(config(folder, seed=1), "cpu")(pictures/"a.png") != captions[0]
+
+
+def test_the_rule_and_the_budget_apply_to_the_models_answer(tiny_vlm, pictures):
+    whole = VLMCaptioner(config(tiny_vlm[0], sentences=99), "cpu")(pictures/"a.png").split()
+    assert 0 < len(whole) <= 10
+    assert VLMCaptioner(config(tiny_vlm[0], sentences=99, drop_words=3), "cpu")(pictures/"a.png").split() == whole[3:]
+
+
+def test_temperature_zero_is_greedy_and_independent_of_the_seed(tiny_vlm, pictures):
+    a, b = (VLMCaptioner(config(tiny_vlm[0], temperature=0.0, seed=s), "cpu")(pictures/"a.png") for s in (0, 1))
+    assert a == b
+
+
+def test_the_global_random_state_is_left_alone(tiny_vlm, pictures):
+    state = torch.random.get_rng_state()
+    VLMCaptioner(config(tiny_vlm[0]), "cpu")(pictures/"a.png")
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_model_that_is_not_there_or_not_for_conversations_is_one_line(tiny_vlm, pictures, tmp_path):
+    with pytest.raises(FoundIRError, match="no captions") as e: VLMCaptioner(config(tmp_path/"nothing"), "cpu")(pictures/"a.png")
+    assert "\n" not in str(e.value)
+    import shutil
+    mute = tmp_path/"mute"
+    shutil.copytree(tiny_vlm[0], mute)
+    for p in mute.glob("chat_template*"): p.unlink()
+    with pytest.raises(FoundIRError, match="chat template"): VLMCaptioner(config(mute), "cpu")(pictures/"a.png")
+
+
+class Counting:
+    def __init__(self, name="counting"): self.name, self.asked = name, []
+    def __call__(self, path): self.asked.append(str(path)); return f"{self.name} {len(self.asked)}"
+
+
+def test_the_cache_goes_by_content_and_captioner(pictures):
+    asked = Counting()
+    cached = CachedCaptioner(asked, pictures/"cache")
+    assert cached.name == "counting" and [cached(pictures/"a.png") for _ in range(3)] == ["counting 1"] * 3 and len(asked.asked) == 1
+    (pictures/"renamed.png").write_bytes((pictures/"a.png").read_bytes())
+    assert cached(pictures/"renamed.png") == "counting 1" and cached(pictures/"b.png") == "counting 2"
+    assert CachedCaptioner(Counting("other"), pictures/"cache")(pictures/"a.png") == "other 1"
+    save_image(torch.zeros(3, 9, 9), pictures/"a.png")
+    assert cached(pictures/"a.png") == "counting 3", "a changed picture is described again"
+
+
+def test_a_damaged_cache_file_is_named_and_a_failure_leaves_none(pictures):
+    cached = CachedCaptioner(Counting(), pictures/"cache")
+    cached(pictures/"a.png")
+    (kept,) = (pictures/"cache").iterdir()
+    assert json.loads(kept.read_text())["caption"] == "counting 1"
+    kept.write_text("{")
+    with pytest.raises(FoundIRError, match=kept.name): cached(pictures/"a.png")
+    def fails(path): raise FoundIRError("no")
+    fails.name = "fails"
+    with pytest.raises(FoundIRError): CachedCaptioner(fails, pictures/"empty")(pictures/"a.png")
+    assert not (pictures/"empty").exists()
+
+
+def test_names_of_models_with_other_settings_differ(tiny_vlm):
+    names = {VLMCaptioner(config(tiny_vlm[0], **c), "cpu").name for c in ({}, {"prompt": "what is it"}, {"seed": 3}, {"temperature": 0.5})}
+    assert len(names) == 4
+
+
+def test_captioners_by_name(tmp_path):
+    assert isinstance(make_captioner("none", tmp_path), NoCaption) and make_captioner("sidecar:.cap", tmp_path).suffix == ".cap"
+    vlm = make_captioner("vlm:some/model", tmp_path)
+    assert isinstance(vlm, CachedCaptioner) and vlm.captioner.config.model == "some/model", "made without loading anything"
+    for wrong in ("", "clip", "vlm:", "none:x", None):
+        with pytest.raises(FoundIRError): make_captioner(wrong, tmp_path)
