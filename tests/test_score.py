@@ -1,0 +1,83 @@
+"Scores of two measurements differ in the weights and in nothing else."
+import pytest, torch
+
+from foundir_v2 import score as sc
+from foundir_v2.base import TINY_UNET, build_foundir_unet, encode_prompts, new_base
+from foundir_v2.core import FoundIRError, generator, save_image
+from foundir_v2.index import build_manifest
+from foundir_v2.vae import PatchAutoencoderKL
+
+TASKS = {"denoise": ["gaussian_noise", "jpeg"], "sr": ["sr_x2"]}
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for split in ("train", "reference"):
+        for i in range(2): save_image(torch.nn.functional.interpolate(torch.rand(1, 3, 9, 9, generator=generator(split, i)), size=(80, 80), mode="bicubic")[0].clamp(0, 1), folder / f"{split}/{split}{i}.png")
+    manifest = build_manifest(folder, root=folder)
+    return lambda **k: sc.reference_set(manifest, TASKS, **(dict(per_task=3, size=64, seed=0, root=folder) | k))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    base = new_base(PatchAutoencoderKL(channels=48, hidden=8, encoder_blocks=1, decoder_blocks=1), dict(TINY_UNET, block_out_channels=(32, 32, 48), attention_head_dim=(2, 2, 2)))
+    unet = build_foundir_unet(base, lq_norm_groups=0, moe_layers=1, moe_heads=4)
+    torch.nn.init.normal_(unet.moe_projection.weight, std=.3); torch.nn.init.normal_(unet.lq_embedding.conv_out.weight, std=.3)
+    return lambda x, seeds, steps=1: sc.restore_batch(unet, base.vae, base.noise_scheduler, encode_prompts(base, [""]), x, seeds, steps)
+
+
+def test_reference_set_is_fixed_and_balanced(items):
+    a, b, c = items(), items(), items(seed=1)
+    assert {t: len(v) for t, v in a.items()} == {"denoise": 3, "sr": 3}
+    for t in a: assert all(torch.equal(x.lq, y.lq) and torch.equal(x.gt, y.gt) and x.seed == y.seed for x, y in zip(a[t], b[t]))
+    assert any(not torch.equal(x.lq, y.lq) for x, y in zip(a["denoise"], c["denoise"]))
+    assert all(x.input.shape == x.gt.shape == (3, 64, 64) for v in a.values() for x in v)
+    assert len({x.seed for x in a["denoise"]}) == 3
+    with pytest.raises(FoundIRError, match="denoise"): items(per_task=1)
+
+
+def test_psnr_is_that_of_pyiqa():
+    from foundir_v2.iqa import score
+    for s in (0., .02, .3):
+        gt = torch.rand(3, 48, 48, generator=generator(1)); x = (gt + s * torch.randn(gt.shape, generator=generator(2))).clamp(0, 1)
+        assert sc.psnr(x, gt) == pytest.approx(score("psnr", x, gt), abs=1e-3)
+
+
+def test_lower_is_better_metrics_are_negated():
+    gt = torch.rand(3, 64, 64, generator=generator(3))
+    assert sc.item_score(gt.flip(2), gt, "piqe") < 0
+    with pytest.raises(FoundIRError, match="beauty"): sc.item_score(gt, gt, "beauty")
+
+
+def test_scores_do_not_depend_on_batches_or_ranks(items, model):
+    sets, metrics = items(), {"denoise": "psnr", "sr": "psnr"}
+    whole = sc.score_items(model, sets, metrics)
+    assert sc.score_items(model, sets, metrics, batch_size=2) == pytest.approx(whole, abs=1e-3)
+    values = []
+    for rank in (0, 1): sc.score_items(model, sets, metrics, rank=rank, world_size=2, gather=lambda part: values.extend(part) or part)
+    assert sc.score_items(model, {t: [] or v for t, v in sets.items()}, metrics, rank=0, world_size=2, gather=lambda _: values) == pytest.approx(whole, abs=1e-3)
+
+
+def test_score_is_the_mean_of_its_items(items):
+    sets = items()
+    scores = sc.score_items(lambda x, seeds: x, sets, {"denoise": "psnr", "sr": "psnr"})
+    for t, v in sets.items(): assert scores[t] == pytest.approx(sum(sc.psnr(i.input, i.gt) for i in v) / len(v), abs=1e-4)
+    perfect = sc.score_items(lambda x, seeds: torch.stack([next(i.gt for v in sets.values() for i in v if i.seed == s) for s in seeds]), sets, {"denoise": "psnr", "sr": "psnr"})
+    assert perfect == pytest.approx({"denoise": 80, "sr": 80}, abs=.1)
+
+
+def test_restoration_depends_on_picture_and_seed_only(items, model):
+    x = torch.stack([i.input for i in items()["denoise"]])
+    a = model(x, [1, 2, 3])
+    assert a.shape == x.shape and a.min() >= 0 and a.max() <= 1
+    assert torch.allclose(model(x[1:2], [2]), a[1:2], atol=1e-4)
+    assert not torch.allclose(model(x[1:2], [9]), a[1:2], atol=1e-3)
+    assert not torch.allclose(model(x.flip(0), [1, 2, 3]), a, atol=1e-3)
+    assert not torch.allclose(model(x, [1, 2, 3], 3), a, atol=1e-3)
+
+
+def test_missing_metric_or_items_are_refused(items):
+    with pytest.raises(FoundIRError, match="sr has no score metric"): sc.score_items(lambda x, s: x, items(), {"denoise": "psnr"})
+    with pytest.raises(FoundIRError, match="denoise has no reference items"): sc.score_items(lambda x, s: x, {"denoise": []}, {"denoise": "psnr"})

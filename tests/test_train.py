@@ -1,0 +1,261 @@
+"Training: the loss follows the noise schedule, the mixture follows the scores, and nothing that happens to the process changes the result."
+import csv, json, os, signal, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest, torch
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file
+
+from foundir_v2 import train as tr
+from foundir_v2.base import TINY_UNET, load_base, new_base, save_base
+from foundir_v2.checkpoint import Checkpoints, only_writer
+from foundir_v2.core import FoundIRError, generator, save_image
+from foundir_v2.index import build_manifest, save_manifest
+from foundir_v2.vae import PatchAutoencoderKL
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = {"denoise": ["gaussian_noise"], "lowlight": ["low_light"], "sr": ["sr_x2"]}
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    "A data set of noise-like pictures, its manifest, and a very small base model."
+    folder = tmp_path_factory.mktemp("bench")
+    for split, n in dict(train=3, reference=2).items():
+        for i in range(n):
+            coarse = torch.rand(1, 3, 12, 12, generator=generator(split, i))
+            save_image(torch.nn.functional.interpolate(coarse, size=(96, 96), mode="bicubic")[0].clamp(0, 1), folder / f"photos/{split}/{split}{i}.png")
+    save_manifest(build_manifest(folder / "photos", root=folder), folder / "manifest.parquet")
+    torch.manual_seed(0)
+    unet = dict(TINY_UNET, block_out_channels=(32, 32, 48), attention_head_dim=(2, 2, 2))
+    save_base(new_base(PatchAutoencoderKL(channels=48, hidden=8, encoder_blocks=1, decoder_blocks=1), unet), folder / "base")
+    return folder
+
+
+def config(bench, out, **changes):
+    values = dict(stage=1, steps=6, tasks=TASKS, score={t: "psnr" for t in TASKS}, alpha=.5, score_scale="raw", reference_per_task=2, reference_size=32, reference_steps=1,
+                  base=str(bench / "base"), lq_norm_groups=0, moe_layers=1, moe_heads=4, crop=32, batch_size=4, terminal_fraction=.5, noise_offset=0., ema_decay=.9,
+                  mixed_precision="no", num_workers=0, checkpoint_every=2, warmup_steps=2, learning_rate=2e-3, manifest=str(bench / "manifest.parquet"), root=str(bench),
+                  checkpoints=str(out / "runs"), output=str(out / "out"))
+    return tr.TrainConfig(**(values | changes))
+
+
+def weights(folder): return load_file(next(Path(folder).glob("unet/*.safetensors")))
+
+
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Killed(Exception): pass
+
+
+def die_after(monkeypatch, step):
+    "The process dies right after the checkpoint of `step`."
+    class Dying(Checkpoints):
+        def save(self, accelerator, k):
+            super().save(accelerator, k)
+            if k == step: raise Killed
+    monkeypatch.setattr(tr, "Checkpoints", Dying)
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_target_recovers_the_picture(kind):
+    ns = DDPMScheduler(prediction_type=kind, clip_sample=False)
+    z, eps, t = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.tensor([10, 700])
+    y, noisy = tr.prediction_target(ns, z, eps, t), ns.add_noise(z, eps, t)
+    for i in range(2): torch.testing.assert_close(ns.step(y[i:i + 1], int(t[i]), noisy[i:i + 1]).pred_original_sample, z[i:i + 1], atol=1e-3, rtol=1e-3)
+
+
+def test_unknown_prediction_type_is_refused():
+    ns = DDPMScheduler(); ns.register_to_config(prediction_type="score")
+    with pytest.raises(FoundIRError, match="epsilon, v_prediction or sample"): tr.prediction_target(ns, *[torch.zeros(1, 1, 1, 1)] * 2, torch.tensor([0]))
+
+
+def test_noise_is_a_function_of_the_sample():
+    args = ((4, 8, 8), 1000, .5, .1, .2)
+    noise, t, dropped = tr.draw_noise([5, 6, 7], *args)
+    for i, seed in enumerate([5, 6, 7]):
+        n1, t1, d1 = tr.draw_noise([seed], *args)
+        assert torch.equal(n1[0], noise[i]) and t1[0] == t[i] and d1 == [dropped[i]]
+    offset = tr.draw_noise(range(300), (4, 8, 8), 1000, noise_offset=1.)[0].mean((2, 3))
+    assert .9 < offset.std() < 1.1      # a constant per channel is there
+    assert tr.draw_noise(range(50), (1, 2, 2), 1000, terminal_fraction=1.)[1].eq(999).all()
+    assert not any(tr.draw_noise(range(50), (1, 2, 2), 1000)[2])
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(noise_offset=.02), "noise_offset"), (dict(batch_size=5, gradient_accumulation=2), "batch_size=5"), (dict(init="nowhere"), "nowhere"),
+    (dict(base="nobody"), "nobody"), (dict(score={"denoise": "psnr"}), "lowlight, sr"), (dict(tasks={"denoise": ["sharpness"]}), "sharpness"), (dict(steps=0), "steps=0"),
+    (dict(update_every=2, score=dict.fromkeys(TASKS, "beauty")), "beauty"), (dict(update_every=2, reference_per_task=0), "reference_per_task"),
+    (dict(manifest="gone.parquet"), "gone.parquet"), (dict(lq_encoder_learning_rate=1e-3), "stage 1")])
+def test_bad_configurations_are_refused_in_one_line(bench, tmp_path, changes, words):
+    with pytest.raises((FoundIRError, FileNotFoundError), match=words) as e: tr.train(config(bench, tmp_path, **changes))
+    assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
+
+
+def test_stage_two_refuses_weights_of_another_model(bench, tmp_path):
+    tr.train(config(bench, tmp_path, steps=1, output=str(tmp_path / "one")))
+    with pytest.raises(FoundIRError, match="moe_heads is 4"): tr.train(config(bench, tmp_path, stage=2, init=str(tmp_path / "one"), moe_heads=2))
+
+
+# --- two stages -------------------------------------------------------------------------------------------------------------------------------
+
+def test_stages_train_their_parameters_with_their_rates(bench, tmp_path):
+    one = config(bench, tmp_path, steps=3, output=str(tmp_path / "one"))
+    start = tr.build_unet(one, load_base(one.base)).state_dict()
+    tr.train(one); first = weights(tmp_path / "one")
+    new = lambda k: k.startswith(("lq_embedding.", "moe_"))
+    assert all(torch.equal(start[k], first[k]) for k in first if not new(k))
+    assert sum(not torch.equal(start[k], first[k]) for k in first if new(k)) > 10
+    two = tr.train(config(bench, tmp_path, stage=2, steps=3, init=str(tmp_path / "one"), learning_rate=1e-3, lq_encoder_learning_rate=1e-4, warmup_steps=0))
+    assert two.steps[0]["lr"] == {"lq_encoder": 1e-4, "unet": 1e-3} and two.steps[-1]["lr"]["unet"] < 1e-3
+    second = weights(two.output)
+    assert sum(torch.equal(first[k], second[k]) for k in first) < len(first) / 10
+    assert sorted(p.name for p in two.output.iterdir()) == ["config.json", "log.jsonl", "mixture.csv", "unet"]
+    assert not list((tmp_path / "runs").glob("stage*-*/step*"))  # finished runs leave no checkpoints
+
+
+def test_learning_reduces_the_loss(bench, tmp_path):
+    losses = [r["loss"] for r in tr.train(config(bench, tmp_path, stage=2, steps=40, learning_rate=5e-3, terminal_fraction=1., batch_size=4, checkpoint_every=100)).steps]
+    assert sum(losses[-8:]) < .9 * sum(losses[:8])
+
+
+def test_gradient_accumulation_and_workers_change_nothing(bench, tmp_path):
+    plain = tr.train(config(bench, tmp_path, steps=3))
+    split = tr.train(config(bench, tmp_path, steps=3, gradient_accumulation=2, num_workers=1, output=str(tmp_path / "split")))
+    for a, b in zip(plain.steps, split.steps):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["samples"] == b["samples"]
+
+
+def test_ranks_share_one_stream_of_samples(bench, tmp_path):
+    c = config(bench, tmp_path, update_every=2)
+    seeds = lambda rank, world: [list(b["seed"]) for b in tr.Feed(c, rank, world).loader]
+    together, first, second = seeds(0, 1), seeds(0, 2), seeds(1, 2)
+    assert len(together) == 2 and [a + b for a, b in zip(first, second)] == together
+
+
+# --- data equilibrium scheduling in the loop --------------------------------------------------------------------------------------------------
+
+def test_mixture_changes_at_exactly_the_step_of_the_update(bench, tmp_path, monkeypatch):
+    scores = iter([dict.fromkeys(TASKS, 0.), {"denoise": 900., "lowlight": 900., "sr": -900.}])
+    monkeypatch.setattr(tr, "score_items", lambda *a, **k: next(scores))
+    result = tr.train(config(bench, tmp_path, steps=7, update_every=4, num_workers=1, checkpoint_every=100))
+    counts = [r["samples"] for r in result.steps]
+    assert all(c == {"denoise": 0, "lowlight": 0, "sr": 4} for c in counts[4:])        # steps 5, 6, 7
+    assert any(c["sr"] < 4 for c in counts[:4])
+    assert [r["step"] for r in result.log if r["kind"] == "mixture"] == [0, 4]
+
+
+def test_weights_in_the_csv_follow_from_its_scores(bench, tmp_path):
+    c = config(bench, tmp_path, stage=2, steps=10, update_every=2, floor=.1, max_step=10., score_scale="relative", learning_rate=1e-2)
+    result = tr.train(c)
+    rows = list(csv.DictReader(open(result.output / "mixture.csv")))
+    steps = sorted({int(r["step"]) for r in rows}); assert steps == [0, 2, 4, 6, 8, 10]
+    policy = tr.build_mixture(c)
+    for step in steps:
+        at = {r["task"]: r for r in rows if int(r["step"]) == step}
+        policy.update({t: float(r["score"]) for t, r in at.items()}, step)
+        assert policy.weights == {t: float(r["weight"]) for t, r in at.items()}
+    assert policy.weights != dict.fromkeys(TASKS, 1 / 3)
+
+
+def test_scores_come_from_the_averaged_weights(bench, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tr, "restore_batch", lambda unet, *a: seen.append({k: v.clone() for k, v in unet.state_dict().items()}) or a[3].clamp(0, 1))
+    result = tr.train(config(bench, tmp_path, steps=4, update_every=4, ema_decay=.9))
+    final = weights(result.output)
+    assert equal(final, {k: v for k, v in seen[-1].items()})   # what was scored last is what is delivered
+    assert not equal(seen[0], seen[-1])
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cut", [2, 4])  # 4: an update of the mixture and a checkpoint at one step
+def test_resumed_run_equals_the_straight_one(bench, tmp_path, monkeypatch, cut):
+    c = config(bench, tmp_path, stage=2, steps=7, update_every=4, dvclive=True, output=str(tmp_path / "straight"))
+    straight = tr.train(c)
+    with monkeypatch.context() as m:
+        die_after(m, cut)
+        with pytest.raises(Killed): tr.train(replace(c, output=str(tmp_path / "cut")))
+    log = next((tmp_path / "runs").glob("stage2-*/log.jsonl"))
+    log.write_text(log.read_text() + '{"kind": "step", "step": 99')   # half a line
+    resumed = tr.train(replace(c, output=str(tmp_path / "cut"), num_workers=1))
+    assert resumed.resumed_from == cut and resumed.log == straight.log
+    assert equal(weights(straight.output), weights(resumed.output))
+    for f in ("mixture.csv", "log.jsonl", "config.json"): assert (straight.output / f).read_bytes() == (resumed.output / f).read_bytes()
+    tsv = [(p / "dvclive/plots/metrics/loss.tsv").read_text().split("\n") for p in (straight.output, resumed.output)]
+    assert len(tsv[0]) == len(tsv[1]) == 7 + 2
+
+
+def test_kill_9_and_again(bench, tmp_path):
+    c = config(bench, tmp_path, stage=2, steps=400, update_every=0, checkpoint_every=3, seed=3)
+    file = tmp_path / "config.json"; file.write_text(json.dumps(dict(c.__dict__)))   # JSON is YAML
+    command = [sys.executable, "-m", "foundir_v2.train", "--config", str(file)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "runs").glob("stage2-*/step-*")) and time.monotonic() < deadline: time.sleep(.05)
+    refused = None
+    try:
+        with only_writer(tr.run_folder(c)): pass
+    except FoundIRError as e: refused = str(e)
+    process.send_signal(signal.SIGKILL); process.wait()
+    assert refused and f"process {process.pid}" in refused
+    steps = Checkpoints(tr.run_folder(c)).steps()
+    assert steps and not Path(c.output).exists()
+    short = replace(c, steps=400)
+    accelerator = tr.make_accelerator(short)
+    learner, feed = tr.Learner(short, accelerator), tr.Feed(short)
+    accelerator.register_for_checkpointing(learner.ema, feed)
+    assert Checkpoints(tr.run_folder(c)).restore(accelerator) == steps[-1] == feed.step  # the newest checkpoint is whole
+    assert learner.ema.optimization_step == feed.step and learner.lr_scheduler.scheduler.last_epoch == feed.step
+    log = tr.TrainLog(tr.run_folder(c) / "log.jsonl", feed.step); log.close()
+    assert [r["step"] for r in tr.read_log(log.path)] == list(range(1, feed.step + 1))
+
+
+# --- what training must not touch -------------------------------------------------------------------------------------------------------------
+
+AUDIT = """
+import sys, json
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+from foundir_v2 import train as tr
+values = json.load(open(sys.argv[1]))
+tr.train(tr.TrainConfig(**values))
+bad = [p for p in opened if "assets/tiny" in p.replace("\\\\", "/")]
+assert any("manifest.parquet" in p or p.endswith(".png") for p in opened), "the hook saw nothing"
+print(json.dumps(bad))
+"""
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_training_never_opens_the_shipped_restorer(bench, tmp_path, stage):
+    values = dict(config(bench, tmp_path, stage=stage, steps=1, update_every=1).__dict__)
+    if (ROOT / "foundir_v2/assets/base/vae").is_dir(): values |= dict(base="base", tasks=TASKS)
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    done = subprocess.run([sys.executable, "-c", AUDIT, str(tmp_path / "c.json")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+# --- command line and parameter file ----------------------------------------------------------------------------------------------------------
+
+def test_command_line_refuses_in_one_line(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("stage: 1\nsteps: 1\nlerning_rate: 1\n")
+    assert tr.main(["--config", str(tmp_path / "c.yaml")]) == 2
+    assert "lerning_rate" in capsys.readouterr().err
+    assert tr.main(["--config", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["params.yaml", "profiles/smoke.yaml", "profiles/sdxl.yaml"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_parameter_files_make_configurations(file, stage):
+    if not (ROOT / file).exists(): pytest.skip(f"no {file}")
+    c = tr.read_config(ROOT / file, stage)
+    assert c.stage == stage and set(c.score) >= set(c.task_table)
+    if stage == 2 and file == "params.yaml": assert c.steps // c.update_every >= 5  # updates of the mixture
