@@ -4,17 +4,17 @@
 
 # %% ../nbs/90_cli.ipynb #7ea7fbb3
 from __future__ import annotations
-import argparse, json, os, sys
+import argparse, json, logging, os, sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
 __all__ = ['READABLE', 'WRITABLE', 'COMMANDS', 'pictures_in', 'result_name', 'plan_files', 'check_outputs', 'check_writable',
-           'is_user_error', 'each_file', 'restore_file', 'run_restore', 'add_restore', 'run_degrade', 'add_degrade',
-           'run_data_fetch', 'add_data', 'limits_from', 'run_clean', 'add_clean', 'run_caption', 'add_caption',
-           'run_train', 'add_train', 'run_evaluate', 'add_evaluate', 'run_report', 'add_report', 'run_mixture_update',
-           'run_mixture_show', 'add_mixture', 'parser', 'main']
+           'is_user_error', 'each_file', 'restore_file', 'quiet_libraries', 'run_restore', 'add_restore', 'run_degrade',
+           'add_degrade', 'run_data_fetch', 'add_data', 'limits_from', 'run_clean', 'add_clean', 'run_caption',
+           'add_caption', 'run_train', 'add_train', 'run_evaluate', 'add_evaluate', 'run_report', 'add_report',
+           'run_mixture_update', 'run_mixture_show', 'add_mixture', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #b493f219
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")  # suffixes that are taken from a folder
@@ -118,6 +118,15 @@ def restore_file(
         alpha = torch.nn.functional.interpolate(alpha[None], restored.shape[1:], mode="bicubic", antialias=True)[0].clamp(0, 1)
     save_image(restored.float().cpu(), target, alpha=alpha)
 
+# %% ../nbs/90_cli.ipynb #ae46e9d2
+def quiet_libraries() -> None:
+    "Only errors from diffusers, transformers and what they import."
+    for name in ("bitsandbytes", "torch.distributed", "diffusers", "transformers"): logging.getLogger(name).setLevel(logging.ERROR)
+    import diffusers.utils.logging, transformers.utils.logging
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
 # %% ../nbs/90_cli.ipynb #00e7e713
 def run_restore(args: argparse.Namespace) -> int:
     "`foundir-v2 restore`"
@@ -126,6 +135,7 @@ def run_restore(args: argparse.Namespace) -> int:
     if len(pairs) == 1:  # a bad picture should be reported before the model is loaded
         from foundir_v2.core import load_image
         load_image(pairs[0][0], **({} if args.max_pixels is None else dict(max_pixels=args.max_pixels)))
+    quiet_libraries()
     from foundir_v2.pipeline import load_pipeline
     pipe = load_pipeline(args.model, device=args.device, dtype=args.dtype)
     pipe.set_progress_bar_config(disable=len(pairs) > 1)
@@ -261,9 +271,10 @@ def add_caption(sub: Any) -> None:
     p.add_argument("--skip-existing", action="store_true", help="leave captions that are there")
     p.set_defaults(run=run_caption)
 
-# %% ../nbs/90_cli.ipynb #ae46e9d2
+# %% ../nbs/90_cli.ipynb #d30ee8fd
 def run_train(args: argparse.Namespace) -> int:
     "`foundir-v2 train`"
+    quiet_libraries()
     from foundir_v2.train import read_config, train
     result = train(read_config(args.config, args.stage, args.set))
     print(f"{result.output}: {len(result.steps)} steps, last loss {result.steps[-1]['loss']:.4f}")
@@ -276,9 +287,10 @@ def add_train(sub: Any) -> None:
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace or add fields, for instance steps=10 output=artifacts/try")
     p.set_defaults(run=run_train)
 
-# %% ../nbs/90_cli.ipynb #d30ee8fd
+# %% ../nbs/90_cli.ipynb #f1ad19ad
 def run_evaluate(args: argparse.Namespace) -> int:
     "`foundir-v2 evaluate`"
+    quiet_libraries()
     from foundir_v2.core import atomic_write
     from foundir_v2.data import reference_items
     from foundir_v2.evaluate import compare, summary

@@ -223,3 +223,10 @@ def test_report_prints_the_metrics(tmp_path, capsys, monkeypatch):
     assert run('report', 'm.json') == 0
     out = capsys.readouterr().out
     assert '26.25' in out and 'deblur' in out and 'reports/report.ipynb' in out
+
+
+@pytest.mark.parametrize('size', [(64, 48), (1, 1), (17, 130)])
+def test_restore_with_real_weights(tmp_path, size):
+    src = picture(tmp_path / 'a.png', size)
+    assert run('restore', src, tmp_path / 'b.png', '--model', 'base', '--steps', 1, '--device', 'cpu') == 0
+    assert Image.open(tmp_path / 'b.png').size == size
