@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['COLOR_FIXES', 'adain', 'low_pass', 'wavelet_fix', 'fix_color']
 
-# %% ../nbs/52_color.ipynb #2edbc57a
+# %% ../nbs/52_color.ipynb #22d21f41
 from collections.abc import Callable, Mapping
 
-# %% ../nbs/52_color.ipynb #22d21f41
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/52_color.ipynb #6de875d7
 from .core import FoundIRError
 
 # %% ../nbs/52_color.ipynb #ae5f3be0

@@ -9,7 +9,7 @@ __all__ = ['STARTS', 'OUTPUT_TYPES', 'ZERO_SNR', 'as_images', 'pad_to_multiple',
            'resolve_settings', 'FoundIRv2Pipeline', 'restore_requests', 'finish', 'Recipe', 'read_recipe',
            'save_restorer', 'load_pipeline']
 
-# %% ../nbs/54_pipeline.ipynb #b777f00f
+# %% ../nbs/54_pipeline.ipynb #d0842344
 import functools, inspect, json, logging, math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/54_pipeline.ipynb #f23e6650
 import numpy as np, torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin, TextualInversionLoaderMixin
@@ -29,7 +28,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-# %% ../nbs/54_pipeline.ipynb #55255d49
 from .base import ASSETS, Base, build_foundir_unet, load_base, micro_conditioning, resolve_model
 from .color import COLOR_FIXES, fix_color
 from .core import FoundIRError, atomic_write, from_pil, load_image, pick_device, pick_dtype, to_pil
@@ -98,8 +96,8 @@ class Settings:
     color_fix: str  # of `COLOR_FIXES`
     tile_size: int  # pixels; 0: no tiles
     tile_overlap: float  # fraction of a tile
-    batch_size: int  # tiles or pictures per U-Net call
-    output_type: str  # of `OUTPUT_TYPES`
+    batch_size: int = 1  # tiles or pictures per U-Net call
+    output_type: str = "pil"  # of `OUTPUT_TYPES`
 
     def __post_init__(self):
         for name, choices in dict(start=STARTS, color_fix=COLOR_FIXES, output_type=OUTPUT_TYPES).items():
@@ -250,7 +248,7 @@ def decode_latents(
     with _safe_precision(vae) as dtype: x = _offloadable(vae, "decode", (latents / vae.config.scaling_factor).to(dtype)).sample
     return (x.float() / 2 + 0.5).clamp(0, 1)
 
-# %% ../nbs/54_pipeline.ipynb #9134bcbb
+# %% ../nbs/54_pipeline.ipynb #b4793f44
 @dataclass(frozen=True)
 class Request:
     "One picture to restore."
@@ -262,7 +260,6 @@ class Request:
     noise: Tensor  # (1, C, h, w) float32, on the device
     generator: torch.Generator | None
 
-# %% ../nbs/54_pipeline.ipynb #b4793f44
 def make_request(
     pipe: DiffusionPipeline,
     image: Tensor,  # (3, H, W) in [0, 1]

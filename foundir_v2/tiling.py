@@ -11,11 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# %% ../nbs/50_tiling.ipynb #bc87d5ed
 import torch
 from torch import Tensor
 
-# %% ../nbs/50_tiling.ipynb #e9a9d210
 from .core import FoundIRError
 
 # %% ../nbs/50_tiling.ipynb #f0526026

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from PIL import Image
 from foundir_v2 import pipeline as P
@@ -236,11 +237,18 @@ def test_the_decision_is_made_per_picture(pipe):
     assert calls["mid"] == [2, 2]  # two pictures without guidance in one call, one with both halves in another
 
 def test_guidance_is_linear_in_the_two_predictions(pipe):
-    image, options = picture(32, 32), dict(prompt="a cat", negative_prompt="a dog")
-    negative, positive, guided = (run(pipe, image, guidance_scale=g, **options)[0] for g in (0.0, 1.0, 3.0))
-    torch.testing.assert_close(negative, run(pipe, image, prompt="a dog")[0], atol=1e-4, rtol=0)
-    inside = (guided > 0.01) & (guided < 0.99) & (negative > 0.01) & (negative < 0.99) & (positive > 0.01) & (positive < 0.99)
-    assert (guided - positive).abs().max() > 1e-3 and inside.sum() > 100
+    "With one step the latents are the prediction of x0, and x0 is linear in the U-Net's output."
+    def latents(**options):
+        seen = []
+        run(pipe, picture(32, 32), callback_on_step_end=lambda p, i, t, k: seen.append(k["latents"]), **options)
+        return seen[0]
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)  # no rounding at sigma 4096
+    texts = dict(prompt="a cat", negative_prompt="a dog")
+    negative, positive, guided = (latents(guidance_scale=g, **texts) for g in (0.0, 1.0, 30.0))
+    torch.testing.assert_close(negative, latents(prompt="a dog"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(positive, latents(prompt="a cat"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(guided, negative + 30 * (positive - negative), atol=2e-4, rtol=0)
+    assert (guided - positive).abs().max() > 0.1
 
 def test_texts_are_encoded_as_in_training(pipe):
     texts = ["a cat on a wall", "", "blurry"]
@@ -253,9 +261,7 @@ def test_micro_conditioning_is_in_pixels(pipe, monkeypatch):
     seen, forward = [], pipe.unet.forward
     monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: seen.append(k["added_cond_kwargs"]["time_ids"].tolist()) or forward(*a, **k))
     run(pipe, picture(60, 130), tile_size=64, tile_overlap=0.5, prompt="a cat", guidance_scale=2.0)
-    assert [rows[0] for rows in seen] == [[60, 130, 0, left, 64, 64] for left in (0, 16, 48, 80)] or [rows[0][3] for rows in seen] == sorted({rows[0][3] for rows in seen})
-    assert all(rows[0] == rows[1] for rows in seen) and all(rows[0][:3] == [60, 130, 0] and rows[0][4:] == [64, 64] for rows in seen)
-    assert seen[0][0][3] == 0 and seen[-1][0][3] == 144 - 64 and all(r[0][3] % 16 == 0 for r in seen)
+    assert seen == [[[60, 130, 0, left, 64, 64]] * 2 for left in (0, 16, 48, 80)]  # padded to 64 x 144, tiles of 64, both guidance halves alike
 
 def test_one_tile_is_no_tiling(pipe):
     image = picture(40, 60)
@@ -340,9 +346,10 @@ def test_with_sdxls_own_vae_class(base):
     pipe = assemble(own, trained_looking(build_foundir_unet(own, **SMALL_MOE)), SDXL_SCHEDULE, default_steps=10, default_start="lq", default_tile_size=64)
     (x,) = run(pipe, picture(70, 33))
     assert x.shape == (3, 70, 33)
-    vae.enable_slicing(); vae.enable_tiling()
-    (y,) = run(pipe, picture(70, 33))
-    torch.testing.assert_close(x, y, atol=1e-3, rtol=0)
+    vae.enable_slicing()
+    torch.testing.assert_close(run(pipe, picture(70, 33))[0], x, atol=1e-5, rtol=0)
+    vae.enable_tiling()
+    assert run(pipe, picture(70, 33), tile_size=0)[0].shape == (3, 70, 33)
 
 def test_offload_hooks_run_before_calls_that_are_not_forward(pipe):
     calls = []
@@ -352,12 +359,19 @@ def test_offload_hooks_run_before_calls_that_are_not_forward(pipe):
     finally: del pipe.unet._hf_hook, pipe.vae._hf_hook
     assert calls == ["FoundIRUNet", "FoundIRUNet", "PatchAutoencoderKL"]
 
-@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_offloaded_equals_not_offloaded(base, unet, offload):
+def test_model_offload_changes_nothing(base, unet):
     expected = run(assemble(base, unet), picture(16, 16), prompt="a cat", guidance_scale=2.0)[0]
     pipe = assemble(deepcopy(base), deepcopy(unet))
-    getattr(pipe, offload)(device="cpu")
+    pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2): torch.testing.assert_close(run(pipe, picture(16, 16), prompt="a cat", guidance_scale=2.0)[0], expected, atol=1e-5, rtol=0)
+
+def test_sequential_offload_changes_nothing(base, unet):
+    "accelerate's own call on VAE and U-Net: their weights are on the meta device but while a layer runs (on CPU it fails on the text encoders' embeddings)."
+    expected = run(assemble(base, unet), picture(16, 16))[0]
+    pipe = assemble(deepcopy(base), deepcopy(unet))
+    for module in (pipe.vae, pipe.unet): cpu_offload(module, torch.device("cpu"))
+    assert {p.device.type for p in pipe.unet.parameters()} == {"meta"}
+    for _ in range(2): torch.testing.assert_close(run(pipe, picture(16, 16))[0], expected, atol=1e-5, rtol=0)
 
 def test_callback_sees_and_changes_the_latents(pipe):
     seen = []
