@@ -1,0 +1,69 @@
+"The mixture library on files."
+import json
+import numpy as np, pytest
+from foundir_v2.core import FoundIRError
+from foundir_v2.mixlaw import spread_mixtures
+from foundir_v2.mixsim import Curves, experience, save_curves, score_of
+from foundir_v2.mixtools import fit_file, load_law, parse_policy, plot_file, recommend_file, replay_file, simulate_file, write_rows
+from foundir_v2.mixture import DataEquilibrium, FixedMixture, ReplayMixture, mixture_rows, write_mixture
+
+TASKS = ("a", "b", "c")
+CURVES = Curves(TASKS, (28.0,) * 3, (10.0,) * 3, (500.0, 2000.0, 8000.0), (0.6,) * 3, (0.0,) * 3, ((1.0, 0.1, 0.1), (0.1, 1.0, 0.1), (0.1, 0.1, 1.0)), (3.0,) * 3, (0.3,) * 3)
+
+@pytest.fixture
+def log(tmp_path):
+    policy, done, rows = DataEquilibrium(TASKS, 0.5, floor=0.05), np.zeros(3), []
+    for step in range(0, 1001, 100):
+        scores = dict(zip(TASKS, score_of(CURVES, done).tolist()))
+        rows += mixture_rows(step, policy.update(scores, step), scores)
+        done = experience(CURVES, done, np.array(list(policy.weights.values())), 1600)
+    write_mixture(rows, tmp_path / "mixture.csv")
+    return tmp_path / "mixture.csv"
+
+def test_policies_from_text():
+    assert isinstance(parse_policy("fixed", TASKS), FixedMixture)
+    policy = parse_policy('des:alpha=0.3,targets={"a": 1, "b": 2, "c": 3},gap=0.1,min_step=null', TASKS)
+    assert policy.options["targets"] == {"a": 1, "b": 2, "c": 3} and policy.options["gap"] == 0.1 and policy.options["min_step"] is None
+    for bad in ("dse", "des", "des:alpha", "des:alpha=", "des:alpha=0.1,floor", "des:alpha=0", 'fixed:weights={"x": 1}', "sequential:boundaries=[5]"):
+        with pytest.raises(FoundIRError): parse_policy(bad, TASKS)
+
+def test_simulate(tmp_path, log):
+    save_curves(CURVES, tmp_path / "curves.json")
+    rows = simulate_file(tmp_path / "curves.json", tmp_path / "out" / "regret.csv", ("fixed", "des:alpha=1.0"), seeds=2, kind="worst")
+    assert [r["policy"] for r in rows] == ["des:alpha=1.0", "fixed"] and (tmp_path / "out" / "regret.csv").read_text().startswith("policy,runs,regret,error\ndes:alpha=1.0,2,")
+    fitted = simulate_file(log, policies=("fixed",), seeds=2, samples_per_step=16, curves_output=tmp_path / "fitted.json")
+    assert fitted == simulate_file(tmp_path / "fitted.json", policies=("fixed",), seeds=2)
+    for bad in (dict(kind="median"), dict(policies=("dse",)), dict(seeds=0)):
+        with pytest.raises(FoundIRError): simulate_file(tmp_path / "curves.json", **bad)
+    with pytest.raises(FoundIRError, match="samples per training step"): simulate_file(log)
+    with pytest.raises(FileNotFoundError): simulate_file(tmp_path / "none.json")
+
+def test_fit_and_recommend(tmp_path):
+    plan = spread_mixtures(TASKS, 16)
+    rows = [{"run": i, "task": t, "weight": w[t], "score": s} for i, w in enumerate(plan) for t, s in zip(TASKS, score_of(CURVES, experience(CURVES, np.zeros(3), np.array(list(w.values())), 20_000)))]
+    write_rows(rows, tmp_path / "runs.csv")
+    law, back = fit_file(tmp_path / "runs.csv", tmp_path / "law.json"), load_law(tmp_path / "law.json")
+    assert back.tasks == law.tasks and np.array_equal(back.covariance, law.covariance)
+    best = recommend_file(tmp_path / "law.json", tmp_path / "best.csv", "worst", floor=0.1)
+    assert min(r["weight"] for r in best) > 0.1 - 1e-9 and ReplayMixture(tmp_path / "best.csv").weights["c"] == pytest.approx(max(r["weight"] for r in best))
+    with pytest.raises(FoundIRError, match="choices"): recommend_file(tmp_path / "law.json", objective="median")
+
+@pytest.mark.parametrize("text, says", [("", "no rows"), ("run,task,weight\n1,a,1\n", "column score"), ("run,task,weight,score\n1,a,x,2\n", "line 2"), ("run,task,weight,score\n1,a,1,2\n1,a,1,2\n", "two rows"), ("run,task,weight,score\n1,a,1,2\n", "at least 4")])
+def test_bad_tables_of_runs(tmp_path, text, says):
+    (tmp_path / "runs.csv").write_text(text)
+    with pytest.raises(FoundIRError, match=says): fit_file(tmp_path / "runs.csv", tmp_path / "law.json")
+    assert not (tmp_path / "law.json").exists()
+
+def test_bad_laws(tmp_path):
+    for text in ("{", "{}", "[]", json.dumps({"tasks": ["a"], "names": ["a"], "c": "x"})):
+        (tmp_path / "law.json").write_text(text)
+        with pytest.raises(FoundIRError, match="no mixing law"): recommend_file(tmp_path / "law.json")
+
+def test_plot_and_replay(tmp_path, log):
+    plot_file(log, tmp_path / "m.png")
+    assert (tmp_path / "m.png").read_bytes()[:4] == b"\x89PNG"
+    rows = replay_file(log, tmp_path / "schedule.csv", stretch=150)
+    assert ReplayMixture(tmp_path / "schedule.csv").at(150_000) == ReplayMixture(log).at(1000) and rows[0]["step"] == 0
+    (tmp_path / "bad.csv").write_text("step,task,weight\n0,a,0.5\n")
+    with pytest.raises(FoundIRError, match="bad.csv.*sum to 0.5"): replay_file(tmp_path / "bad.csv", tmp_path / "none.csv")
+    assert not (tmp_path / "none.csv").exists()
