@@ -192,8 +192,9 @@ def clean(
     for row in index.itertuples():
         measures, verdict, reason = {}, row.verdict, row.reason
         if verdict != REJECTED:
-            image = centre(load_image(Path(root)/row.path), window)
-            measures = {k: v for j in judges for k, v in j(image).items()}
+            image = load_image(Path(root)/row.path)
+            measures = {k: v for j in judges for k, v in j(centre(image, window)).items()}
+            if "short_side" in measures: measures["short_side"] = float(min(image.shape[-2:])) # of the picture, not of the window
             verdict, reason = judge(measures, thresholds)
             verdict, reason = (manual or {}).get(row.photo, (verdict, reason))
         rows.append({"verdict": verdict, "reason": reason, **measures})

@@ -118,6 +118,14 @@ def test_cleaning_keeps_rows_and_columns_and_does_not_change_its_input(index, tm
     assert (table.verdict[:-1] == ACCEPTED).all(), "no thresholds, no objections"
 
 
+def test_a_window_limits_what_is_measured_but_not_the_size(index, tmp_path):
+    judges = [Statistics()]
+    table = clean(index[:1], judges, make_thresholds({"short_side": [255, 127]}, judges), tmp_path, window=64)
+    assert table.short_side[0] == 256 and table.verdict[0] == ACCEPTED
+    from foundir_v2.core import load_image
+    assert table.detail[0] == pytest.approx(detail(centre(load_image(tmp_path/"good.png"), 64)))
+
+
 def test_a_human_overrules_in_both_directions_and_a_broken_file_stays_out(index, tmp_path):
     path = tmp_path/"manual.csv"
     path.write_text("photo,verdict,reason\ngood,rejected,watermark\nblurred,accepted,meant to be soft\nbroken,accepted,I like it\n")

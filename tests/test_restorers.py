@@ -142,3 +142,42 @@ def test_two_items_with_one_name_are_refused_before_anything_is_written(tmp_path
 def test_unknown_names_are_refused_with_the_choices(spec):
     with pytest.raises(FoundIRError) as e: make_restorer(spec)
     assert "\n" not in str(e.value) and ("choose" in str(e.value) or "expected" in str(e.value))
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    "The shipped base model with new, untrained conditioning: the real pipeline."
+    return make_restorer("pipeline:base", {"num_inference_steps": 1, "guidance_scale": 1.0, "start": "noise"})
+
+
+def test_the_real_pipeline_behind_the_interface(untrained):
+    x = rand(40, 33)
+    a, b, c = (untrained(x, subtask="haze", seed=s) for s in (1, 1, 2))
+    assert a.shape == x.shape and a.min() >= 0 and a.max() <= 1 and a.dtype == torch.float32
+    assert torch.equal(a, b) and not torch.equal(a, c), "the seed decides, and nothing else"
+    assert untrained(rand(16, 20), subtask="sr_x2", seed=1).shape == (3, 32, 40)
+
+
+def test_the_output_of_a_training_stage_is_a_restorer(untrained, tmp_path):
+    import json
+    untrained.pipe.unet.save_pretrained(tmp_path/"unet")
+    with pytest.raises(FoundIRError, match="train_stage2"): make_restorer(f"trained:{tmp_path}")
+    (tmp_path/"config.json").write_text(json.dumps({"base": "base"}))
+    again = make_restorer(f"trained:{tmp_path}", {"num_inference_steps": 1, "guidance_scale": 1.0, "start": "noise"})
+    assert torch.equal(again(rand(), seed=3), untrained(rand(), seed=3))
+
+
+def test_the_bound_of_the_shipped_base_model():
+    from foundir_v2.core import load_image, repo_root
+    from foundir_v2.iqa import score
+    photo = load_image(repo_root()/"data/photos/astronaut.png")[:, 100:196, 200:296]
+    assert score("psnr", make_restorer("vae:base")(photo), photo) > 30
+
+
+def test_systems_of_a_comparison_from_params():
+    from foundir_v2.restorers import make_restorers
+    made = make_restorers({"input": "bicubic", "sharp": {"restorer": "unsharp"}})
+    assert list(made) == ["input", "sharp"] and isinstance(made["input"], Bicubic) and isinstance(made["sharp"], Unsharp)
+    for wrong, words in [({"a": {}}, "restorer"), ({"a": "bicubik"}, "system 'a'"), ({"a": {"restorer": "bicubic", "start": "lq"}}, "options"),
+                         ({"a": {"restorer": "pipeline:base", "steps": 1}}, "num_inference_steps")]:
+        with pytest.raises(FoundIRError, match=words): make_restorers(wrong)
