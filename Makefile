@@ -21,6 +21,7 @@ repro: venv ## fetch the photographs, run every stage that is out of date, show 
 
 test: venv ## export check, notebook tests, pytest, and the whole pipeline at smoke size
 	@$(MAKE) --no-print-directory check-export
+	python -m foundir_v2.cli data fetch
 	@$(MAKE) --no-print-directory test-notebooks
 	python -m pytest
 	@$(MAKE) --no-print-directory smoke
