@@ -52,9 +52,10 @@ def _with_parent_signature(init: Callable) -> Callable:
     init.__signature__ = inspect.Signature(own[:1] + parent + own[1:])
     return init
 
-# %% ../nbs/44_unet.ipynb #74a327f4
+# %% ../nbs/44_unet.ipynb #ee1e1854
 OWN_MODULES = ("lq_features", "lq_embedding", "moe_scheduler", "moe_projection") # what a FoundIRUNet has besides the plain U-Net
 
+# %% ../nbs/44_unet.ipynb #74a327f4
 class LQConditioning:
     "The added modules of a `FoundIRUNet`, its features for the rest of the U-Net, and its parameter groups."
     def _build(self, lq_encoder: Mapping | None, lq_norm_groups: int, moe: Callable[[int], nn.Module | None]):

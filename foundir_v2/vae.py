@@ -166,13 +166,12 @@ def lq_encoder_config(
     vae: nn.Module, # a `PatchAutoencoderKL` or an `AutoencoderKL`
 ) -> dict: # plain values, JSON-serialisable
     "The `lq_encoder` configuration that mirrors `vae`'s encoder."
+    if not isinstance(vae, (PatchAutoencoderKL, AutoencoderKL)): raise FoundIRError(f"no LQ encoder for a {type(vae).__name__}: choose an AutoencoderKL or a PatchAutoencoderKL")
     c = vae.config
     if isinstance(vae, PatchAutoencoderKL):
         return {"class": "PatchEncoder", "patch_size": c.patch_size, "in_channels": c.in_channels, "channels": c.channels, "hidden": c.hidden, "blocks": c.encoder_blocks}
-    if isinstance(vae, AutoencoderKL):
-        same = {k: c[k] for k in ("in_channels", "layers_per_block", "norm_num_groups", "act_fn", "mid_block_add_attention")}
-        return {"class": "LQEncoder", **same, "down_block_types": list(c.down_block_types), "block_out_channels": list(c.block_out_channels)}
-    raise FoundIRError(f"no LQ encoder for a {type(vae).__name__}: choose an AutoencoderKL or a PatchAutoencoderKL")
+    same = {k: c[k] for k in ("in_channels", "layers_per_block", "norm_num_groups", "act_fn", "mid_block_add_attention")}
+    return {"class": "LQEncoder", **same, "down_block_types": list(c.down_block_types), "block_out_channels": list(c.block_out_channels)}
 
 # %% ../nbs/43_vae.ipynb #0030431f
 def lq_encoder_from_vae(
