@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_INFLUENCE', 'MixtureConfig', 'ModelConfig', 'LoopConfig', 'TrainConfig', 'draw_noise', 'prediction_target',
-           'sample_losses', 'Denoiser', 'build_unet', 'parameter_groups', 'make_accelerator', 'Learner', 'split_batch',
-           'SeededDataset', 'build_mixture', 'Feed', 'TrainLog', 'read_log', 'parameters', 'TrainResult',
-           'write_mixture', 'write_output', 'run_folder', 'train_steps', 'train', 'reference_pictures', 'parser',
-           'read_config', 'main']
+           'sample_losses', 'Denoiser', 'warm_conditioning', 'build_unet', 'parameter_groups', 'make_accelerator',
+           'Learner', 'split_batch', 'SeededDataset', 'build_mixture', 'Feed', 'TrainLog', 'read_log', 'parameters',
+           'TrainResult', 'write_mixture', 'write_output', 'run_folder', 'train_steps', 'train', 'reference_pictures',
+           'parser', 'read_config', 'main']
 
 # %% ../nbs/62_train.ipynb #9bb0cf7c
 import argparse, csv, json, shutil, sys
@@ -107,6 +107,7 @@ class TrainConfig(MixtureConfig, ModelConfig, LoopConfig):
     lq_encoder_learning_rate: float | None = None # stage 2 only; None: as `learning_rate`
     warmup_steps: int = 300 # the learning rate rises linearly, then falls as a cosine to 0
     update_every: int = 0 # steps between two updates of the mixture; 0: none
+    conditioning_init: float = 0.0 # standard deviation that the two zero-initialised layers of the LQ path start with; 0: at zero, as in the paper
     manifest: str = "artifacts/manifest/manifest.parquet"
     root: str = "." # folder that the manifest's paths are relative to
     init: str | None = None # output folder of the stage to start from; None: the base model
@@ -183,6 +184,18 @@ class Denoiser(nn.Module):
     ) -> Tensor: # (B, C, h, w)
         return self.unet(noisy, timesteps, text, lq_embedding=self.unet.embed_lq(lq), added_cond_kwargs=conditions).sample
 
+# %% ../nbs/62_train.ipynb #d85df781
+@torch.no_grad()
+def warm_conditioning(
+    unet: FoundIRUNet,
+    std: float, # of the new weights
+    seed: int = 0,
+) -> None:
+    "Give the two zero-initialised layers of the LQ path small random weights, in place."
+    for name in ("lq_embedding.conv_out", "moe_projection"):
+        weight = unet.get_submodule(name).weight
+        weight.copy_(std * torch.randn(weight.shape, generator=generator("conditioning", name, seed)))
+
 # %% ../nbs/62_train.ipynb #5356e019
 def build_unet(
     config: TrainConfig,
@@ -190,7 +203,9 @@ def build_unet(
 ) -> FoundIRUNet: # with the parameters of the stage trainable, all others frozen
     "The U-Net that a stage starts from. Raises `FoundIRError` if the weights in `config.init` belong to another configuration."
     options = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if f.name != "base"}
-    if config.init is None: unet = build_foundir_unet(base, **options)
+    if config.init is None:
+        unet = build_foundir_unet(base, **options)
+        if config.conditioning_init: warm_conditioning(unet, config.conditioning_init, config.seed)
     else:
         folder = Path(config.init) / "unet"
         if not folder.is_dir(): raise FileNotFoundError(f"no weights at {folder}: run stage 1 first")
@@ -234,7 +249,7 @@ class _Learner:
         self.prompt = lru_cache(maxsize=4096)(lambda caption: tuple(e.to(accelerator.device) for e in encode_prompts(base, [caption])))
         self.unet = build_unet(config, base)
         groups = parameter_groups(self.unet, config)
-        optimizer = torch.optim.AdamW(groups, betas=tuple(config.adam_betas), eps=config.adam_eps, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=tuple(config.adam_betas), eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
         lr_scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
         self.denoiser, self.optimizer, self.lr_scheduler = accelerator.prepare(Denoiser(self.unet).train(), optimizer, lr_scheduler)
         self.parameters = [p for g in groups for p in g["params"]]
