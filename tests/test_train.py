@@ -224,19 +224,18 @@ import sys, json
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 from foundir_v2 import train as tr
-values = json.load(open(sys.argv[1]))
-tr.train(tr.TrainConfig(**values))
+for values in json.load(open(sys.argv[1])): tr.train(tr.TrainConfig(**values))
 bad = [p for p in opened if "assets/tiny" in p.replace("\\\\", "/")]
 assert any("manifest.parquet" in p or p.endswith(".png") for p in opened), "the hook saw nothing"
 print(json.dumps(bad))
 """
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_training_never_opens_the_shipped_restorer(bench, tmp_path, stage):
-    values = dict(config(bench, tmp_path, stage=stage, steps=1, update_every=1).__dict__)
-    if (ROOT / "foundir_v2/assets/base/vae").is_dir(): values |= dict(base="base", tasks=TASKS)
-    (tmp_path / "c.json").write_text(json.dumps(values))
+def test_training_never_opens_the_shipped_restorer(bench, tmp_path):
+    shipped = dict(base="base") if (ROOT / "foundir_v2/assets/base/vae").is_dir() else {}
+    one = config(bench, tmp_path, steps=1, output=str(tmp_path / "one"), **shipped)
+    two = config(bench, tmp_path, stage=2, steps=1, update_every=1, init=str(tmp_path / "one"), **shipped)
+    (tmp_path / "c.json").write_text(json.dumps([c.__dict__ for c in (one, two)]))
     done = subprocess.run([sys.executable, "-c", AUDIT, str(tmp_path / "c.json")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == []
