@@ -142,7 +142,7 @@ def execute(
     tmp = _temporary(out)
     try:
         nb = papermill.execute_notebook(str(src), str(tmp), parameters, cwd=str(root), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                                        extra_arguments=["--log-level=ERROR"])
+                                        extra_arguments=["--log-level=CRITICAL"])
         nbformat.write(strip_volatile(nb), tmp)
         os.replace(tmp, out)
     except BaseException:
