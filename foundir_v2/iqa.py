@@ -18,10 +18,9 @@ from torch import Tensor
 
 from .core import FoundIRError, repo_root
 
-# %% ../nbs/16_iqa.ipynb #1ccd7de8
+# %% ../nbs/16_iqa.ipynb #012d1670
 HUB = "hub" # value of `Metric.weights`: pyiqa downloads them
 
-# %% ../nbs/16_iqa.ipynb #012d1670
 @dataclass(frozen=True)
 class Metric:
     "What is to be known about a metric before believing its numbers."
@@ -72,7 +71,7 @@ def oriented(
     "A score in the direction 'higher is better'."
     return value if metric(name).higher_is_better else -value
 
-# %% ../nbs/16_iqa.ipynb #3ab30c1c
+# %% ../nbs/16_iqa.ipynb #38bd8c98
 def weights_folder() -> Path: # may not exist yet
     "Where metric weights lie: `$FOUNDIR_V2_WEIGHTS`, else `data/weights` of the repository. Raises `MetricUnavailable` outside of one."
     if named := os.environ.get("FOUNDIR_V2_WEIGHTS"): return Path(named)
@@ -80,7 +79,6 @@ def weights_folder() -> Path: # may not exist yet
     except FoundIRError:
         raise MetricUnavailable("metric weights lie in data/weights of a clone; outside of one set FOUNDIR_V2_WEIGHTS to their folder") from None
 
-# %% ../nbs/16_iqa.ipynb #0b3d957a
 def _weights_file(m: Metric) -> Path | None:
     "The metric's own file, checked to be there; None if it has none."
     if m.weights in (None, HUB): return None
@@ -108,7 +106,6 @@ def _hub_reachable(timeout: float = 3.0) -> bool:
     except OSError: return False
     return True
 
-# %% ../nbs/16_iqa.ipynb #38bd8c98
 @contextlib.contextmanager
 def _hub_rules() -> Iterator[None]:
     "While creating a metric: no retries without a network, and `import clip` works without pkg_resources."

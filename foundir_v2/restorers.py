@@ -20,12 +20,11 @@ from .core import FoundIRError, Restorer, load_image, save_image, to_pil
 from .degrade import upsample_lq
 from .tasks import SubTask, subtask as as_subtask
 
-# %% ../nbs/76_restorers.ipynb #0a858da4
+# %% ../nbs/76_restorers.ipynb #e14b9f20
 def _scale(subtask: SubTask | str | None) -> int:
     "How much larger than the LQ the restored picture must be; 1 if the sub-task is unknown."
     return 1 if subtask is None else as_subtask(subtask).scale
 
-# %% ../nbs/76_restorers.ipynb #001d3d87
 class Identity:
     "Returns its input; for super-resolution every pixel repeated."
     name = "identity"
@@ -34,7 +33,6 @@ class Identity:
         k = _scale(subtask)
         return lq.repeat_interleave(k, -2).repeat_interleave(k, -1)
 
-# %% ../nbs/76_restorers.ipynb #ac2a9364
 class Bicubic:
     "Returns its input; for super-resolution enlarged bicubically, clamped to [0, 1]."
     name = "bicubic"
@@ -43,7 +41,7 @@ class Bicubic:
         k = _scale(subtask)
         return lq if k == 1 else upsample_lq(lq, (lq.shape[-2] * k, lq.shape[-1] * k))
 
-# %% ../nbs/76_restorers.ipynb #7b82e8dc
+# %% ../nbs/76_restorers.ipynb #ddb90395
 def _blurred(image: Tensor, sigma: float) -> Tensor:
     "Gaussian blur with reflected borders, (3, H, W)."
     r = min(max(1, round(3 * sigma)), min(image.shape[-2:]) - 1)
@@ -53,7 +51,6 @@ def _blurred(image: Tensor, sigma: float) -> Tensor:
     x = F.pad(image[None], (r, r, r, r), mode="reflect")
     return F.conv2d(F.conv2d(x, k[:, :, None], groups=3), k[..., None], groups=3)[0]
 
-# %% ../nbs/76_restorers.ipynb #ddb90395
 class Unsharp:
     "Bicubic enlargement where needed, then unsharp masking."
     name = "unsharp"
@@ -126,12 +123,11 @@ class PipelineRestorer:
         images = self.pipe(lq, upscale=_scale(subtask), generator=torch.Generator().manual_seed(seed), **self.options).images
         return images[0].float().to(lq.device)
 
-# %% ../nbs/76_restorers.ipynb #e1453676
+# %% ../nbs/76_restorers.ipynb #7b82e8dc
 def _digest(lq: Tensor) -> str:
     "Content hash of a picture at 8 bits."
     return hashlib.sha256(str(tuple(lq.shape)).encode() + to_pil(lq).tobytes()).hexdigest()
 
-# %% ../nbs/76_restorers.ipynb #e14b9f20
 def export_inputs(
     items: Iterable[Any], # with `lq`, `subtask`, `photo`, `seed`: see `foundir_v2.data.reference_items`
     folder: str | Path,   # made if needed
