@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 # %% ../nbs/62_train.ipynb #eeb1fd90
 import pandas as pd, torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from diffusers import DDPMScheduler
@@ -452,7 +452,7 @@ def run_folder(
     config: TrainConfig,
 ) -> Path: # below `config.checkpoints`
     "Where this run keeps its checkpoints: the name is the hash of its parameters, its code and its inputs."
-    inputs = [p for p in (config.manifest, config.init) if p is not None] + [base for base in [resolve_model(config.base)] if isinstance(base, Path)]
+    inputs = [config.manifest, *([Path(config.init) / "unet"] if config.init else []), *(base for base in [resolve_model(config.base)] if isinstance(base, Path))]
     return Path(config.checkpoints) / f"stage{config.stage}-{run_name(parameters(config), 'foundir_v2.train', inputs)}"
 
 # %% ../nbs/62_train.ipynb #3b501ae8
@@ -543,7 +543,7 @@ def main(
     except (FoundIRError, MixtureError, FileNotFoundError, PermissionError) as e:
         print(f"foundir_v2.train: {e}", file=sys.stderr)
         return 2
-    print(f"{result.output}: {len(result.steps)} steps, last loss {result.steps[-1]['loss']:.4f}")
+    if PartialState().is_main_process: print(f"{result.output}: {len(result.steps)} steps, last loss {result.steps[-1]['loss']:.4f}")
     return 0
 
 # %% ../nbs/62_train.ipynb #5822e5b3

@@ -139,6 +139,20 @@ def test_ranks_share_one_stream_of_samples(bench, tmp_path):
     assert len(together) == 2 and [a + b for a, b in zip(first, second)] == together
 
 
+def test_two_processes_train_like_one(bench, tmp_path):
+    c = config(bench, tmp_path, stage=2, steps=4, update_every=2)
+    alone = tr.train(c)
+    file = tmp_path / "config.json"; file.write_text(json.dumps(dict(c.__dict__, output=str(tmp_path / "two"))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "foundir_v2.train", "--config", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("4 steps") == 1, done.stderr[-2000:]
+    records = tr.read_log(tmp_path / "two/log.jsonl")
+    assert [r["kind"] for r in records] == [r["kind"] for r in alone.log]
+    for a, b in zip(alone.log, records):
+        if a["kind"] == "step": assert a["samples"] == b["samples"] and b["loss"] == pytest.approx(a["loss"], abs=1e-4)
+        else: assert b["weights"] == pytest.approx(a["weights"], abs=1e-3)
+
+
 # --- data equilibrium scheduling in the loop --------------------------------------------------------------------------------------------------
 
 def test_mixture_changes_at_exactly_the_step_of_the_update(bench, tmp_path, monkeypatch):
