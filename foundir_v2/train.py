@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_INFLUENCE', 'MixtureConfig', 'ModelConfig', 'LoopConfig', 'TrainConfig', 'draw_noise', 'prediction_target',
-           'sample_losses', 'Denoiser', 'warm_conditioning', 'build_unet', 'parameter_groups', 'make_accelerator',
-           'Learner', 'split_batch', 'SeededDataset', 'build_mixture', 'Feed', 'TrainLog', 'read_log', 'parameters',
+           'sample_losses', 'SeededDataset', 'build_mixture', 'Feed', 'Denoiser', 'warm_conditioning', 'build_unet',
+           'parameter_groups', 'make_accelerator', 'Learner', 'split_batch', 'TrainLog', 'read_log', 'parameters',
            'TrainResult', 'write_mixture', 'write_output', 'run_folder', 'train_steps', 'train', 'reference_pictures',
            'parser', 'read_config', 'main']
 
@@ -168,6 +168,42 @@ def sample_losses(
     error = prediction.float() - target.float()
     return (error.abs() if kind == "l1" else error.square()).flatten(1).mean(1)
 
+# %% ../nbs/62_train.ipynb #2e2746f7
+class SeededDataset(Dataset):
+    "The items of a dataset together with the seed of their draw, which also decides about their noise."
+    def __init__(self, dataset: RestorationDataset): self.dataset = dataset
+    def __getitem__(self, draw: Draw) -> dict[str, Any]: return dict(self.dataset[draw], seed=draw.seed)
+
+def build_mixture(config: MixtureConfig) -> Mixture:
+    "The policy that the configuration names."
+    tasks = list(config.task_table)
+    if config.policy == "fixed": return FixedMixture(config.start or {t: 1 / len(tasks) for t in tasks})
+    return DataEquilibrium(tasks, config.alpha, config.score_scale, config.min_step, config.max_step, config.floor, start=config.start)
+
+# %% ../nbs/62_train.ipynb #d7fca48c
+class Feed:
+    "Where the samples come from, and how far we are."
+    def __init__(self, config: TrainConfig, rank: int = 0, world_size: int = 1):
+        self.config, self.rank, self.world_size, self.step = config, rank, world_size, 0
+        manifest = load_manifest(config.manifest)
+        dataset = RestorationDataset(manifest, "train", config.task_table, crop=config.crop, root=config.root, scale_range=tuple(config.scale_range))
+        self.mixture = build_mixture(config)
+        self.sampler = MixtureSampler(dataset.lengths, self.mixture, config.batch_size // world_size, config.seed, rank, world_size, interval=config.update_every or None)
+        self.loader = DataLoader(SeededDataset(dataset), batch_sampler=self.sampler, num_workers=config.num_workers, collate_fn=collate, persistent_workers=config.num_workers > 0)
+        self.items = reference_set(manifest, config.task_table, config.reference_per_task, config.reference_size, config.reference_seed, root=config.root) if config.update_every else {}
+
+    def state_dict(self) -> dict[str, Any]: return dict(step=self.step, mixture=self.mixture.state_dict(), sampler=self.sampler.state_dict(consumed=self.step))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.mixture.load_state_dict(state["mixture"])
+        self.sampler.load_state_dict(state["sampler"])
+
+    def rebalance(self, restore_fn) -> dict[str, Any]:
+        "Score the reference set and update the mixture: weights from now on, and the scores."
+        scores = score_items(restore_fn, self.items, self.config.score, rank=self.rank, world_size=self.world_size, gather=gather_object)
+        return dict(weights=self.mixture.update(scores, self.step), scores=scores)
+
 # %% ../nbs/62_train.ipynb #ebc83e23
 class Denoiser(nn.Module):
     "LQ encoder, embedding and U-Net as one module: what accelerate wraps."
@@ -310,42 +346,6 @@ def split_batch(
     "A batch as micro-batches."
     size = len(batch["seed"]) // parts
     for i in range(parts): yield {k: v[i * size:(i + 1) * size] for k, v in batch.items()}
-
-# %% ../nbs/62_train.ipynb #2e2746f7
-class SeededDataset(Dataset):
-    "The items of a dataset together with the seed of their draw, which also decides about their noise."
-    def __init__(self, dataset: RestorationDataset): self.dataset = dataset
-    def __getitem__(self, draw: Draw) -> dict[str, Any]: return dict(self.dataset[draw], seed=draw.seed)
-
-def build_mixture(config: MixtureConfig) -> Mixture:
-    "The policy that the configuration names."
-    tasks = list(config.task_table)
-    if config.policy == "fixed": return FixedMixture(config.start or {t: 1 / len(tasks) for t in tasks})
-    return DataEquilibrium(tasks, config.alpha, config.score_scale, config.min_step, config.max_step, config.floor, start=config.start)
-
-# %% ../nbs/62_train.ipynb #d7fca48c
-class Feed:
-    "Where the samples come from, and how far we are."
-    def __init__(self, config: TrainConfig, rank: int = 0, world_size: int = 1):
-        self.config, self.rank, self.world_size, self.step = config, rank, world_size, 0
-        manifest = load_manifest(config.manifest)
-        dataset = RestorationDataset(manifest, "train", config.task_table, crop=config.crop, root=config.root, scale_range=tuple(config.scale_range))
-        self.mixture = build_mixture(config)
-        self.sampler = MixtureSampler(dataset.lengths, self.mixture, config.batch_size // world_size, config.seed, rank, world_size, interval=config.update_every or None)
-        self.loader = DataLoader(SeededDataset(dataset), batch_sampler=self.sampler, num_workers=config.num_workers, collate_fn=collate, persistent_workers=config.num_workers > 0)
-        self.items = reference_set(manifest, config.task_table, config.reference_per_task, config.reference_size, config.reference_seed, root=config.root) if config.update_every else {}
-
-    def state_dict(self) -> dict[str, Any]: return dict(step=self.step, mixture=self.mixture.state_dict(), sampler=self.sampler.state_dict(consumed=self.step))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.mixture.load_state_dict(state["mixture"])
-        self.sampler.load_state_dict(state["sampler"])
-
-    def rebalance(self, restore_fn) -> dict[str, Any]:
-        "Score the reference set and update the mixture: weights from now on, and the scores."
-        scores = score_items(restore_fn, self.items, self.config.score, rank=self.rank, world_size=self.world_size, gather=gather_object)
-        return dict(weights=self.mixture.update(scores, self.step), scores=scores)
 
 # %% ../nbs/62_train.ipynb #623a6bbb
 class TrainLog:
