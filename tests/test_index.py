@@ -190,8 +190,8 @@ def test_thumbnails(gts):
 @pytest.mark.skipif(not (ROOT / "data/SOURCES.csv").exists(), reason="nothing fetched yet")
 def test_the_fetched_photographs():
     m = build_manifest("data", root=ROOT)
-    assert (m.verdict == ACCEPTED).all() and m.split.value_counts().to_dict() == {"train": 21, "test": 8, "reference": 6}
-    distances = look_alike(list(m.dhash), list(m.dhash))[np.triu_indices(35, 1)]
+    assert (m.verdict == ACCEPTED).all() and m.split.value_counts().to_dict() == {"train": 72, "test": 8, "reference": 6}
+    distances = look_alike(list(m.dhash), list(m.dhash))[np.triu_indices(86, 1)]
     assert distances.min() > 2 * NEAR_BITS
     check_splits(m, near_bits=int(distances.min()) - 1)
     with pytest.raises(FoundIRError): check_splits(pd.concat([m, m.tail(1).assign(split="test")]))
