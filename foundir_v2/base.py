@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SDXL_UNET', 'TINY_UNET', 'SDXL_SCHEDULE', 'TINY_SCHEDULE', 'ASSETS', 'training_scheduler', 'clip_vocabulary',
            'clip_tokenizers', 'random_text_encoders', 'Base', 'new_base', 'save_base', 'assets_path', 'resolve_model',
-           'load_base', 'load_tokenizers', 'encode_prompts', 'micro_conditioning', 'build_foundir_unet']
+           'load_base', 'load_tokenizers', 'encode_prompts', 'micro_conditioning', 'build_foundir_unet',
+           'start_at_identity']
 
 # %% ../nbs/46_base.ipynb #82dc1642
-import gzip, importlib.util, json, shutil
+import gzip, importlib.util, json, math, shutil
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 # %% ../nbs/46_base.ipynb #71ba747a
-from .core import FoundIRError, hash_seed
+from .core import FoundIRError, generator, hash_seed
 from .unet import OWN_MODULES, FoundIRUNet
 from .vae import PatchAutoencoderKL, lq_encoder_config, lq_encoder_from_vae, vae_scale_factor
 
@@ -232,3 +233,69 @@ def build_foundir_unet(
     if unexpected or any(k.split(".")[0] not in OWN_MODULES for k in missing): raise FoundIRError(f"the prior doesn't fit the restorer: missing {missing[:3]}, unexpected {unexpected[:3]}")
     unet.lq_features.load_state_dict(encoder.state_dict())
     return nn.Module.to(unet, base.unet_prior.device, base.unet_prior.dtype).requires_grad_(True)
+
+# %% ../nbs/46_base.ipynb #fb8b5b8b
+def _pass_latents(unet: FoundIRUNet, vae: PatchAutoencoderKL, rng: torch.Generator):
+    "The first channels of e(LQ) become the LQ's latents; the others get random features."
+    e, n, scale = unet.lq_embedding, unet.config.in_channels, vae.config.scaling_factor
+    e.conv_in.weight[:2 * n] = 0
+    for sign, rows in ((1, slice(0, n)), (-1, slice(n, 2 * n))):
+        e.conv_in.weight[rows, :, 1, 1] = sign * scale * vae.quant_conv.weight[:n, :, 0, 0]
+        e.conv_in.bias[rows] = sign * scale * vae.quant_conv.bias[:n]
+    e.conv_out.weight.copy_(0.1 * torch.randn(e.conv_out.weight.shape, generator=rng))
+    e.conv_out.weight[:n] = 0
+    for sign, columns in ((1, slice(0, n)), (-1, slice(n, 2 * n))): e.conv_out.weight[:n, columns, 1, 1] = sign * torch.eye(n)
+    nn.init.zeros_(e.conv_out.bias)
+
+# %% ../nbs/46_base.ipynb #9fa1817a
+_BRANCH_ENDS = ("to_out", "fc2", "out", "project_out") # last layers of the experts' residual branches
+
+def _mix_nothing(unet: FoundIRUNet):
+    "The mixture of experts becomes the identity, and the projection adds e(LQ)."
+    for name, layer in unet.moe_scheduler.named_modules() if unet.moe_scheduler is not None else ():
+        if name.split(".")[-1] in _BRANCH_ENDS:
+            for p in layer.parameters(): nn.init.zeros_(p)
+    weight, n, c0 = unet.moe_projection.weight, unet.config.in_channels, unet.config.block_out_channels[0]
+    nn.init.zeros_(weight); nn.init.zeros_(unet.moe_projection.bias)
+    weight[:, c0:, 0, 0] = torch.eye(c0)
+    weight[:n, :n, 0, 0] = -torch.eye(n)
+
+# %% ../nbs/46_base.ipynb #83990f39
+_CONSTANT = 10.0 # K; latents have a variance of about 1
+
+def _pass_output(unet: FoundIRUNet, sign: int):
+    "The first channels of the last skip connection become the output, times `sign`."
+    n, c0, norm, block = unet.config.in_channels, unet.config.block_out_channels[0], unet.conv_norm_out, unet.up_blocks[-1].resnets[-1]
+    group = c0 // norm.num_groups
+    spread = math.sqrt(2 / group + (1 / group - 1 / group**2) * _CONSTANT**2) # standard deviation of a group
+    for layer in (block.conv2, block.conv_shortcut, unet.conv_out):
+        for p in layer.parameters(): nn.init.zeros_(p)
+    nn.init.ones_(norm.weight); nn.init.zeros_(norm.bias)
+    for i in range(n):
+        plus, minus = group * i, group * i + 1
+        block.conv_shortcut.weight[[plus, minus], block.in_channels - c0 + i, 0, 0] = torch.tensor([1.0, -1.0])
+        block.conv_shortcut.bias[group * i + 2] = _CONSTANT
+        norm.bias[[plus, minus]] = _CONSTANT / group / spread
+        unet.conv_out.weight[i, [plus, minus], 1, 1] = sign * spread * torch.tensor([1.0, -1.0])
+
+# %% ../nbs/46_base.ipynb #f0df34fe
+@torch.no_grad()
+def start_at_identity(
+    unet: FoundIRUNet, # as from `build_foundir_unet`; changed in place
+    base: Base, # its VAE and noise schedule
+    seed: int = 0, # of the random features
+) -> None:
+    "Set `unet` so that at the last time step it returns the LQ's own latents. Raises `FoundIRError` where its structure or the noise schedule doesn't allow that."
+    c, schedule = unet.config, base.noise_scheduler.config
+    signs = dict(v_prediction=-1, sample=1)
+    def need(holds: bool, what: str):
+        if not holds: raise FoundIRError(f"a start at the identity needs {what}: choose conditioning_init: zero")
+    need(schedule.prediction_type in signs and schedule.rescale_betas_zero_snr, f"v_prediction or sample with zero terminal SNR, not {schedule.prediction_type}")
+    need(isinstance(base.vae, PatchAutoencoderKL), f"a PatchAutoencoderKL, not {type(base.vae).__name__}")
+    need(isinstance(unet.lq_embedding.norm_in, nn.Identity), "lq_norm_groups=0")
+    need(c.moe != "hard", "soft gating or none, as hard gates don't sum to 1")
+    need(unet.conv_norm_out.num_groups >= c.in_channels and c.block_out_channels[0] // unet.conv_norm_out.num_groups >= 3, "a group of three channels per latent in the U-Net's last norm")
+    need(unet.lq_embedding.conv_in.out_channels >= 2 * c.in_channels and unet.up_blocks[-1].resnets[-1].output_scale_factor == 1, "two channels per latent in the LQ embedding")
+    _pass_latents(unet, base.vae, generator("identity start", seed))
+    _mix_nothing(unet)
+    _pass_output(unet, signs[schedule.prediction_type])

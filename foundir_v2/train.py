@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_INFLUENCE', 'MixtureConfig', 'ModelConfig', 'LoopConfig', 'TrainConfig', 'draw_noise', 'prediction_target',
-           'sample_losses', 'SeededDataset', 'build_mixture', 'Feed', 'Denoiser', 'warm_conditioning', 'build_unet',
-           'parameter_groups', 'make_accelerator', 'Learner', 'split_batch', 'TrainLog', 'read_log', 'parameters',
-           'TrainResult', 'write_mixture', 'write_output', 'run_folder', 'train_steps', 'train', 'reference_pictures',
-           'parser', 'read_config', 'main']
+           'sample_losses', 'SeededDataset', 'build_mixture', 'Feed', 'Denoiser', 'build_unet', 'parameter_groups',
+           'make_accelerator', 'Learner', 'split_batch', 'TrainLog', 'read_log', 'parameters', 'TrainResult',
+           'write_mixture', 'write_output', 'run_folder', 'train_steps', 'train', 'reference_pictures', 'parser',
+           'read_config', 'main']
 
 # %% ../nbs/62_train.ipynb #9bb0cf7c
 import argparse, csv, json, shutil, sys
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # %% ../nbs/62_train.ipynb #476fecfb
-from .base import Base, build_foundir_unet, encode_prompts, load_base, micro_conditioning, resolve_model, training_scheduler
+from .base import Base, build_foundir_unet, encode_prompts, load_base, micro_conditioning, resolve_model, start_at_identity, training_scheduler
 from .checkpoint import Checkpoints, atomic_folder, averaged, make_ema, only_writer, run_name
 from .config import from_dict, load_params, load_yaml, merge_sections
 from .core import FoundIRError, atomic_write, generator, pick_device, pick_dtype
@@ -80,6 +80,7 @@ class LoopConfig:
     loss: Literal["l1", "l2"] = "l1"
     crop: int = 512 # side of the training crops in pixels
     scale_range: list[float] = field(default_factory=lambda: [1.0, 1.0]) # photographs are shrunk by a factor in this range before the crop; 1: full resolution
+    recoloured: float = 0.0 # share of the samples from photographs that get other colours
     batch_size: int = 32 # samples per step, of all processes together
     gradient_accumulation: int = 1 # micro-batches that a step's samples are split into
     terminal_fraction: float = 0.0 # share of samples at the last time step; the others are uniform over all time steps
@@ -107,7 +108,7 @@ class TrainConfig(MixtureConfig, ModelConfig, LoopConfig):
     lq_encoder_learning_rate: float | None = None # stage 2 only; None: as `learning_rate`
     warmup_steps: int = 300 # the learning rate rises linearly, then falls as a cosine to 0
     update_every: int = 0 # steps between two updates of the mixture; 0: none
-    conditioning_init: float = 0.0 # standard deviation that the two zero-initialised layers of the LQ path start with; 0: at zero, as in the paper
+    conditioning_init: Literal["zero", "identity"] = "zero" # how the LQ path starts: ignored, as in the paper; or handing the LQ through
     manifest: str = "artifacts/manifest/manifest.parquet"
     root: str = "." # folder that the manifest's paths are relative to
     init: str | None = None # output folder of the stage to start from; None: the base model
@@ -186,7 +187,7 @@ class Feed:
     def __init__(self, config: TrainConfig, rank: int = 0, world_size: int = 1):
         self.config, self.rank, self.world_size, self.step = config, rank, world_size, 0
         manifest = load_manifest(config.manifest)
-        dataset = RestorationDataset(manifest, "train", config.task_table, crop=config.crop, root=config.root, scale_range=tuple(config.scale_range))
+        dataset = RestorationDataset(manifest, "train", config.task_table, crop=config.crop, root=config.root, scale_range=tuple(config.scale_range), recoloured=config.recoloured)
         self.mixture = build_mixture(config)
         self.sampler = MixtureSampler(dataset.lengths, self.mixture, config.batch_size // world_size, config.seed, rank, world_size, interval=config.update_every or None)
         self.loader = DataLoader(SeededDataset(dataset), batch_sampler=self.sampler, num_workers=config.num_workers, collate_fn=collate, persistent_workers=config.num_workers > 0)
@@ -220,18 +221,6 @@ class Denoiser(nn.Module):
     ) -> Tensor: # (B, C, h, w)
         return self.unet(noisy, timesteps, text, lq_embedding=self.unet.embed_lq(lq), added_cond_kwargs=conditions).sample
 
-# %% ../nbs/62_train.ipynb #d85df781
-@torch.no_grad()
-def warm_conditioning(
-    unet: FoundIRUNet,
-    std: float, # of the new weights
-    seed: int = 0,
-) -> None:
-    "Give the two zero-initialised layers of the LQ path small random weights, in place."
-    for name in ("lq_embedding.conv_out", "moe_projection"):
-        weight = unet.get_submodule(name).weight
-        weight.copy_(std * torch.randn(weight.shape, generator=generator("conditioning", name, seed)))
-
 # %% ../nbs/62_train.ipynb #5356e019
 def build_unet(
     config: TrainConfig,
@@ -241,7 +230,7 @@ def build_unet(
     options = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if f.name != "base"}
     if config.init is None:
         unet = build_foundir_unet(base, **options)
-        if config.conditioning_init: warm_conditioning(unet, config.conditioning_init, config.seed)
+        if config.conditioning_init == "identity": start_at_identity(unet, base, config.seed)
     else:
         folder = Path(config.init) / "unet"
         if not folder.is_dir(): raise FileNotFoundError(f"no weights at {folder}: run stage 1 first")

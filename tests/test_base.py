@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionMode
 
 import foundir_v2.base as base_module
 from foundir_v2.base import (ASSETS, SDXL_SCHEDULE, SDXL_UNET, TINY_SCHEDULE, TINY_UNET, assets_path, build_foundir_unet, encode_prompts, load_base, micro_conditioning, new_base, resolve_model, save_base,
-                             training_scheduler)
+                             start_at_identity, training_scheduler)
 from foundir_v2.core import FoundIRError
 from foundir_v2.unet import OWN_MODULES, FoundIRUNet
 from foundir_v2.vae import PatchAutoencoderKL
@@ -187,3 +187,62 @@ def test_shipped_base():
     assert base.noise_scheduler.config.rescale_betas_zero_snr and base.noise_scheduler.config.timestep_spacing == "trailing"
     fresh = new_base(base.vae, {k: v for k, v in base.unet_prior.config.items() if not k.startswith("_")})
     assert (fresh.unet_prior.conv_out.weight - base.unet_prior.conv_out.weight).abs().mean() > 1e-3, "trained, not initialised"
+
+
+# --- a start at the identity ------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def wide():
+    torch.manual_seed(0)
+    vae = PatchAutoencoderKL(hidden=16, encoder_blocks=1, decoder_blocks=1)
+    torch.nn.init.normal_(vae.quant_conv.bias, std=0.3)
+    vae.register_to_config(scaling_factor=1.7)
+    return new_base(vae, dict(TINY_UNET, block_out_channels=(48, 48, 48), attention_head_dim=(2, 2, 2)))
+
+
+@torch.no_grad()
+def one_step(base, unet, lq, seed=0):
+    "What the untrained restorer gives at the last time step, and the latents of its input."
+    latents = base.vae.encode(lq).latent_dist.mode() * base.vae.config.scaling_factor
+    embeds, pooled = encode_prompts(base, [""] * len(lq))
+    sizes = torch.full((len(lq), 2), lq.shape[-1])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    return unet(noise, 999, embeds, unet.embed_lq(lq), added_cond_kwargs=dict(text_embeds=pooled, time_ids=micro_conditioning(sizes, 0 * sizes, sizes))).sample, latents
+
+
+@pytest.mark.parametrize("moe, kind, sign", [("soft", "v_prediction", -1), (None, "v_prediction", -1), ("soft", "sample", 1)])
+def test_identity_start_returns_the_latents_of_its_input(wide, moe, kind, sign):
+    schedule = EulerDiscreteScheduler(**{**TINY_SCHEDULE, "prediction_type": kind})
+    base = base_module.Base(wide.vae, wide.text_encoder, wide.text_encoder_2, wide.tokenizer, wide.tokenizer_2, wide.unet_prior, schedule)
+    unet = build_foundir_unet(base, **{**OPTIONS, "moe": moe}).eval()
+    start_at_identity(unet, base)
+    lq = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    lq[1] = lq[1] * 0.2 - 0.7  # dark and flat: brightness and contrast survive the norm
+    (out, latents), (other, _) = one_step(base, unet, lq), one_step(base, unet, lq, seed=9)
+    assert (sign * out - latents).square().mean() < 0.01 * latents.square().mean()
+    torch.testing.assert_close(out, other, atol=1e-4, rtol=1e-4)  # from whatever noise
+    again = build_foundir_unet(base, **{**OPTIONS, "moe": moe})
+    start_at_identity(again, base)
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), again.parameters()))
+
+
+def test_identity_start_leaves_what_it_does_not_need(wide):
+    unet, fresh = (build_foundir_unet(wide, **OPTIONS) for _ in range(2))
+    start_at_identity(unet, wide)
+    changed = {n for (n, a), b in zip(unet.named_parameters(), fresh.parameters()) if not torch.equal(a, b)}
+    assert all(n.startswith(("lq_embedding.", "moe_scheduler.experts.", "moe_projection.", "up_blocks.2.resnets.1.", "conv_norm_out.", "conv_out.")) for n in changed)
+    assert not any(n.startswith("lq_features.") for n in changed)
+
+
+@pytest.mark.parametrize("options, what", [(dict(moe="hard"), "soft gating"), (dict(lq_norm_groups=16), "lq_norm_groups=0")])
+def test_identity_start_says_what_it_needs(wide, options, what):
+    unet = build_foundir_unet(wide, **{**OPTIONS, **options})
+    before = [p.clone() for p in unet.parameters()]
+    with pytest.raises(FoundIRError, match=what): start_at_identity(unet, wide)
+    assert all(torch.equal(a, b) for a, b in zip(before, unet.parameters()))
+
+
+def test_identity_start_needs_room_in_the_norm_and_a_schedule_without_signal(base, wide):
+    with pytest.raises(FoundIRError, match="group of three"): start_at_identity(build_foundir_unet(base, **OPTIONS), base)
+    epsilon = base_module.Base(wide.vae, wide.text_encoder, wide.text_encoder_2, wide.tokenizer, wide.tokenizer_2, wide.unet_prior, EulerDiscreteScheduler(**SDXL_SCHEDULE))
+    with pytest.raises(FoundIRError, match="not epsilon"): start_at_identity(build_foundir_unet(epsilon, **OPTIONS), epsilon)

@@ -79,6 +79,19 @@ def test_the_gt_is_a_window_of_the_photograph(manifest, root):
         assert torch.allclose(s["gt"], window, atol=1e-6) or torch.allclose(s["gt"], window.flip(-1), atol=1e-6)
 
 
+def test_other_colours_keep_the_shapes_and_come_before_the_damage(manifest, root):
+    plain, coloured, half = (RestorationDataset(manifest, "train", {"denoise": ["gaussian_noise"]}, crop=32, root=root, recoloured=share) for share in (0, 1, 0.5))
+    changed = 0
+    for seed in range(60):
+        a, b, c = (ds["denoise", 0, seed] for ds in (plain, coloured, half))
+        assert same(b, coloured["denoise", 0, seed]) and b["crop_top_left"].tolist() == a["crop_top_left"].tolist() and 0 <= b["gt"].min() and b["gt"].max() <= 1
+        inside = (b["gt"] > 0) & (b["gt"] < 1)
+        if inside.all(): torch.testing.assert_close(b["gt"].mean(0), a["gt"].mean(0))  # the mean of the channels stays
+        changed += not torch.equal(c["gt"], a["gt"])
+        assert torch.equal(c["gt"], a["gt"]) or torch.equal(c["gt"], b["gt"])
+    assert 15 <= changed <= 45
+
+
 def test_views_fit_vary_and_respect_the_grid():
     for multiple in (1, 4):
         views = [draw_view(61, 200, 32, (0.25, 1.0), multiple, generator("v", i)) for i in range(400)]
@@ -134,7 +147,7 @@ def test_stored_pairs_serve_their_task_only(manifest, root):
 @pytest.mark.parametrize("change, match", [
     (dict(tasks={}), "no tasks"), (dict(tasks={"weather": []}), "list of sub-tasks"), (dict(tasks={"weather": "haze"}), "list of sub-tasks"), (dict(tasks={"weather": ["fog"]}), "unknown sub-task 'fog'"),
     (dict(split="validation"), "validation.*train"), (dict(crop=65), "b is 64x120.*too small"), (dict(crop=63), None), (dict(crop=0), "at least 1"),
-    (dict(scale_range=(0.5, 1.5)), "scale_range"), (dict(scale_range=(1, 0.5)), "scale_range")])
+    (dict(scale_range=(0.5, 1.5)), "scale_range"), (dict(scale_range=(1, 0.5)), "scale_range"), (dict(recoloured=1.1), "recoloured=1.1")])
 def test_what_cannot_work_is_refused_at_once(manifest, root, change, match):
     options = dict(split="train", tasks=TASKS, crop=32, root=root) | change
     if match is None: assert RestorationDataset(manifest, **options)["sr", 1, 0]["lq"].shape == (3, 63, 63)

@@ -74,6 +74,19 @@ def test_unknown_prediction_type_is_refused():
     with pytest.raises(FoundIRError, match="epsilon, v_prediction or sample"): tr.prediction_target(ns, *[torch.zeros(1, 1, 1, 1)] * 2, torch.tensor([0]))
 
 
+def test_identity_start_is_refused_where_it_cannot_hold(bench, tmp_path):
+    "The bench's U-Net has groups of one channel in its last norm."
+    with pytest.raises(FoundIRError, match="conditioning_init: zero"): tr.train(config(bench, tmp_path, conditioning_init="identity"))
+
+
+def test_identity_start_reaches_the_training(tmp_path):
+    one = tr.TrainConfig(stage=1, steps=1, lq_norm_groups=0, moe_layers=1, moe_heads=2, conditioning_init="identity", noise_offset=0.)
+    base = load_base("base")
+    unet, plain = tr.build_unet(one, base), tr.build_unet(replace(one, conditioning_init="zero"), base)
+    assert plain.moe_projection.weight.abs().max() == 0 and torch.equal(unet.moe_projection.weight[:, 48:, 0, 0], torch.eye(48))
+    assert {n for n, p in unet.named_parameters() if p.requires_grad} == {n for n, p in plain.named_parameters() if p.requires_grad}
+
+
 def test_noise_is_a_function_of_the_sample():
     args = ((4, 8, 8), 1000, .5, .1, .2)
     noise, t, dropped = tr.draw_noise([5, 6, 7], *args)
