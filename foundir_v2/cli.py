@@ -394,7 +394,7 @@ def run_mixture_simulate(args: argparse.Namespace) -> int:
 
 def add_mixture_simulate(actions: Any) -> None:
     p = actions.add_parser("simulate", help="race policies on simulated learning curves", description="Race mixture policies on simulated learning curves, against the best fixed mixture.")
-    p.add_argument("curves", nargs="?", default="tiny", metavar="CURVES", help="curves (.json), the record of a run to fit them to (mixture.csv or log.jsonl), or 'tiny': those of the shipped model's training (default: %(default)s)")
+    p.add_argument("curves", nargs="?", default="tiny", metavar="CURVES", help="curves (.json), the record of a run to fit them to (mixture.csv or log.jsonl), or 'tiny': those of the embedded default's training (default: %(default)s)")
     p.add_argument("--policy", action="append", metavar="NAME[:OPTION=VALUE,...]", help="for instance des:alpha=0.3,floor=0.05; may be repeated (default: fixed, some DES and slope)")
     p.add_argument("--updates", type=int, default=30, metavar="N", help="updates of the mixture per run (default: %(default)s)")
     p.add_argument("--interval", type=float, default=1000, metavar="SAMPLES", help="samples between two updates (default: %(default)s)")

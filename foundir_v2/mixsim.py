@@ -212,7 +212,7 @@ def replay_experience(
 def unpack(
     x: np.ndarray, # (3 k + 3,) top, log span, log half per task; log power, log forget, help
     tasks: Sequence[str], # names
-    spread: float, # between images
+    spread: np.ndarray, # (k,) between images
     wobble: np.ndarray, # (k,) per image and evaluation
 ) -> Curves:
     "Curves from the vector that the optimiser moves."
@@ -220,13 +220,13 @@ def unpack(
     rep = lambda v: (float(v),) * k
     helps = np.where(np.eye(k, dtype=bool), 1.0, x[-1])
     return Curves(tuple(tasks), tuple(x[:k].tolist()), tuple(np.exp(x[k:2 * k]).tolist()), tuple(np.exp(x[2 * k:3 * k]).tolist()), rep(np.exp(x[-3])), rep(np.exp(x[-2])),
-                  tuple(map(tuple, helps.tolist())), rep(spread), tuple(np.asarray(wobble, float).tolist()))
+                  tuple(map(tuple, helps.tolist())), tuple(np.asarray(spread, float).tolist()), tuple(np.asarray(wobble, float).tolist()))
 
 def fit_curves(
     rows: Sequence[Mapping[str, Any]], # a mixture log: step, task, weight, score
     samples_per_step: float | None = None, # batch size of all ranks together; not needed where the log counts samples
     images: int = 10, # |D_ref| per task of that log
-    spread: float = 3.0, # standard deviation between images, in score units; not in the log
+    spread: float = 0.75, # standard deviation between images, in units of a task's range; not in the log
     prior: float = 0.05, # strength of the pull to plain values
 ) -> tuple[Curves, float]: # the curves, root mean square residual relative to each task's range
     "Least-squares fit of the simulator to a real run (needs scipy). Raises `ValueError` with fewer than 5 scored steps."
@@ -238,11 +238,11 @@ def fit_curves(
     plain = np.concatenate([np.nanmax(scores, 0) + 0.2 * spans, np.log(1.2 * spans), np.full(k, np.log(total / k / 5)), [np.log(0.5), np.log(0.1 / total), 0.0]])
     size = np.concatenate([spans, np.ones(2 * k), [1.0, 3.0, 0.3]])
     def misfit(z):
-        curves = unpack(plain + z * size, tasks, spread, np.zeros(k))
+        curves = unpack(plain + z * size, tasks, spread * spans, np.zeros(k))
         left = (score_of(curves, replay_experience(curves, samples, weights)) - scores) / spans
         return np.concatenate([left[known], prior * z])
     z = least_squares(misfit, np.zeros(len(plain)), x_scale="jac", max_nfev=400).x
     left = misfit(z)[:known.sum()]
     full = np.full(scores.shape, np.nan); full[known] = left
     wobble = np.sqrt(np.nanmean(full ** 2, 0) * images) * spans
-    return unpack(plain + z * size, tasks, spread, wobble), float(np.sqrt(np.mean(left ** 2)))
+    return unpack(plain + z * size, tasks, spread * spans, wobble), float(np.sqrt(np.mean(left ** 2)))

@@ -68,9 +68,9 @@ def check_number(
     high: float = math.inf, # largest allowed value
 ) -> float:
     "Refuse what is not a finite number in [low, high]."
-    try: number = None if isinstance(value, (str, bytes)) else float(value)
+    try: number = None if isinstance(value, (str, bytes, bool)) else float(value)
     except (TypeError, ValueError): number = None
-    if number is None: raise MixtureError(f"{what} is {value!r}, expected a number")
+    if number is None: raise MixtureError(f"{what} is {' '.join(repr(value).split())[:80]}, expected a number")
     if not math.isfinite(number): raise MixtureError(f"{what} is {number}, expected a finite number")
     if not low <= number <= high: raise MixtureError(f"{what} is {number}, expected a number from {low} to {high}")
     return number
@@ -288,9 +288,12 @@ def check_des(
     if check_number(o["ceiling"], "ceiling", 0, 1) * k < 1 - 1e-12: raise MixtureError(f"ceiling {o['ceiling']} is too low for {k} tasks: at least {1 / k:.4g}")
     if o["dead_band"] is not None and not 0 < check_number(o["dead_band"], "dead_band") < 1: raise MixtureError(f"dead_band is {o['dead_band']}, expected a confidence between 0 and 1, or None")
     if check_number(o["gap"], "gap", 0) and o["targets"] is None: raise MixtureError("gap needs targets: a score per task to aim at")
-    for name in ("targets", "initial_scores", "noise"):
-        if o[name] is not None: check_scores(o[name], tasks)
+    if o["initial_scores"] is not None: check_scores(o["initial_scores"], tasks)
+    for name in ("targets", "noise"):
+        if o[name] is not None: check_names(o[name], tasks, name)
+        for t in o[name] or (): check_number(o[name][t], f"{name} of {t}", -LARGEST, LARGEST)
     if o["noise"] is not None and min(float(v) for v in o["noise"].values()) <= 0: raise MixtureError("noise must be above 0 for every task")
+    if not isinstance(o["protect_falling"], bool): raise MixtureError(f"protect_falling is {o['protect_falling']!r}, expected True or False")
     for name in ("warmup", "freeze"):
         if o[name] is not None: check_step(o[name])
 
@@ -667,7 +670,7 @@ class OnlineDataMixing(Mixture):
         check_totals(self, memory, ["rewards"])
         return memory
 
-# %% ../nbs/30_mixture.ipynb #1671969f
+# %% ../nbs/30_mixture.ipynb #cc76145f
 def slopes(
     at: np.ndarray, # (n,) steps of the last evaluations
     scores: np.ndarray, # (n, k) scores there
@@ -676,6 +679,7 @@ def slopes(
     away = at - at.mean()
     return away @ (scores - scores[0]) / (away ** 2).sum() # minus the first: no change is exactly 0
 
+# %% ../nbs/30_mixture.ipynb #1671969f
 class SlopeMixture(Mixture):
     """ADO (Jiang et al. 2024, section 3) with a line for its scaling law. Task j gains speed_j per sample; rho_j is proportional to prior_j h_j^s speed_j, where
     h <- gamma1 w + (1 - gamma1) h says how much of the gain is the task's own doing. The weights are w <- gamma2 rho + (1 - gamma2) mean of the prior and all earlier rho.
@@ -737,6 +741,6 @@ def make_mixture(
     **options: Any, # the arguments of that class
 ) -> Mixture:
     "A policy by name. Raises `MixtureError` naming the choices, or the argument that doesn't fit."
-    if policy not in POLICIES: raise MixtureError(f"unknown mixture policy {policy!r}; the choices are {', '.join(POLICIES)}")
+    if not isinstance(policy, str) or policy not in POLICIES: raise MixtureError(f"unknown mixture policy {policy!r}; the choices are {', '.join(POLICIES)}")
     try: return POLICIES[policy](**options)
     except TypeError as e: raise MixtureError(f"policy {policy}: {str(e).split('.')[-1].replace('__init__() ', '')}") from None

@@ -168,7 +168,7 @@ def test_foreign_states_are_refused(change):
     assert policy.state_dict() == state
 
 @pytest.mark.parametrize("options", [dict(alpha=0), dict(alpha=math.nan), dict(alpha=-1), dict(floor=0.4), dict(ceiling=0.2), dict(score_scale="db"), dict(min_step=0), dict(max_step=-1), dict(min_step=9, max_step=3),
-                                     dict(dead_band=1.0), dict(gap=1.0), dict(gap=1.0, targets={"a": 1.0}), dict(start={"a": 0.5, "b": 0.4, "c": 0.0}), dict(start={"a": 0.9, "b": 0.1, "c": 0.0}, floor=0.1), dict(noise={"a": 1, "b": 0, "c": 1}), dict(warmup=-1)])
+                                     dict(dead_band=1.0), dict(gap=1.0), dict(gap=1.0, targets={"a": 1.0}), dict(start={"a": 0.5, "b": 0.4, "c": 0.0}), dict(start={"a": 0.9, "b": 0.1, "c": 0.0}, floor=0.1), dict(noise={"a": 1, "b": 0, "c": 1}), dict(noise={"a": [1.0, 2.0], "b": 1, "c": 1}), dict(noise={"a": 1}), dict(targets=dict.fromkeys("abc", [1.0, 2.0]), gap=1.0), dict(targets=[1, 2, 3]), dict(protect_falling="yes"), dict(min_step=True), dict(alpha="0.1"), dict(warmup=-1)])
 def test_bad_options_are_refused(options):
     with pytest.raises(MixtureError): DataEquilibrium(["a", "b", "c"], **{"alpha": 1.0, **options})
 
@@ -260,7 +260,8 @@ def test_bad_tables(tmp_path, text, says):
 
 def test_by_name():
     assert isinstance(make_mixture("des", tasks=["a", "b"], alpha=1), DataEquilibrium)
-    with pytest.raises(MixtureError, match="the choices are fixed"): make_mixture("Des")
+    for unknown in ("Des", ["des"], None):
+        with pytest.raises(MixtureError, match="the choices are fixed"): make_mixture(unknown)
     with pytest.raises(MixtureError, match="alfa"): make_mixture("des", tasks=["a"], alfa=1)
 
 # Formulas of the papers, term by term in plain Python: independent of the code under test.
