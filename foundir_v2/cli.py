@@ -397,7 +397,7 @@ def add_mixture_simulate(actions: Any) -> None:
     p.add_argument("curves", nargs="?", default="tiny", metavar="CURVES", help="curves (.json), the record of a run to fit them to (mixture.csv or log.jsonl), or 'tiny': those of the embedded default's training (default: %(default)s)")
     p.add_argument("--policy", action="append", metavar="NAME[:OPTION=VALUE,...]", help="for instance des:alpha=0.3,floor=0.05; may be repeated (default: fixed, some DES and slope)")
     p.add_argument("--updates", type=int, default=30, metavar="N", help="updates of the mixture per run (default: %(default)s)")
-    p.add_argument("--interval", type=float, default=1000, metavar="SAMPLES", help="samples between two updates (default: %(default)s)")
+    p.add_argument("--interval", type=float, default=160, metavar="SAMPLES", help="samples between two updates (default: %(default)s)")
     p.add_argument("--seeds", type=int, default=20, metavar="N", help="runs per policy (default: %(default)s)")
     p.add_argument("--images", type=int, default=10, metavar="N", help="reference images per task (default: %(default)s)")
     p.add_argument("--objective", default="share", choices=("mean", "share", "worst"), help="mean score, mean gain in percent of what can be gained, or that of the worst task (default: %(default)s)")

@@ -129,14 +129,14 @@ def curves_of_file(
         return fit_curves(read_training_log(path) if kind == ".jsonl" else read_mixture(path), samples_per_step, images)
 
 # %% ../nbs/36_mixtools.ipynb #645bac54
-DEFAULT_RACE = ("fixed", "des:alpha=0.1", "des:alpha=0.3", "des:alpha=1.0", "des:alpha=0.3,min_step=5,max_step=10,floor=0.05", "slope")
+DEFAULT_RACE = ("fixed", "des:alpha=0.1", "des:alpha=0.3", "des:alpha=1.0", "des:alpha=0.3,score_scale=zscore", "des:alpha=0.3,min_step=5,max_step=10,floor=0.05", "slope")
 
 def simulate_file(
     path: str | Path = "tiny", # as `curves_of_file`
     output: str | Path | None = None, # regret table (CSV)
     policies: Sequence[str] = DEFAULT_RACE, # see `parse_policy`
     updates: int = 30, # evaluations per run
-    interval: float = 1000, # samples between two
+    interval: float = 160, # samples between two; with 30 updates a run is about as long as the record of "tiny"
     seeds: int = 20, # runs per policy
     images: int = 10, # |D_ref| per task
     kind: str = "share", # objective: "mean", "share" or "worst"
@@ -144,12 +144,12 @@ def simulate_file(
     curves_output: str | Path | None = None, # keep the (fitted) curves as JSON
     picture: str | Path | None = None, # PNG, PDF or SVG
 ) -> list[dict[str, Any]]: # rows policy, runs, regret, error; best first
-    "Race policies on learning curves."
+    "Race policies on learning curves. They get the scores of the single reference images."
     if kind not in OBJECTIVES: raise FoundIRError(f"unknown objective {kind!r}; the choices are {', '.join(OBJECTIVES)}")
     if min(updates, seeds, images) < 1 or not 0 < interval < np.inf: raise FoundIRError("updates, seeds, images and interval must be above 0")
     curves, _ = curves_of_file(path, samples_per_step, images)
     for text in policies: parse_policy(text, curves.tasks)
-    with one_line(path): rows = regret_table(race(curves, {text: lambda text=text: parse_policy(text, curves.tasks) for text in policies}, updates, interval, seeds, images, kind))
+    with one_line(path): rows = regret_table(race(curves, {text: lambda text=text: parse_policy(text, curves.tasks) for text in policies}, updates, interval, seeds, images, kind, as_list=policies))
     if curves_output:
         with atomic_write(curves_output) as tmp: save_curves(curves, tmp, "" if Path(path).suffix.lower() == ".json" else f"fitted to {Path(path).name}")
     if output: write_rows(rows, output)

@@ -1,7 +1,7 @@
 "The simulator: its equation, the search for the best fixed mixture, races, and the fit to a log."
 import numpy as np, pytest
 from foundir_v2.mixsim import Curves, best_fixed, experience, fit_curves, load_curves, log_arrays, objective, race, regret_table, replay_experience, save_curves, score_of, shipped_file, simulate
-from foundir_v2.mixture import DataEquilibrium, FixedMixture, read_mixture
+from foundir_v2.mixture import DataEquilibrium, FixedMixture, ReplayMixture, read_mixture
 
 def curves(half=(500, 1000, 4000), cross=0.0, forget=0.0, wobble=0.3):
     each = lambda v: tuple(float(x) for x in np.broadcast_to(v, 3))
@@ -65,6 +65,11 @@ def test_shipped_curves_are_the_fit_to_the_shipped_record():
     assert np.abs(lines[0] - lines[1]).max() < 0.02 and residual < 0.1
     assert np.sqrt(np.mean(((lines[1] - scores) / np.ptp(scores, 0)) ** 2)) == pytest.approx(residual, rel=0.02)
     assert shipped.half[tasks.index("weather")] > 5 * max(h for h, t in zip(shipped.half, tasks) if t != "weather") # the finding that notebook 30 rests on
+
+@pytest.mark.parametrize("name, last", [("tiny.csv", 500), ("tiny_1500.csv", 1500)])
+def test_shipped_records_can_be_replayed(name, last):
+    rows = read_mixture(shipped_file(name))
+    assert ReplayMixture(shipped_file(name), stretch=100).at(100 * last) == pytest.approx({r["task"]: r["weight"] for r in rows if r["step"] == last}, abs=1e-12)
 
 def test_counted_samples_go_before_weights():
     rows = [{"step": s, "task": t, "weight": 0.5, "score": 20.0, "samples": n} for s, counts in ((0, (0, 0)), (10, (30, 10)), (20, (8, 32))) for t, n in zip("ab", counts)]
