@@ -410,7 +410,7 @@ def run_mixture_fit(args: argparse.Namespace) -> int:
     "`foundir-v2 mixture fit`"
     from foundir_v2.mixtools import fit_file
     law = fit_file(args.runs, args.law)
-    print(f"{'score':<16}{'limit':>9}{'noise':>9}{'left-one-out error':>20}")
+    print(f"{'score':<16}{'limit':>9}{'noise':>9}{'leave-one-out error':>20}")
     for row in zip(law.names, law.c, law.noise, law.left_out): print("{:<16}{:>9.3f}{:>9.3f}{:>20.3f}".format(*row))
     return 0
 

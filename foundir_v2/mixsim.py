@@ -226,7 +226,7 @@ def fit_curves(
     rows: Sequence[Mapping[str, Any]], # a mixture log: step, task, weight, score
     samples_per_step: float | None = None, # batch size of all ranks together; not needed where the log counts samples
     images: int = 10, # |D_ref| per task of that log
-    spread: float = 0.75, # standard deviation between images, in units of a task's range; not in the log
+    spread: float | Mapping[str, float] = 0.75, # standard deviation between images, which is not in the log: in units of a task's range, or measured per task
     prior: float = 0.05, # strength of the pull to plain values
 ) -> tuple[Curves, float]: # the curves, root mean square residual relative to each task's range
     "Least-squares fit of the simulator to a real run (needs scipy). Raises `ValueError` with fewer than 5 scored steps."
@@ -236,13 +236,14 @@ def fit_curves(
     if known.sum(0).min() < 5: raise ValueError(f"the log scores a task at {known.sum(0).min()} steps; at least 5 are needed to fit a curve")
     k, total, spans = len(tasks), samples[-1] - samples[0], np.maximum(np.nanmax(scores, 0) - np.nanmin(scores, 0), 1e-6)
     plain = np.concatenate([np.nanmax(scores, 0) + 0.2 * spans, np.log(1.2 * spans), np.full(k, np.log(total / k / 5)), [np.log(0.5), np.log(0.1 / total), 0.0]])
+    between = np.array([float(spread[t]) for t in tasks]) if isinstance(spread, Mapping) else spread * spans
     size = np.concatenate([spans, np.ones(2 * k), [1.0, 3.0, 0.3]])
     def misfit(z):
-        curves = unpack(plain + z * size, tasks, spread * spans, np.zeros(k))
+        curves = unpack(plain + z * size, tasks, between, np.zeros(k))
         left = (score_of(curves, replay_experience(curves, samples, weights)) - scores) / spans
         return np.concatenate([left[known], prior * z])
     z = least_squares(misfit, np.zeros(len(plain)), x_scale="jac", max_nfev=400).x
     left = misfit(z)[:known.sum()]
     full = np.full(scores.shape, np.nan); full[known] = left
     wobble = np.sqrt(np.nanmean(full ** 2, 0) * images) * spans
-    return unpack(plain + z * size, tasks, spread * spans, wobble), float(np.sqrt(np.mean(left ** 2)))
+    return unpack(plain + z * size, tasks, between, wobble), float(np.sqrt(np.mean(left ** 2)))

@@ -129,7 +129,7 @@ def curves_of_file(
         return fit_curves(read_training_log(path) if kind == ".jsonl" else read_mixture(path), samples_per_step, images)
 
 # %% ../nbs/36_mixtools.ipynb #645bac54
-DEFAULT_RACE = ("fixed", "des:alpha=0.1", "des:alpha=0.3", "des:alpha=1.0", "des:alpha=0.3,score_scale=zscore", "des:alpha=0.3,min_step=5,max_step=10,floor=0.05", "slope")
+DEFAULT_RACE = ("fixed", "des:alpha=0.1", "des:alpha=0.3", "des:alpha=1.0", "des:alpha=0.1,score_scale=zscore", "des:alpha=0.3,min_step=5,max_step=10,floor=0.05", "slope")
 
 def simulate_file(
     path: str | Path = "tiny", # as `curves_of_file`

@@ -60,7 +60,8 @@ def test_shipped_curves_are_the_fit_to_the_shipped_record():
     record, shipped = read_mixture(shipped_file("tiny.csv")), load_curves("tiny")
     tasks, samples, weights, scores = log_arrays(record)
     assert tasks == shipped.tasks and len(samples) == 26 and samples[-1] == 4000
-    fitted, residual = fit_curves(record)
+    fitted, residual = fit_curves(record, spread=dict(zip(shipped.tasks, shipped.spread)))
+    assert fitted.spread == shipped.spread and np.allclose(fit_curves(record)[0].spread, 0.75 * np.ptp(scores, 0))
     lines = [score_of(c, replay_experience(c, samples, weights)) for c in (fitted, shipped)]
     assert np.abs(lines[0] - lines[1]).max() < 0.02 and residual < 0.1
     assert np.sqrt(np.mean(((lines[1] - scores) / np.ptp(scores, 0)) ** 2)) == pytest.approx(residual, rel=0.02)
