@@ -4,7 +4,7 @@ JOBS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv repro test export check-export test-notebooks smoke readme clean-notebooks lab bench profile hooks lock wheel
+.PHONY: help venv repro test export check-export test-notebooks smoke readme clean-notebooks lab bench measure profile hooks lock wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -53,7 +53,10 @@ clean-notebooks: venv ## remove outputs from the pipeline notebooks, and editing
 lab: venv ## edit the notebooks
 	jupyter lab
 
-bench: venv ## run all stages afresh; wall time and peak memory (PSS) of the process tree
+bench: venv ## speed of the parts that have a bound, with the numbers (bench/)
+	python -m pytest -s bench
+
+measure: venv ## run all stages afresh; wall time and peak memory (PSS) of the process tree
 	python .ci/measure.py dvc repro --force
 
 profile: ## P=smoke|sdxl: copy that profile over params.yaml; P=tiny: back to the committed one

@@ -1,7 +1,7 @@
 "Speed of the mixture library, by CPU time of one process: `python -m pytest -s bench`. Bounds are the project's; -s shows the numbers."
 import time
 import numpy as np, pytest
-from foundir_v2.mixsim import Curves, race
+from foundir_v2.mixsim import load_curves, race
 from foundir_v2.mixture import DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, OnlineDataMixing, SequentialMixture, SlopeMixture, TargetGapMixture
 from foundir_v2.sampler import MixtureSampler
 
@@ -32,12 +32,12 @@ def test_one_update_of_64_tasks(options):
     assert took < 1e-3
 
 def test_race_of_ten_policies():
-    five = lambda v: (float(v),) * 5
-    curves = Curves(tuple(TASKS), five(28), five(10), (500.0, 1000.0, 2000.0, 4000.0, 8000.0), five(0.6), five(1e-5), tuple(tuple(float(i == j) for j in range(5)) for i in range(5)), five(3), five(0.3))
-    ends = dict.fromkeys(TASKS, 28.0)
-    policies = {"uniform": lambda: FixedMixture(dict.fromkeys(TASKS, 0.2)), "sequential": lambda: SequentialMixture(TASKS, [30_000, 60_000, 90_000, 120_000]), "incremental": lambda: IncrementalMixture(TASKS, [30_000, 60_000, 90_000, 120_000]),
+    curves = load_curves("tiny")
+    ends, bottoms = dict(zip(TASKS, curves.top)), {t: top - span for t, top, span in zip(TASKS, curves.top, curves.span)}
+    assert list(curves.tasks) == TASKS
+    policies = {"uniform": lambda: FixedMixture(dict.fromkeys(TASKS, 0.2)), "sequential": lambda: SequentialMixture(TASKS, [3000, 6000, 9000, 12_000]), "incremental": lambda: IncrementalMixture(TASKS, [3000, 6000, 9000, 12_000]),
                 "des": lambda: DataEquilibrium(TASKS, 0.3), "relative": lambda: DataEquilibrium(TASKS, 5, "relative"), "limits": lambda: DataEquilibrium(TASKS, 0.3, "zscore", 5, 10, 0.05),
-                "excess": lambda: ExcessLossMixture(TASKS, ends, 0.1), "gap": lambda: TargetGapMixture(TASKS, ends, 0.1), "odm": lambda: OnlineDataMixing(TASKS, 28, 18), "slope": lambda: SlopeMixture(TASKS)}
-    took = seconds(lambda: race(curves, policies, updates=150, interval=1000, seeds=100), repeat=1)
+                "excess": lambda: ExcessLossMixture(TASKS, ends, 0.1), "gap": lambda: TargetGapMixture(TASKS, ends, 0.1), "odm": lambda: OnlineDataMixing(TASKS, ends, bottoms), "slope": lambda: SlopeMixture(TASKS)}
+    took = seconds(lambda: race(curves, policies, updates=150, interval=100, seeds=100), repeat=1)
     print(f"\n{took:.1f} s for 10 policies x 100 seeds x 150 updates")
     assert took < 60

@@ -10,17 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # %% ../nbs/33_adapters.ipynb #1b29151e
-from .mixture import MixtureError, check_names
+from .mixture import MixtureError, check_names, check_tasks
+try: from torch.utils.data import Sampler # only for isinstance
+except ModuleNotFoundError: Sampler = object
 from .sampler import Draw, MixtureSampler
 
 # %% ../nbs/33_adapters.ipynb #3a537c1a
-class FlatBatchSampler:
+class FlatBatchSampler(Sampler):
     "Batches of flat indices into datasets laid end to end, for `DataLoader(ConcatDataset(parts), batch_sampler=...)`."
 
     def __init__(self,
         sampler: MixtureSampler, # whose draws are to be numbered
         order: Sequence[str], # the tasks in the order of the concatenated datasets
     ):
+        order = check_tasks(order)
         if sorted(order) != sorted(sampler.tasks): raise MixtureError(f"order is {', '.join(order)}; it must name each of the tasks {', '.join(sampler.tasks)} once")
         self.sampler, self.start, total = sampler, {}, 0
         for task in order: self.start[task], total = total, total + sampler.lengths[task]
@@ -41,6 +44,7 @@ class MixtureIterator:
         sampler: MixtureSampler, # what is drawn
     ):
         check_names(datasets, sampler.tasks, "datasets")
+        if endless := [t for t in sampler.tasks if not hasattr(datasets[t], "__len__") or not hasattr(datasets[t], "__getitem__")]: raise MixtureError(f"the dataset of {endless[0]} has no length or no index: a streamed dataset must be made map-style first")
         if wrong := [t for t in sampler.tasks if len(datasets[t]) != sampler.lengths[t]]: raise MixtureError(f"the dataset of {wrong[0]} has {len(datasets[wrong[0]])} items, the sampler expects {sampler.lengths[wrong[0]]}")
         self.datasets, self.sampler = datasets, sampler
         self._before, self._batch, self._done = sampler.state_dict(), [], 0
@@ -65,7 +69,7 @@ class MixtureIterator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on after the last sample handed out."
-        if not isinstance(state, Mapping) or set(state) != {"sampler", "done"} or not 0 <= state["done"] < self.sampler.batch_size: raise MixtureError("not a state of a MixtureIterator: expected sampler and done")
+        if not isinstance(state, Mapping) or set(state) != {"sampler", "done"} or not isinstance(state["done"], int) or not 0 <= state["done"] < self.sampler.batch_size: raise MixtureError("not a state of a MixtureIterator: expected sampler and done")
         self.sampler.load_state_dict(state["sampler"])
         self._before, self._batch, self._done = state["sampler"], [], 0
         if state["done"]: self._batch, self._done = next(iter(self.sampler)), state["done"]
@@ -84,6 +88,9 @@ class DrawDataset:
         return {t: len(d) for t, d in self.datasets.items()}
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        row = dict(self.datasets[draw.task][draw.index])
+        if draw.task not in self.datasets: raise MixtureError(f"draw of unknown task {draw.task}; the tasks are {', '.join(self.datasets)}")
+        row = self.datasets[draw.task][draw.index]
+        if not isinstance(row, Mapping): raise MixtureError(f"row {draw.index} of {draw.task} is a {type(row).__name__}, expected a mapping from column to value")
+        row = dict(row)
         if taken := {"task", "seed"} & set(row): raise MixtureError(f"the dataset of {draw.task} already has a column {sorted(taken)[0]}: rename it")
         return {**row, "task": draw.task, "seed": draw.seed}

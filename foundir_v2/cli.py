@@ -14,7 +14,9 @@ __all__ = ['READABLE', 'WRITABLE', 'COMMANDS', 'pictures_in', 'result_name', 'pl
            'is_user_error', 'each_file', 'restore_file', 'quiet_libraries', 'run_restore', 'add_restore', 'run_degrade',
            'add_degrade', 'run_data_fetch', 'add_data', 'limits_from', 'run_clean', 'add_clean', 'run_caption',
            'add_caption', 'run_train', 'add_train', 'run_evaluate', 'add_evaluate', 'run_report', 'add_report',
-           'run_mixture_update', 'run_mixture_show', 'add_mixture', 'parser', 'main']
+           'run_mixture_update', 'run_mixture_show', 'add_mixture', 'run_mixture_simulate', 'add_mixture_simulate',
+           'run_mixture_fit', 'run_mixture_recommend', 'add_mixture_law', 'run_mixture_plot', 'run_mixture_replay',
+           'add_mixture_log', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #b493f219
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")  # suffixes that are taken from a folder
@@ -365,7 +367,7 @@ def run_mixture_show(args: argparse.Namespace) -> int:
     return 0
 
 def add_mixture(sub: Any) -> None:
-    actions = sub.add_parser("mixture", help="data equilibrium scheduling for any training loop", description="Data equilibrium scheduling with a CSV log as its state.").add_subparsers(metavar="ACTION", required=True)
+    actions = sub.add_parser("mixture", help="data equilibrium scheduling for any training loop", description="Data equilibrium scheduling with a CSV log as its state, and tools to choose, compare and transfer mixtures.").add_subparsers(metavar="ACTION", required=True)
     p = actions.add_parser("update", help="next shares from new scores", description="Apply the update rule to new scores, append to the log, print the next shares as JSON.")
     p.add_argument("log", metavar="LOG.csv", help="made by the first call")
     p.add_argument("scores", nargs="+", metavar="TASK=SCORE", help="higher is better")
@@ -378,6 +380,86 @@ def add_mixture(sub: Any) -> None:
     p = actions.add_parser("show", help="print a log as a table", description="Print a mixture log: shares, and scores in parentheses.")
     p.add_argument("log", metavar="LOG.csv")
     p.set_defaults(run=run_mixture_show)
+    for add in (add_mixture_simulate, add_mixture_law, add_mixture_log): add(actions)
+
+# %% ../nbs/90_cli.ipynb #e88b2c22
+def run_mixture_simulate(args: argparse.Namespace) -> int:
+    "`foundir-v2 mixture simulate`"
+    from foundir_v2.mixtools import DEFAULT_RACE, simulate_file
+    rows = simulate_file(args.curves, args.csv, args.policy or DEFAULT_RACE, args.updates, args.interval, args.seeds, args.images, args.objective, args.samples_per_step, args.save_curves, args.picture)
+    width = max(len(r["policy"]) for r in rows)
+    print(f"regret against the best fixed mixture ({'score' if args.objective == 'mean' else 'percent'}), mean of {args.seeds} runs ± standard error")
+    for r in rows: print(f"{r['policy']:<{width}} {r['regret']:9.3f}" + ("" if r["error"] != r["error"] else f" ± {r['error']:.3f}"))
+    return 0
+
+def add_mixture_simulate(actions: Any) -> None:
+    p = actions.add_parser("simulate", help="race policies on simulated learning curves", description="Race mixture policies on simulated learning curves, against the best fixed mixture.")
+    p.add_argument("curves", nargs="?", default="tiny", metavar="CURVES", help="curves (.json), the record of a run to fit them to (mixture.csv or log.jsonl), or 'tiny': those of the embedded default's training (default: %(default)s)")
+    p.add_argument("--policy", action="append", metavar="NAME[:OPTION=VALUE,...]", help="for instance des:alpha=0.3,floor=0.05; may be repeated (default: fixed, some DES and slope)")
+    p.add_argument("--updates", type=int, default=30, metavar="N", help="updates of the mixture per run (default: %(default)s)")
+    p.add_argument("--interval", type=float, default=160, metavar="SAMPLES", help="samples between two updates (default: %(default)s)")
+    p.add_argument("--seeds", type=int, default=20, metavar="N", help="runs per policy (default: %(default)s)")
+    p.add_argument("--images", type=int, default=10, metavar="N", help="reference images per task (default: %(default)s)")
+    p.add_argument("--objective", default="share", choices=("mean", "share", "worst"), help="mean score, mean gain in percent of what can be gained, or that of the worst task (default: %(default)s)")
+    p.add_argument("--samples-per-step", type=float, metavar="N", help="batch size of the run that mixture.csv is from")
+    for name, what in (("--csv", "also write the table"), ("--picture", "also draw it (.png, .pdf, .svg)"), ("--save-curves", "keep the curves (.json)")): p.add_argument(name, metavar="FILE", help=what)
+    p.set_defaults(run=run_mixture_simulate)
+
+# %% ../nbs/90_cli.ipynb #32665845
+def run_mixture_fit(args: argparse.Namespace) -> int:
+    "`foundir-v2 mixture fit`"
+    from foundir_v2.mixtools import fit_file
+    law = fit_file(args.runs, args.law)
+    print(f"{'score':<16}{'limit':>9}{'noise':>9}{'leave-one-out error':>20}")
+    for row in zip(law.names, law.c, law.noise, law.left_out): print("{:<16}{:>9.3f}{:>9.3f}{:>20.3f}".format(*row))
+    return 0
+
+def run_mixture_recommend(args: argparse.Namespace) -> int:
+    "`foundir-v2 mixture recommend`"
+    from foundir_v2.mixtools import parse_objective, recommend_file
+    rows = recommend_file(args.law, args.csv, parse_objective(args.objective), args.floor)
+    print(f"{'task':<16}{'share':>9}{'score':>9}{'± error':>9}")
+    for r in rows: print(f"{r['task']:<16}{r['weight']:>9.3f}" + ("" if r["score"] is None else f"{r['score']:>9.3f}{r['error']:>9.3f}"))
+    return 0
+
+def add_mixture_law(actions: Any) -> None:
+    p = actions.add_parser("fit", help="fit a mixing law to small runs", description="Fit the data mixing law to the final scores of small runs with different fixed mixtures.")
+    p.add_argument("runs", metavar="RUNS.csv", help="columns run, task, weight, score; one row per run and task")
+    p.add_argument("law", metavar="LAW.json", help="where to write the law")
+    p.set_defaults(run=run_mixture_fit)
+    p = actions.add_parser("recommend", help="the best mixture according to a law", description="The best mixture according to a fitted law, with the scores it predicts.")
+    p.add_argument("law", metavar="LAW.json", help="from mixture fit")
+    p.add_argument("--objective", default="mean", metavar="WHAT", help="mean, worst, or an importance for every score: deblur=2,sr=1 (default: %(default)s)")
+    p.add_argument("--floor", type=float, default=0.0, help="smallest share (default: %(default)s)")
+    p.add_argument("--csv", metavar="FILE", help="also write it, as a schedule to replay")
+    p.set_defaults(run=run_mixture_recommend)
+
+# %% ../nbs/90_cli.ipynb #e22d20eb
+def run_mixture_plot(args: argparse.Namespace) -> int:
+    "`foundir-v2 mixture plot`"
+    from foundir_v2.mixtools import plot_file
+    plot_file(args.log, args.picture)
+    print(args.picture)
+    return 0
+
+def run_mixture_replay(args: argparse.Namespace) -> int:
+    "`foundir-v2 mixture replay`"
+    from foundir_v2.mixtools import replay_file
+    rows = replay_file(args.log, args.schedule, args.stretch)
+    steps = list(dict.fromkeys(r["step"] for r in rows))
+    print(f"{args.schedule}: {len(steps)} mixtures, the last from step {steps[-1]} on")
+    return 0
+
+def add_mixture_log(actions: Any) -> None:
+    p = actions.add_parser("plot", help="draw a recorded mixture", description="Draw the shares and scores of a recorded run.")
+    p.add_argument("log", metavar="LOG.csv", help="a run's mixture.csv, or a log of mixture update")
+    p.add_argument("picture", metavar="PICTURE", help="where to write it (.png, .pdf, .svg)")
+    p.set_defaults(run=run_mixture_plot)
+    p = actions.add_parser("replay", help="turn a recorded mixture into the schedule of a longer run", description="Turn the recorded mixture of a small run into the schedule of a longer one.")
+    p.add_argument("log", metavar="LOG.csv", help="mixture.csv of the small run")
+    p.add_argument("schedule", metavar="SCHEDULE.csv", help="columns step, task, weight; for the policy replay")
+    p.add_argument("--stretch", type=float, default=1.0, metavar="X", help="steps of the long run / steps of the small one (default: %(default)s)")
+    p.set_defaults(run=run_mixture_replay)
 
 # %% ../nbs/90_cli.ipynb #b3cf71ea
 COMMANDS = (add_restore, add_degrade, add_data, add_clean, add_caption, add_train, add_evaluate, add_report, add_mixture)

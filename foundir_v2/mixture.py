@@ -9,8 +9,8 @@ __all__ = ['LARGEST', 'SCORE_SCALES', 'RELEASED_PHASES', 'POLICIES', 'MixtureErr
            'limit_moves', 'check_des', 'DataEquilibrium', 'des_delta', 'des_limits', 'des_next', 'check_des_memory',
            'ScheduledMixture', 'check_boundaries', 'SequentialMixture', 'IncrementalMixture', 'mixture_rows',
            'write_mixture', 'read_mixture', 'schedule_of', 'ReplayMixture', 'released_schedule', 'TemperatureMixture',
-           'ProportionalMixture', 'gaps', 'ExcessLossMixture', 'TargetGapMixture', 'OnlineDataMixing', 'SlopeMixture',
-           'make_mixture']
+           'ProportionalMixture', 'gaps', 'excesses', 'check_totals', 'ExcessLossMixture', 'TargetGapMixture',
+           'OnlineDataMixing', 'slopes', 'SlopeMixture', 'check_past', 'make_mixture']
 
 # %% ../nbs/30_mixture.ipynb #d5a46a88
 import csv, json, math, os
@@ -68,8 +68,9 @@ def check_number(
     high: float = math.inf, # largest allowed value
 ) -> float:
     "Refuse what is not a finite number in [low, high]."
-    try: number = float(value)
-    except (TypeError, ValueError): raise MixtureError(f"{what} is {value!r}, expected a number") from None
+    try: number = None if isinstance(value, (str, bytes, bool)) else float(value)
+    except (TypeError, ValueError): number = None
+    if number is None: raise MixtureError(f"{what} is {' '.join(repr(value).split())[:80]}, expected a number")
     if not math.isfinite(number): raise MixtureError(f"{what} is {number}, expected a finite number")
     if not low <= number <= high: raise MixtureError(f"{what} is {number}, expected a number from {low} to {high}")
     return number
@@ -287,9 +288,12 @@ def check_des(
     if check_number(o["ceiling"], "ceiling", 0, 1) * k < 1 - 1e-12: raise MixtureError(f"ceiling {o['ceiling']} is too low for {k} tasks: at least {1 / k:.4g}")
     if o["dead_band"] is not None and not 0 < check_number(o["dead_band"], "dead_band") < 1: raise MixtureError(f"dead_band is {o['dead_band']}, expected a confidence between 0 and 1, or None")
     if check_number(o["gap"], "gap", 0) and o["targets"] is None: raise MixtureError("gap needs targets: a score per task to aim at")
-    for name in ("targets", "initial_scores", "noise"):
-        if o[name] is not None: check_scores(o[name], tasks)
+    if o["initial_scores"] is not None: check_scores(o["initial_scores"], tasks)
+    for name in ("targets", "noise"):
+        if o[name] is not None: check_names(o[name], tasks, name)
+        for t in o[name] or (): check_number(o[name][t], f"{name} of {t}", -LARGEST, LARGEST)
     if o["noise"] is not None and min(float(v) for v in o["noise"].values()) <= 0: raise MixtureError("noise must be above 0 for every task")
+    if not isinstance(o["protect_falling"], bool): raise MixtureError(f"protect_falling is {o['protect_falling']!r}, expected True or False")
     for name in ("warmup", "freeze"):
         if o[name] is not None: check_step(o[name])
 
@@ -390,7 +394,11 @@ def check_des_memory(
     if not memory: return memory
     if "scores" not in memory: raise MixtureError("the memory in the state of a DataEquilibrium holds no scores")
     check_scores(memory["scores"], policy.tasks)
-    check_names(memory.get("squares", {}), policy.tasks, "squares in the state", complete=False)
+    squares = memory.get("squares", {})
+    check_names(squares, policy.tasks, "squares in the state", complete=False)
+    for t, pair in squares.items():
+        if not isinstance(pair, list) or len(pair) != 2: raise MixtureError(f"squares of {t} in the state are {pair!r}, expected a count and a sum")
+        for value in pair: check_number(value, f"squares of {t} in the state", 0)
     return memory
 
 # %% ../nbs/30_mixture.ipynb #8fdbd630
@@ -469,15 +477,17 @@ def write_mixture(
 
 # %% ../nbs/30_mixture.ipynb #b6fb81a5
 def read_mixture(
-    path: str | Path, # CSV with the columns step, task, weight and perhaps score
-) -> list[dict[str, Any]]: # rows step, task, weight, score
+    path: str | Path, # CSV with the columns step, task, weight and perhaps score and samples (drawn since the step before)
+) -> list[dict[str, Any]]: # rows step, task, weight, score, and samples if there are any
     "Read a mixture log. Raises `MixtureError` naming file and line."
-    with open(path, newline="") as f: lines = list(csv.DictReader(f))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f: lines = list(csv.DictReader(f))
+    except (csv.Error, UnicodeDecodeError) as e: raise MixtureError(f"{path} is no mixture log: not a CSV in UTF-8 ({e})") from None
     if not lines or (missing := {"step", "task", "weight"} - set(lines[0])):
         raise MixtureError(f"{path} is no mixture log: " + (f"the column {sorted(missing)[0]} is missing" if lines else "it has no rows"))
     rows = []
     for n, line in enumerate(lines, 2):
-        try: rows.append({"step": int(line["step"]), "task": line["task"], "weight": float(line["weight"]), "score": float(line["score"]) if line.get("score") else None})
+        try: rows.append({"step": int(line["step"]), "task": line["task"], "weight": float(line["weight"]), "score": float(line["score"]) if line.get("score") else None, **({"samples": int(line["samples"])} if line.get("samples") else {})})
         except (TypeError, ValueError) as e: raise MixtureError(f"{path}, line {n}: {e}") from None
     return rows
 
@@ -488,9 +498,10 @@ def schedule_of(
     "Rows of a log as a table."
     table: dict[int, dict[str, float]] = {}
     for row in rows:
-        weights = table.setdefault(round(int(row["step"]) * check_number(stretch, "stretch", 1e-9)), {})
+        if missing := {"step", "task", "weight"} - set(row): raise MixtureError(f"a row of the schedule has no {sorted(missing)[0]}: {dict(row)}")
+        weights = table.setdefault(round(check_number(row["step"], "step", 0) * check_number(stretch, "stretch", 1e-9)), {})
         if row["task"] in weights: raise MixtureError(f"step {row['step']} has two rows for task {row['task']}; with stretch {stretch}, two steps may have become one")
-        weights[row["task"]] = float(row["weight"])
+        weights[row["task"]] = check_number(row["weight"], f"weight of {row['task']} at step {row['step']}")
     if not table: raise MixtureError("the mixture log has no rows")
     return table
 
@@ -505,7 +516,7 @@ class ReplayMixture(ScheduledMixture):
     ):
         if isinstance(table, (str, os.PathLike)): table = read_mixture(table)
         if hasattr(table, "to_dict"): table = table.to_dict("records")
-        if isinstance(table, Mapping): table = [{"step": s, "task": t, "weight": w} for s, weights in table.items() for t, w in weights.items()]
+        if isinstance(table, Mapping): table = [{"step": int(s), "task": t, "weight": w} for s, weights in table.items() for t, w in weights.items()] # keys of JSON are strings
         schedule = schedule_of(table, stretch)
         tasks = list(schedule[min(schedule)])
         schedule.setdefault(0, dict(start) if start else {t: 1 / len(tasks) for t in tasks})
@@ -520,6 +531,7 @@ def released_schedule(
 ) -> dict[int, dict[str, float]]: # for `ReplayMixture`
     "The authors' fixed four-phase table as step -> weights."
     if len(tasks) != 5: raise MixtureError(f"the released table is for 5 tasks, not {len(tasks)}")
+    check_number(samples_per_step, "samples_per_step", 1)
     return {-(-samples // samples_per_step): dict(zip(tasks, row)) for samples, row in RELEASED_PHASES.items()}
 
 # %% ../nbs/30_mixture.ipynb #9107a116
@@ -532,7 +544,7 @@ class TemperatureMixture(FixedMixture):
     ):
         tasks = check_tasks(sizes)
         logs = np.log([check_number(sizes[t], f"size of {t}", 1) for t in tasks])
-        if not temperature > 0: raise MixtureError(f"temperature is {temperature}, expected a number above 0")
+        if temperature != math.inf and check_number(temperature, "temperature", 0) == 0: raise MixtureError("temperature is 0, expected a number above 0")
         grown = np.exp((logs - logs.max()) / temperature)
         super().__init__(dict(zip(tasks, (grown / grown.sum()).tolist())))
 
@@ -547,37 +559,72 @@ class ProportionalMixture(TemperatureMixture):
 def gaps(
     policy: Mixture, # its tasks
     images: Mapping[str, Sequence[float]], # checked scores
-    reference: Mapping[str, float], # per task, the score to reach
+    targets: Mapping[str, Sequence[float]], # checked scores to reach
 ) -> np.ndarray: # (k,) what is missing, not below 0
-    "How far each score is under its reference."
-    return np.array([max(0.0, float(reference[t]) - mean(images[t])) for t in policy.tasks])
+    "How far each task's mean score is under its target."
+    return np.array([max(0.0, mean(targets[t]) - mean(images[t])) for t in policy.tasks])
 
+def excesses(
+    policy: Mixture, # its tasks
+    images: Mapping[str, Sequence[float]], # checked scores
+    reference: Mapping[str, Sequence[float]], # checked scores of a reference model, one per task or one per image
+) -> np.ndarray: # (k,) what is missing, not below 0
+    "As `gaps`, but with the reference's image scores every image has its own gap, cut off at 0 before the mean."
+    def excess(task: str) -> float:
+        now, goal = images[task], reference[task]
+        if 1 in (len(now), len(goal)): return max(0.0, mean(goal) - mean(now))
+        if len(now) != len(goal): raise MixtureError(f"{len(now)} scores of {task}, but the reference model has {len(goal)}: both must be of the same images")
+        return mean([max(0.0, g - s) for s, g in zip(now, goal)])
+    return np.array([excess(t) for t in policy.tasks])
+
+def check_totals(
+    policy: Mixture, # who is to remember it
+    memory: Mapping[str, Any], # from a state
+    names: Sequence[str], # entries with a number per task
+) -> None:
+    "Refuse a memory without a count of updates and these entries; an empty one, of a policy before its first update, is fine."
+    if not memory: return
+    if missing := [n for n in ("count", *names) if n not in memory]: raise MixtureError(f"the memory in the state of a {type(policy).__name__} holds no {missing[0]}")
+    check_step(memory["count"])
+    for name in names:
+        check_names(memory[name], policy.tasks, f"{name} in the state")
+        for t in policy.tasks: check_number(memory[name][t], f"{name} of {t} in the state")
+
+# %% ../nbs/30_mixture.ipynb #44b5c8b1
 class ExcessLossMixture(Mixture):
-    "DoReMi (Xie et al. 2023, Algorithm 1): weights grow with the excess over a reference model."
+    """DoReMi (Xie et al. 2023, Algorithm 1): w <- (1 - c) norm(w exp(eta excess)) + c/k, where excess is what the scores lack to a reference model's.
+
+    There the excess is a loss, cut off at 0 token by token; give the reference's scores as lists, one per D_ref image, to cut off image by image.
+    `average` over all updates is the result. eta = 1 and c = 1e-3 are the paper's (its released code has c = 1e-4)."""
 
     def __init__(self,
         tasks: Iterable[str], # names
-        reference: Mapping[str, float], # per task, the reference model's score
+        reference: Mapping[str, float | Sequence[float]], # per task, the reference model's score or the scores of its D_ref images
         eta: float = 1.0, # rate per unit of missing score
-        smoothing: float = 1e-3, # share of the uniform mixture in every update
+        smoothing: float = 1e-3, # c, share of the uniform mixture in every update
     ):
         super().__init__(tasks)
-        check_scores(reference, self.tasks)
-        self.reference, self.eta, self.smoothing = dict(reference), check_number(eta, "eta", 0), check_number(smoothing, "smoothing", 0, 1)
+        self.reference, self.eta, self.smoothing = check_scores(reference, self.tasks), check_number(eta, "eta", 0), check_number(smoothing, "smoothing", 0, 1)
 
     def _next(self, images, step):
-        new = (1 - self.smoothing) * equilibrium_step(self._weights, -gaps(self, images, self.reference), self.eta) + self.smoothing / len(self.tasks)
-        count, total = self._memory.get("count", 0), self._memory.get("total", [0.0] * len(self.tasks))
-        return new, {"count": count + 1, "total": (np.array(total) + new).tolist()}
+        new = (1 - self.smoothing) * equilibrium_step(self._weights, -excesses(self, images, self.reference), self.eta) + self.smoothing / len(self.tasks)
+        count, total = self._memory.get("count", 0), self._memory.get("total", {})
+        return new, {"count": count + 1, "total": {t: total.get(t, 0.0) + w for t, w in zip(self.tasks, new.tolist())}}
+
+    def _check_memory(self, memory):
+        check_totals(self, memory, ["total"])
+        return memory
 
     @property
     def average(self) -> dict[str, float]:
         "Mean of the weights over all updates: what DoReMi gives to the large model."
-        return dict(zip(self.tasks, (np.array(self._memory["total"]) / self._memory["count"]).tolist())) if self._memory else self.weights
+        return {t: self._memory["total"][t] / self._memory["count"] for t in self.tasks} if self._memory else self.weights
 
 # %% ../nbs/30_mixture.ipynb #4831d5df
 class TargetGapMixture(Mixture):
-    "Dynamic batch loading of Sheared LLaMA (Xia et al. 2023, Algorithm 1): weights grow with the gap to a target score."
+    """Dynamic batch loading of Sheared LLaMA (Xia et al. 2023, Algorithm 1): w <- norm(w exp(rate gap)), gap = max(0, target - score).
+
+    The released callback differs: it doesn't cut the gap off at 0, and mixes in a share of 1e-4 of the uniform mixture."""
 
     def __init__(self,
         tasks: Iterable[str], # names
@@ -586,13 +633,17 @@ class TargetGapMixture(Mixture):
         start: Mapping[str, float] | None = None, # first weights; None: uniform
     ):
         super().__init__(tasks, start)
-        check_scores(targets, self.tasks)
-        self.targets, self.rate = dict(targets), check_number(rate, "rate", 0)
+        self.targets, self.rate = check_scores(targets, self.tasks), check_number(rate, "rate", 0)
 
     def _next(self, images, step): return equilibrium_step(self._weights, -gaps(self, images, self.targets), self.rate), {}
 
+# %% ../nbs/30_mixture.ipynb #2cec6448
 class OnlineDataMixing(Mixture):
-    "ODM (Albalak et al. 2023), an Exp3 bandit (Auer et al. 2002) with a moving average of the reward; every task is rewarded at every update."
+    """ODM (Albalak et al. 2023, Algorithm 1), an Exp3 bandit (Auer et al. 2002) whose reward is a moving average:
+    R_j <- keep R_j + (1 - keep) reward_j / w_j, then w <- (1 - k e_t) softmax(e_(t-1) R) + e_t with e_t = min(1/k, sqrt(ln k / (k t))), e_0 = 1/k.
+
+    There the reward is the loss of the task that was drawn; here every task is measured and rewarded, by how bad its score is on a scale from 0 to 1. (The released
+    code averages exp(loss) without dividing by the weight.)"""
 
     def __init__(self,
         tasks: Iterable[str], # names
@@ -601,43 +652,84 @@ class OnlineDataMixing(Mixture):
         keep: float = 0.5, # share of the old average in the new one
     ):
         super().__init__(tasks)
+        for name, end in (("best", best), ("worst", worst)):
+            if isinstance(end, Mapping): check_names(end, self.tasks, name)
         ends = [{t: check_number(e[t] if isinstance(e, Mapping) else e, "best and worst") for t in self.tasks} for e in (best, worst)]
         if bad := [t for t in self.tasks if ends[0][t] <= ends[1][t]]: raise MixtureError(f"best must be above worst; it is not for {', '.join(bad)}")
         self.best, self.worst, self.keep = *ends, check_number(keep, "keep", 0, 1)
 
     def _next(self, images, step):
-        k, t = len(self.tasks), self._memory.get("count", 0) + 1
-        explore = lambda n: min(1 / k, math.sqrt(math.log(k) / (k * max(n, 1)))) if k > 1 else 0.0
+        k, t, last = len(self.tasks), self._memory.get("count", 0) + 1, self._memory.get("rewards", {})
+        explore = lambda n: min(1 / k, math.sqrt(math.log(k) / (k * n))) if n else 1 / k
         bad = np.array([(self.best[j] - mean(images[j])) / (self.best[j] - self.worst[j]) for j in self.tasks]).clip(0, 1)
-        rewards = self.keep * np.array(self._memory.get("rewards", [0.0] * k)) + (1 - self.keep) * bad / self._weights
+        rewards = self.keep * np.array([last.get(j, 0.0) for j in self.tasks]) + (1 - self.keep) * bad / self._weights
         new = (1 - k * explore(t)) * equilibrium_step(np.full(k, 1 / k), -rewards, explore(t - 1)) + explore(t)
-        return new / new.sum(), {"count": t, "rewards": rewards.tolist()}
+        return new / new.sum(), {"count": t, "rewards": dict(zip(self.tasks, rewards.tolist()))}
+
+    def _check_memory(self, memory):
+        check_totals(self, memory, ["rewards"])
+        return memory
+
+# %% ../nbs/30_mixture.ipynb #cc76145f
+def slopes(
+    at: np.ndarray, # (n,) steps of the last evaluations
+    scores: np.ndarray, # (n, k) scores there
+) -> np.ndarray: # (k,) score per step, of the least-squares line
+    "How fast each task gains."
+    away = at - at.mean()
+    return away @ (scores - scores[0]) / (away ** 2).sum() # minus the first: no change is exactly 0
 
 # %% ../nbs/30_mixture.ipynb #1671969f
 class SlopeMixture(Mixture):
-    "Learning speed as in ADO (Jiang et al. 2024), from a line through the last scores instead of a fitted scaling law."
+    """ADO (Jiang et al. 2024, section 3) with a line for its scaling law. Task j gains speed_j per sample; rho_j is proportional to prior_j h_j^s speed_j, where
+    h <- gamma1 w + (1 - gamma1) h says how much of the gain is the task's own doing. The weights are w <- gamma2 rho + (1 - gamma2) mean of the prior and all earlier rho.
+
+    There the speed is the derivative of a power law fitted to thousands of training losses. A run has a handful of noisy scores, which only a line survives. A task that falls counts as speed 0;
+    if none gains, rho is the prior."""
+    version = 2
 
     def __init__(self,
         tasks: Iterable[str], # names
-        prior: Mapping[str, float] | None = None, # what the speeds are multiplied with; None: uniform
+        prior: Mapping[str, float] | None = None, # first weights, and what the speeds are multiplied with; None: uniform
         window: int = 4, # evaluations in the line
-        keep: float = 0.5, # share of the old weights in the new ones
+        s: float = 0.5, # exponent of the credit
+        gamma1: float = 0.1, # share of the present weights in the credit
+        gamma2: float = 0.1, # share of rho in the weights
         floor: float = 0.01, # smallest weight
     ):
         super().__init__(tasks, prior)
-        self.prior, self.window, self.keep = self._weights, check_step(window), check_number(keep, "keep", 0, 1)
+        self.prior, self.window, self.s = self._weights, check_step(window), check_number(s, "s", 0)
+        self.gamma1, self.gamma2 = check_number(gamma1, "gamma1", 0, 1), check_number(gamma2, "gamma2", 0, 1)
         self.floor = check_number(floor, "floor", 0, 1 / len(self.tasks))
         if window < 2: raise MixtureError(f"window is {window}, expected at least 2 evaluations")
 
     def _next(self, images, step):
-        past = [*self._memory.get("past", []), [step, *(mean(images[t]) for t in self.tasks)]][-self.window:]
-        if len({row[0] for row in past}) < 2: return self._weights, {"past": past}
-        at, scores = np.array(past)[:, 0], np.array(past)[:, 1:]
-        slopes = (at - at.mean()) @ scores / ((at - at.mean()) ** 2).sum()
-        speed = self.prior * np.maximum(slopes, 0)
-        wanted = speed / speed.sum() if speed.sum() > 0 else self.prior
-        new = self.keep * self._weights + (1 - self.keep) * wanted
-        return project(new, np.full(len(new), self.floor), np.ones(len(new))), {"past": past}
+        past = [*self._memory.get("past", []), [step, {t: mean(images[t]) for t in self.tasks}]][-self.window:]
+        count, k = self._memory.get("count", 0), len(self.tasks)
+        credit, average = (np.array([self._memory[n][t] for t in self.tasks]) if self._memory else self.prior for n in ("credit", "average"))
+        named = lambda values: dict(zip(self.tasks, values.tolist()))
+        if len({s for s, _ in past}) < 2: return self._weights, {"past": past, "count": count, "credit": named(credit), "average": named(average)}
+        speed = np.maximum(slopes(np.array([float(s) for s, _ in past]), np.array([[row[t] for t in self.tasks] for _, row in past])), 0)
+        credit = self.gamma1 * self._weights + (1 - self.gamma1) * credit
+        rho = self.prior * credit ** self.s * speed
+        rho = rho / rho.sum() if rho.sum() > 0 else self.prior
+        new = project(self.gamma2 * rho + (1 - self.gamma2) * average, np.full(k, self.floor), np.ones(k))
+        return new, {"past": past, "count": count + 1, "credit": named(credit), "average": named(average + (rho - average) / (count + 2))}
+
+    def _check_memory(self, memory): return check_past(self, memory)
+
+# %% ../nbs/30_mixture.ipynb #34aabe09
+def check_past(
+    policy: SlopeMixture, # who is to remember it
+    memory: dict[str, Any], # from a state
+) -> dict[str, Any]: # the same
+    "Refuse a memory without the evaluations that the next line goes through."
+    check_totals(policy, memory, ["credit", "average"])
+    for row in memory.get("past", [] if not memory else [None]):
+        if not isinstance(row, list) or len(row) != 2: raise MixtureError(f"past in the state holds {row!r}, expected a step and the scores")
+        check_step(row[0])
+        check_scores(row[1], policy.tasks)
+    return memory
 
 # %% ../nbs/30_mixture.ipynb #24a3c46e
 POLICIES: dict[str, type[Mixture]] = {
@@ -649,6 +741,6 @@ def make_mixture(
     **options: Any, # the arguments of that class
 ) -> Mixture:
     "A policy by name. Raises `MixtureError` naming the choices, or the argument that doesn't fit."
-    if policy not in POLICIES: raise MixtureError(f"unknown mixture policy {policy!r}; the choices are {', '.join(POLICIES)}")
+    if not isinstance(policy, str) or policy not in POLICIES: raise MixtureError(f"unknown mixture policy {policy!r}; the choices are {', '.join(POLICIES)}")
     try: return POLICIES[policy](**options)
     except TypeError as e: raise MixtureError(f"policy {policy}: {str(e).split('.')[-1].replace('__init__() ', '')}") from None

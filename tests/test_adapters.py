@@ -2,7 +2,7 @@
 import json
 import pytest
 from foundir_v2.adapters import DrawDataset, FlatBatchSampler, MixtureIterator
-from foundir_v2.mixture import FixedMixture, MixtureError
+from foundir_v2.mixture import DataEquilibrium, FixedMixture, MixtureError
 from foundir_v2.sampler import MixtureSampler
 
 LENGTHS = {"a": 30, "b": 5}
@@ -14,7 +14,28 @@ def test_flat_indices_reach_the_drawn_items():
     torch_data = pytest.importorskip("torch.utils.data")
     loader = torch_data.DataLoader(torch_data.ConcatDataset([PARTS["b"], PARTS["a"]]), batch_sampler=FlatBatchSampler(sampler(interval=6), ["b", "a"]), collate_fn=list)
     assert list(loader) == [[PARTS[d.task][d.index] for d in batch] for batch in sampler(interval=6)]
-    with pytest.raises(MixtureError): FlatBatchSampler(sampler(), ["a", "a"])
+    for bad in (["a", "a"], ["a"], "ab", ["a", "b", "c"]):
+        with pytest.raises(MixtureError): FlatBatchSampler(sampler(), bad)
+    assert isinstance(loader.batch_sampler, torch_data.Sampler)
+
+def test_a_training_loop_of_ones_own_resumes_exactly():
+    "ConcatDataset, two worker processes, a closed loop, a stop in the middle of an interval."
+    torch_data = pytest.importorskip("torch.utils.data")
+    def loop(state=None, stop=None):
+        des = DataEquilibrium(["a", "b"], 0.5, floor=0.1)
+        flat = FlatBatchSampler(MixtureSampler(LENGTHS, des, batch_size=4, seed=7, interval=5), ["a", "b"])
+        if state: flat.load_state_dict(state)
+        step, seen = (state["step"] if state else 0), []
+        loader = torch_data.DataLoader(torch_data.ConcatDataset([PARTS["a"], PARTS["b"]]), batch_sampler=flat, num_workers=2, collate_fn=list)
+        while step < 20:
+            for batch in loader:
+                seen.append(batch); step += 1
+                if step == stop: return seen, json.loads(json.dumps(flat.state_dict(consumed=step)))
+            des.update({"a": 20 + step * 0.1, "b": 20.0 - step % 3}, step)
+        return seen, None
+    whole, _ = loop()
+    head, state = loop(stop=13) # workers have prefetched beyond step 13
+    assert head + loop(state)[0] == whole and len(whole) == 20
 
 @pytest.mark.parametrize("stop", range(12))
 def test_iterator_resumes_at_any_sample(stop):
@@ -30,7 +51,13 @@ def test_iterator_ends_and_refuses():
     ending = MixtureIterator(PARTS, sampler(exhaustion="stop"))
     assert 5 <= sum(r["task"] == "b" for r in ending) < 9
     with pytest.raises(MixtureError): MixtureIterator({"a": PARTS["a"]}, sampler())
-    with pytest.raises(MixtureError): MixtureIterator(PARTS, sampler()).load_state_dict({"done": 1})
+    iterator = MixtureIterator(PARTS, sampler())
+    next(iterator)
+    state = iterator.state_dict()
+    for bad in ({"done": 1}, None, {**state, "done": "x"}, {**state, "done": 1.5}, {**state, "done": 4}, {**state, "done": -1}, {**state, "sampler": None}, {**state, "sampler": {}}):
+        with pytest.raises(MixtureError): iterator.load_state_dict(bad)
+    assert iterator.state_dict() == state
+    with pytest.raises(MixtureError, match="streamed"): MixtureIterator({**PARTS, "b": iter(PARTS["b"])}, sampler())
 
 def test_hugging_face_datasets():
     datasets = pytest.importorskip("datasets")
@@ -40,4 +67,6 @@ def test_hugging_face_datasets():
     batch = next(iter(sampler()))
     assert [rows[d] for d in batch] == [{"name": PARTS[d.task][d.index], "task": d.task, "seed": d.seed} for d in batch]
     assert next(MixtureIterator(parts, sampler()))["item"] == {"name": PARTS[batch[0].task][batch[0].index]}
+    with pytest.raises(MixtureError, match="unknown task c"): rows[batch[0]._replace(task="c")]
+    with pytest.raises(MixtureError, match="is a str, expected a mapping"): DrawDataset(PARTS)[batch[0]]
     with pytest.raises(MixtureError, match="column seed"): DrawDataset({"a": [{"seed": 1}] * 30, "b": [{"seed": 1}] * 5})[batch[0]]

@@ -45,7 +45,8 @@ def run(*argv):
     return cli.main([str(a) for a in argv])
 
 
-@pytest.mark.parametrize('argv', [[], ['restore'], ['degrade'], ['data'], ['data', 'fetch'], ['clean'], ['report'], ['caption'], ['train'], ['evaluate'], ['mixture'], ['mixture', 'update'], ['mixture', 'show']], ids=' '.join)
+@pytest.mark.parametrize('argv', [[], ['restore'], ['degrade'], ['data'], ['data', 'fetch'], ['clean'], ['report'], ['caption'], ['train'], ['evaluate'], ['mixture'], ['mixture', 'update'], ['mixture', 'show'],
+                                  ['mixture', 'simulate'], ['mixture', 'fit'], ['mixture', 'recommend'], ['mixture', 'plot'], ['mixture', 'replay']], ids=' '.join)
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as done: cli.main([*argv, '--help'])
     assert done.value.code == 0 and 'usage: foundir-v2' in capsys.readouterr().out
@@ -165,6 +166,60 @@ def test_mixture_log_is_the_whole_state(tmp_path, capsys):
         assert run('mixture', 'update', log, *bad, '--alpha', 0.3) == 2
         assert capsys.readouterr().err.count('\n') == 1
     assert log.read_bytes() == before
+
+
+def test_mixture_from_small_runs_to_a_schedule(tmp_path, capsys):
+    from foundir_v2.mixlaw import spread_mixtures
+    from foundir_v2.mixture import ReplayMixture
+    lines = ['run,task,weight,score']
+    for i, w in enumerate(spread_mixtures(['a', 'b', 'c'], 12)): lines += [f'{i},{t},{w[t]},{28 - missing * np.exp(-2 * w[t])}' for t, missing in zip('abc', (2, 4, 8))]
+    (tmp_path / 'runs.csv').write_text('\n'.join(lines) + '\n')
+    assert run('mixture', 'fit', tmp_path / 'runs.csv', tmp_path / 'law.json') == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 4 and [line.split()[0] for line in table[1:]] == ['a', 'b', 'c'] and all(27 < float(line.split()[1]) < 29 for line in table[1:])
+    shares = {}
+    for objective in ('mean', 'worst', 'a=1,b=0,c=0'):
+        assert run('mixture', 'recommend', tmp_path / 'law.json', '--objective', objective, '--floor', 0.05, '--csv', tmp_path / 'best.csv') == 0
+        shares[objective] = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]}
+        assert ReplayMixture(tmp_path / 'best.csv').at(10**6) == pytest.approx(shares[objective], abs=6e-4) and sum(shares[objective].values()) == pytest.approx(1, abs=2e-3)
+    assert shares['mean']['c'] > shares['mean']['b'] > shares['mean']['a'] and shares['worst'] == pytest.approx(shares['mean'], abs=0.02) and shares['a=1,b=0,c=0']['a'] == pytest.approx(0.9)
+
+
+def test_mixture_record_plot_and_replay(tmp_path, capsys):
+    from foundir_v2.mixture import ReplayMixture
+    log = tmp_path / 'log.csv'
+    for step in (0, 100, 200): assert run('mixture', 'update', log, f'a={20 + step / 50}', 'b=30', '--step', step, '--alpha', 0.3) == 0
+    assert run('mixture', 'plot', log, tmp_path / 'new' / 'log.svg') == 0 and b'<svg' in (tmp_path / 'new' / 'log.svg').read_bytes()
+    assert run('mixture', 'replay', log, tmp_path / 'long.csv', '--stretch', 150) == 0 and '3 mixtures, the last from step 30000 on' in capsys.readouterr().out
+    assert ReplayMixture(tmp_path / 'long.csv').at(29_999) == ReplayMixture(log).at(199) != ReplayMixture(tmp_path / 'long.csv').at(30_000)
+
+
+def test_mixture_simulate(tmp_path, capsys):
+    argv = ('mixture', 'simulate', '--policy', 'fixed', '--policy', 'des:alpha=0.3,score_scale=relative', '--seeds', 2, '--updates', 3, '--csv', tmp_path / 'r.csv', '--picture', tmp_path / 'r.png', '--save-curves', tmp_path / 'c.json')
+    assert run(*argv) == 0
+    first = capsys.readouterr().out
+    assert 'fixed' in first and 'score_scale=relative' in first and (tmp_path / 'r.png').stat().st_size > 3000 and (tmp_path / 'r.csv').read_text().startswith('policy,runs,regret,error\n')
+    assert run('mixture', 'simulate', tmp_path / 'c.json', *argv[2:]) == 0 and capsys.readouterr().out == first
+    assert run('mixture', 'simulate', '--policy', 'fixed', '--seeds', 1, '--updates', 3) == 0 and '±' not in capsys.readouterr().out.splitlines()[1]
+
+
+def test_mixture_tools_refuse_bad_input_in_one_line(tmp_path, capsys):
+    (tmp_path / 'log.csv').write_text('step,task,weight,score\n0,a,0.5,1\n0,b,0.5,1\n')
+    (tmp_path / 'off.csv').write_text('step,task,weight,score\n0,a,0.5,1\n0,b,0.6,1\n')
+    (tmp_path / 'noise.json').write_bytes(b'\xff\x00')
+    (tmp_path / 'log.jsonl').write_text('{"kind": "mixture"}\n')
+    out = tmp_path / 'out'
+    for argv, words in [(('simulate', tmp_path / 'none.json'), 'none.json'), (('simulate', '--policy', 'dse'), 'the choices are'), (('simulate', '--policy', 'des'), 'alpha'), (('simulate', '--seeds', 0), 'above 0'), (('simulate', '--interval', 'nan'), 'above 0'),
+                        (('simulate', tmp_path / 'log.csv'), 'samples per training step'), (('simulate', tmp_path / 'log.csv', '--samples-per-step', 8), 'at least 5'), (('simulate', tmp_path / 'noise.json'), 'noise.json'), (('simulate', tmp_path / 'log.jsonl'), 'line 1'),
+                        (('simulate', '--seeds', 1, '--updates', 2, '--policy', 'fixed', '--picture', f'{out}.txt'), 'out.txt'), (('simulate', tmp_path), 'directory'), (('fit', tmp_path / 'log.csv', out), 'column run'), (('fit', tmp_path / 'noise.json', out), 'noise.json'), (('fit', tmp_path / 'none.csv', out), 'none.csv'),
+                        (('recommend', tmp_path / 'log.csv'), 'no mixing law'), (('recommend', tmp_path / 'log.csv', '--objective', 'a=x'), 'objective'), (('plot', tmp_path / 'none.csv', f'{out}.png'), 'none.csv'), (('plot', tmp_path / 'log.csv', f'{out}.txt'), 'out.txt'),
+                        (('plot', tmp_path / 'log.csv', out), 'out'), (('plot', tmp_path / 'noise.json', f'{out}.png'), 'noise.json'), (('replay', tmp_path / 'off.csv', out), 'sum to 1.1'), (('replay', tmp_path / 'log.csv', out, '--stretch', 0), 'stretch'), (('replay', tmp_path / 'log.csv', out, '--stretch', 'nan'), 'stretch')]:
+        assert run('mixture', *argv) == 2, argv
+        err = capsys.readouterr().err
+        assert err.count('\n') == 1 and err.startswith('foundir-v2: ') and words in err, (argv, err)
+    assert not list(tmp_path.glob('out*')) and not list(tmp_path.glob('.*'))
+    with pytest.raises(SystemExit) as done: run('mixture', 'simulate', '--objective', 'median')
+    assert done.value.code == 2
 
 
 def test_captions_are_copied_from_sidecars(tmp_path):

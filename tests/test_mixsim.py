@@ -1,7 +1,7 @@
 "The simulator: its equation, the search for the best fixed mixture, races, and the fit to a log."
 import numpy as np, pytest
-from foundir_v2.mixsim import Curves, best_fixed, experience, fit_curves, load_curves, objective, race, regret_table, replay_experience, save_curves, score_of, simulate
-from foundir_v2.mixture import DataEquilibrium, FixedMixture
+from foundir_v2.mixsim import Curves, best_fixed, experience, fit_curves, load_curves, log_arrays, objective, race, regret_table, replay_experience, save_curves, score_of, shipped_file, simulate
+from foundir_v2.mixture import DataEquilibrium, FixedMixture, ReplayMixture, read_mixture
 
 def curves(half=(500, 1000, 4000), cross=0.0, forget=0.0, wobble=0.3):
     each = lambda v: tuple(float(x) for x in np.broadcast_to(v, 3))
@@ -56,9 +56,36 @@ def test_fit_predicts_mixtures_it_never_saw():
     late, _ = fit_curves([r for r in log if r["step"] >= 100], samples_per_step=16) # a real log begins at its first update
     assert np.isfinite(late.half).all()
 
+def test_shipped_curves_are_the_fit_to_the_shipped_record():
+    record, shipped = read_mixture(shipped_file("tiny.csv")), load_curves("tiny")
+    tasks, samples, weights, scores = log_arrays(record)
+    assert tasks == shipped.tasks and len(samples) == 26 and samples[-1] == 4000
+    fitted, residual = fit_curves(record, spread=dict(zip(shipped.tasks, shipped.spread)))
+    assert fitted.spread == shipped.spread and np.allclose(fit_curves(record)[0].spread, 0.75 * np.ptp(scores, 0))
+    lines = [score_of(c, replay_experience(c, samples, weights)) for c in (fitted, shipped)]
+    assert np.abs(lines[0] - lines[1]).max() < 0.02 and residual < 0.1
+    assert np.sqrt(np.mean(((lines[1] - scores) / np.ptp(scores, 0)) ** 2)) == pytest.approx(residual, rel=0.02)
+    assert shipped.half[tasks.index("weather")] > 5 * max(h for h, t in zip(shipped.half, tasks) if t != "weather") # the finding that notebook 30 rests on
+
+@pytest.mark.parametrize("name, last", [("tiny.csv", 500), ("tiny_1500.csv", 1500)])
+def test_shipped_records_can_be_replayed(name, last):
+    rows = read_mixture(shipped_file(name))
+    assert ReplayMixture(shipped_file(name), stretch=100).at(100 * last) == pytest.approx({r["task"]: r["weight"] for r in rows if r["step"] == last}, abs=1e-12)
+
+def test_counted_samples_go_before_weights():
+    rows = [{"step": s, "task": t, "weight": 0.5, "score": 20.0, "samples": n} for s, counts in ((0, (0, 0)), (10, (30, 10)), (20, (8, 32))) for t, n in zip("ab", counts)]
+    tasks, samples, weights, _ = log_arrays(rows)
+    assert samples.tolist() == [0, 40, 80] and weights.tolist() == [[0.75, 0.25], [0.2, 0.8], [0.5, 0.5]]
+    assert log_arrays([{k: v for k, v in r.items() if k != "samples"} for r in rows], 4)[2].tolist() == [[0.5, 0.5]] * 3
+    _, late, weights, scores = log_arrays(rows[2:]) # a record that begins at its first update
+    assert late.tolist() == [0, 40, 80] and weights.tolist() == [[0.75, 0.25], [0.2, 0.8], [0.5, 0.5]] and np.isnan(scores[0]).all()
+    with pytest.raises(ValueError, match="samples per training step"): log_arrays([{k: v for k, v in r.items() if k != "samples"} for r in rows])
+
 def test_bad_constants_and_logs(tmp_path):
     save_curves(curves(), tmp_path / "c.json")
     assert load_curves(tmp_path / "c.json") == curves()
+    save_curves(curves(), tmp_path / "c.json", source="drawn by hand")
+    assert "drawn by hand" in (tmp_path / "c.json").read_text() and load_curves(tmp_path / "c.json") == curves()
     for text in ("{", "[]", "{}", '{"tasks": ["a"]}', (tmp_path / "c.json").read_text().replace("500.0", "-1")):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match="bad.json"): load_curves(tmp_path / "bad.json")

@@ -4,7 +4,7 @@ import numpy as np, pytest
 from foundir_v2.core import FoundIRError
 from foundir_v2.mixlaw import spread_mixtures
 from foundir_v2.mixsim import Curves, experience, save_curves, score_of
-from foundir_v2.mixtools import fit_file, load_law, parse_policy, plot_file, recommend_file, replay_file, simulate_file, write_rows
+from foundir_v2.mixtools import curves_of_file, fit_file, load_law, parse_objective, parse_policy, plot_file, read_training_log, recommend_file, replay_file, simulate_file, write_rows
 from foundir_v2.mixture import DataEquilibrium, FixedMixture, ReplayMixture, mixture_rows, write_mixture
 
 TASKS = ("a", "b", "c")
@@ -24,19 +24,49 @@ def test_policies_from_text():
     assert isinstance(parse_policy("fixed", TASKS), FixedMixture)
     policy = parse_policy('des:alpha=0.3,targets={"a": 1, "b": 2, "c": 3},gap=0.1,min_step=null', TASKS)
     assert policy.options["targets"] == {"a": 1, "b": 2, "c": 3} and policy.options["gap"] == 0.1 and policy.options["min_step"] is None
-    for bad in ("dse", "des", "des:alpha", "des:alpha=", "des:alpha=0.1,floor", "des:alpha=0", 'fixed:weights={"x": 1}', "sequential:boundaries=[5]"):
+    assert parse_policy("des:alpha=0.3,score_scale=relative", TASKS).options["score_scale"] == "relative"
+    for bad in ("dse", "des", "des:alpha", "des:alpha=1,protect_falling=True", "des:alpha=1,floor=None", "des:alpha=", "des:alpha=0.1,floor", "des:alpha=0", 'fixed:weights={"x": 1}', "sequential:boundaries=[5]"):
         with pytest.raises(FoundIRError): parse_policy(bad, TASKS)
 
 def test_simulate(tmp_path, log):
     save_curves(CURVES, tmp_path / "curves.json")
-    rows = simulate_file(tmp_path / "curves.json", tmp_path / "out" / "regret.csv", ("fixed", "des:alpha=1.0"), seeds=2, kind="worst")
+    rows = simulate_file(tmp_path / "curves.json", tmp_path / "out" / "regret.csv", ("fixed", "des:alpha=1.0"), interval=1000, seeds=2, kind="worst")
     assert [r["policy"] for r in rows] == ["des:alpha=1.0", "fixed"] and (tmp_path / "out" / "regret.csv").read_text().startswith("policy,runs,regret,error\ndes:alpha=1.0,2,")
+    noisy = {r["policy"]: r for r in simulate_file("tiny", policies=("fixed", "des:alpha=0.1,score_scale=zscore", "des:alpha=0.1,score_scale=zscore,dead_band=0.9"), seeds=10, updates=25)} # these want the images' scores
+    assert all(r["regret"] + 2 * r["error"] < noisy["fixed"]["regret"] for name, r in noisy.items() if name != "fixed")
     fitted = simulate_file(log, policies=("fixed",), seeds=2, samples_per_step=16, curves_output=tmp_path / "fitted.json")
     assert fitted == simulate_file(tmp_path / "fitted.json", policies=("fixed",), seeds=2)
     for bad in (dict(kind="median"), dict(policies=("dse",)), dict(seeds=0)):
         with pytest.raises(FoundIRError): simulate_file(tmp_path / "curves.json", **bad)
     with pytest.raises(FoundIRError, match="samples per training step"): simulate_file(log)
     with pytest.raises(FileNotFoundError): simulate_file(tmp_path / "none.json")
+
+def test_training_logs(tmp_path):
+    "The log of notebook 62: the mixture's records, and what was drawn in between."
+    rng, done, w, lines = np.random.default_rng(0), np.zeros(3), np.array([0.2, 0.3, 0.5]), []
+    for step in range(0, 601):
+        if step:
+            drawn = rng.multinomial(16, w)
+            lines.append({"kind": "step", "step": step, "loss": 0.1, "samples": dict(zip(TASKS, drawn.tolist()))})
+            done = experience(CURVES, done, drawn / 16, 16)
+        if step % 50 == 0:
+            w = rng.dirichlet(np.full(3, 4.0))
+            lines.append({"kind": "mixture", "step": step, "weights": dict(zip(TASKS, w.tolist())), "scores": dict(zip(TASKS, score_of(CURVES, done).tolist()))})
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(map(json.dumps, lines)) + "\n" + '{"kind": "st')
+    rows = read_training_log(log)
+    assert len(rows) == 13 * 3 and sum(r["samples"] for r in rows) == 600 * 16 and rows[0]["samples"] == 0
+    counted = simulate_file(log, policies=("fixed",), seeds=2, curves_output=tmp_path / "c.json")
+    assert json.loads((tmp_path / "c.json").read_text())["source"] == "fitted to log.jsonl" and len(counted) == 1
+    curves, residual = curves_of_file(log)
+    assert residual < 0.02 and np.abs(score_of(curves, experience(curves, np.zeros(3), np.array([0.1, 0.2, 0.7]), 9600)) - score_of(CURVES, experience(CURVES, np.zeros(3), np.array([0.1, 0.2, 0.7]), 9600))).max() < 0.7 # of a gain of 6 dB; half and help are told apart only loosely
+    for text, says in (("", "no update"), ('{"kind": "step", "samples": {"a": 1}}\n', "no update"), ('{"kind": "step"}\n', "line 1"), ('{"kind": "mixture", "step": 0, "weights": {"a": 1.0}, "scores": {}}\n', "line 1"), ("[]\n{}\n", "line 1"), ('{"half\n{}\n', "line 1")):
+        log.write_text(text)
+        with pytest.raises(FoundIRError, match=says): read_training_log(log)
+
+def test_objectives_from_text():
+    assert parse_objective("worst") == "worst" and parse_objective("a=1, b=0.5") == {"a": 1.0, "b": 0.5}
+    with pytest.raises(FoundIRError, match="SCORE=NUMBER"): parse_objective("a=1,b")
 
 def test_fit_and_recommend(tmp_path):
     plan = spread_mixtures(TASKS, 16)
@@ -65,5 +95,8 @@ def test_plot_and_replay(tmp_path, log):
     rows = replay_file(log, tmp_path / "schedule.csv", stretch=150)
     assert ReplayMixture(tmp_path / "schedule.csv").at(150_000) == ReplayMixture(log).at(1000) and rows[0]["step"] == 0
     (tmp_path / "bad.csv").write_text("step,task,weight\n0,a,0.5\n")
+    for name in ("m.txt", "m"):
+        with pytest.raises(FoundIRError, match="not supported"): plot_file(log, tmp_path / name)
+    assert not (tmp_path / "m.txt").exists()
     with pytest.raises(FoundIRError, match="bad.csv.*sum to 0.5"): replay_file(tmp_path / "bad.csv", tmp_path / "none.csv")
     assert not (tmp_path / "none.csv").exists()

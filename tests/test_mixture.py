@@ -168,7 +168,7 @@ def test_foreign_states_are_refused(change):
     assert policy.state_dict() == state
 
 @pytest.mark.parametrize("options", [dict(alpha=0), dict(alpha=math.nan), dict(alpha=-1), dict(floor=0.4), dict(ceiling=0.2), dict(score_scale="db"), dict(min_step=0), dict(max_step=-1), dict(min_step=9, max_step=3),
-                                     dict(dead_band=1.0), dict(gap=1.0), dict(gap=1.0, targets={"a": 1.0}), dict(start={"a": 0.5, "b": 0.4, "c": 0.0}), dict(start={"a": 0.9, "b": 0.1, "c": 0.0}, floor=0.1), dict(noise={"a": 1, "b": 0, "c": 1}), dict(warmup=-1)])
+                                     dict(dead_band=1.0), dict(gap=1.0), dict(gap=1.0, targets={"a": 1.0}), dict(start={"a": 0.5, "b": 0.4, "c": 0.0}), dict(start={"a": 0.9, "b": 0.1, "c": 0.0}, floor=0.1), dict(noise={"a": 1, "b": 0, "c": 1}), dict(noise={"a": [1.0, 2.0], "b": 1, "c": 1}), dict(noise={"a": 1}), dict(targets=dict.fromkeys("abc", [1.0, 2.0]), gap=1.0), dict(targets=[1, 2, 3]), dict(protect_falling="yes"), dict(min_step=True), dict(alpha="0.1"), dict(warmup=-1)])
 def test_bad_options_are_refused(options):
     with pytest.raises(MixtureError): DataEquilibrium(["a", "b", "c"], **{"alpha": 1.0, **options})
 
@@ -260,22 +260,140 @@ def test_bad_tables(tmp_path, text, says):
 
 def test_by_name():
     assert isinstance(make_mixture("des", tasks=["a", "b"], alpha=1), DataEquilibrium)
-    with pytest.raises(MixtureError, match="the choices are fixed"): make_mixture("Des")
+    for unknown in ("Des", ["des"], None):
+        with pytest.raises(MixtureError, match="the choices are fixed"): make_mixture(unknown)
     with pytest.raises(MixtureError, match="alfa"): make_mixture("des", tasks=["a"], alfa=1)
 
-def test_language_model_policies_move_as_their_papers_say():
-    excess = ExcessLossMixture(["a", "b"], {"a": 25.0, "b": 25.0}, eta=1.0, smoothing=0.1)
-    assert excess.update({"a": 24.0, "b": 30.0}, 0)["a"] == pytest.approx(0.9 * math.e / (math.e + 1) + 0.05) # below the reference counts, above it doesn't
-    first = excess.weights["a"]
-    assert excess.average["a"] == pytest.approx(first) and excess.update({"a": 30.0, "b": 24.0}, 1)["a"] < first
-    assert TargetGapMixture(["a", "b"], {"a": 25.0, "b": 25.0}).update({"a": 24.0, "b": 30.0}, 0)["a"] == pytest.approx(math.e / (math.e + 1))
-    odm = OnlineDataMixing(["a", "b"], best=30, worst=10)
-    for i in range(20): odm.update({"a": 12.0, "b": 29.0}, i)
-    assert odm.weights["a"] > 0.5 and odm.weights["b"] > 0
-    slope = SlopeMixture(["a", "b"], window=2, keep=0.0, floor=0.1)
-    slope.update({"a": 20.0, "b": 20.0}, 0)
-    assert slope.update({"a": 23.0, "b": 21.0}, 10) == pytest.approx({"a": 0.75, "b": 0.25})
-    assert slope.update({"a": 22.0, "b": 22.0}, 20) == pytest.approx({"a": 0.1, "b": 0.9})
+# Formulas of the papers, term by term in plain Python: independent of the code under test.
+
+@st.composite
+def rounds_of_images(draw, images=4):
+    k = draw(st.integers(2, 5))
+    value = st.lists(st.floats(10, 30), min_size=images, max_size=images)
+    tasks = [f"t{i}" for i in range(k)]
+    return tasks, [dict(zip(tasks, r)) for r in draw(st.lists(st.lists(value, min_size=k, max_size=k), min_size=3, max_size=7))]
+
+def plain_mean(values): return sum(values) / len(values)
+
+def normed(values):
+    total = sum(values.values())
+    return {t: v / total for t, v in values.items()}
+
+def close(got, wanted): return max(abs(got[t] - wanted[t]) for t in wanted) < 1e-9
+
+@few
+@given(rounds_of_images(), st.floats(0.05, 2), st.floats(0, 0.5), st.booleans())
+def test_excess_loss_is_doremi(run, eta, c, per_image):
+    tasks, rounds = run
+    reference, rounds = rounds[0], rounds[1:]
+    policy, w, history = ExcessLossMixture(tasks, reference if per_image else {t: plain_mean(v) for t, v in reference.items()}, eta, c), dict.fromkeys(tasks, 1 / len(tasks)), []
+    for step, scores in enumerate(rounds):
+        if per_image: excess = {t: plain_mean([max(r - s, 0) for r, s in zip(reference[t], scores[t])]) for t in tasks}
+        else: excess = {t: max(plain_mean(reference[t]) - plain_mean(scores[t]), 0) for t in tasks}
+        w = {t: (1 - c) * v + c / len(tasks) for t, v in normed({t: w[t] * math.exp(eta * excess[t]) for t in tasks}).items()}
+        history.append(w)
+        assert close(policy.update(scores, step), w)
+    assert close(policy.average, {t: plain_mean([h[t] for h in history]) for t in tasks})
+
+@few
+@given(rounds_of_images(), st.floats(0.05, 2))
+def test_target_gap_is_dynamic_batch_loading(run, rate):
+    tasks, rounds = run
+    targets, rounds = {t: plain_mean(v) for t, v in rounds[0].items()}, rounds[1:]
+    policy, w = TargetGapMixture(tasks, targets, rate), dict.fromkeys(tasks, 1 / len(tasks))
+    for step, scores in enumerate(rounds):
+        w = normed({t: w[t] * math.exp(rate * max(targets[t] - plain_mean(scores[t]), 0)) for t in tasks})
+        assert close(policy.update(scores, step), w)
+
+@few
+@given(rounds_of_images(), st.floats(0, 1), st.integers(0, 40))
+def test_odm_is_exp3_with_a_moving_average(run, keep, times):
+    tasks, rounds = run
+    k, policy = len(tasks), OnlineDataMixing(tasks, best=30, worst=10, keep=keep)
+    w, reward, epsilon = dict.fromkeys(tasks, 1 / k), dict.fromkeys(tasks, 0.0), 1 / k
+    for t, scores in enumerate(rounds + rounds[:1] * times, 1):
+        reward = {j: keep * reward[j] + (1 - keep) * (30 - plain_mean(scores[j])) / 20 / w[j] for j in tasks}
+        before, epsilon = epsilon, min(1 / k, math.sqrt(math.log(k) / (k * t)))
+        w = {j: (1 - k * epsilon) * v + epsilon for j, v in normed({j: math.exp(before * reward[j]) for j in tasks}).items()}
+        assert close(policy.update(scores, t), w)
+    if times > 30 and keep < 0.9: assert policy.weights != pytest.approx(dict.fromkeys(tasks, 1 / k), abs=1e-12) or len({plain_mean(v) for v in rounds[0].values()}) == 1
+
+@few
+@given(rounds_of_images(), st.integers(2, 4), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_slope_is_ado_with_a_line(run, window, s, gamma1, gamma2):
+    tasks, rounds = run
+    prior = normed({t: 1.0 + i for i, t in enumerate(tasks)})
+    policy = SlopeMixture(tasks, prior, window, s, gamma1, gamma2, floor=0.0)
+    w, credit, rhos = prior, prior, [prior]
+    for n, scores in enumerate(rounds):
+        seen = [(100 * i, {t: plain_mean(v) for t, v in r.items()}) for i, r in enumerate(rounds[:n + 1])][-window:]
+        if len(seen) > 1:
+            middle = plain_mean([x for x, _ in seen])
+            slope = {t: sum((x - middle) * (y[t] - seen[0][1][t]) for x, y in seen) / sum((x - middle) ** 2 for x, _ in seen) for t in tasks}
+            credit = {t: gamma1 * w[t] + (1 - gamma1) * credit[t] for t in tasks}
+            speed = {t: prior[t] * credit[t] ** s * max(slope[t], 0) for t in tasks}
+            rho = normed(speed) if sum(speed.values()) > 0 else prior
+            w = {t: gamma2 * rho[t] + (1 - gamma2) * plain_mean([r[t] for r in rhos]) for t in tasks}
+            rhos.append(rho)
+        assert close(policy.update(scores, 100 * n), w)
+
+def test_slope_keeps_its_floor():
+    policy = SlopeMixture(["a", "b"], gamma2=1.0, floor=0.1)
+    policy.update({"a": 20.0, "b": 20.0}, 0)
+    assert policy.update({"a": 25.0, "b": 20.0}, 10) == pytest.approx({"a": 0.9, "b": 0.1})
+
+def test_reference_images_must_be_the_same():
+    policy = ExcessLossMixture(["a"], {"a": [20.0, 21.0, 22.0]})
+    with pytest.raises(MixtureError, match="2 scores of a, but the reference model has 3"): policy.update({"a": [20.0, 21.0]}, 0)
+    for bad in ({}, {"a": math.nan}, {"b": 1.0}):
+        for make in (ExcessLossMixture, TargetGapMixture):
+            with pytest.raises(MixtureError): make(["a"], bad)
+    for bad in (dict(best=10, worst=30), dict(best={"b": 1}, worst=0), dict(best={"a": 1}, worst={}), dict(best=2, worst=1, keep=2)):
+        with pytest.raises(MixtureError): OnlineDataMixing(["a"], **bad)
+
+@pytest.mark.parametrize("name", ["excess_loss", "odm", "slope", "target_gap", "des"])
+def test_a_state_follows_the_names_not_the_order(name):
+    rng, tasks = np.random.default_rng(2), ["a", "b", "c"]
+    def make(order):
+        ends = {t: 20.0 + 3 * "abc".index(t) for t in order}
+        return {"excess_loss": lambda: ExcessLossMixture(order, ends), "odm": lambda: OnlineDataMixing(order, 30, 10), "slope": lambda: SlopeMixture(order, gamma2=0.5), "target_gap": lambda: TargetGapMixture(order, ends),
+                "des": lambda: DataEquilibrium(order, 0.3)}[name]()
+    one = make(tasks)
+    for i in range(12): one.update({t: 15 + 3 * rng.normal() for t in tasks}, i)
+    two = make(tasks[::-1])
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    scores = {t: 15 + 3 * rng.normal() for t in tasks}
+    assert two.update(scores, 12) == pytest.approx(one.update(scores, 12), abs=1e-12)
+    if name == "excess_loss": assert two.average == pytest.approx(one.average)
+
+@pytest.mark.parametrize("name, spoil", [("excess_loss", {"count": 1}), ("excess_loss", {"count": 1, "total": [0.1, 0.2, 0.7]}), ("excess_loss", {"count": -1, "total": dict.fromkeys("abc", 0.1)}), ("odm", {"rewards": dict.fromkeys("abc", 0.1)}),
+                                         ("odm", {"count": 2, "rewards": {"a": 1.0, "b": 2.0}}), ("odm", {"count": 2, "rewards": {"a": 1.0, "b": 2.0, "c": "x"}}), ("slope", {"count": 1, "credit": dict.fromkeys("abc", 0.1), "average": dict.fromkeys("abc", 0.1)}),
+                                         ("slope", {"past": [[1]], "count": 1, "credit": dict.fromkeys("abc", 0.1), "average": dict.fromkeys("abc", 0.1)}), ("des", {"scores": dict.fromkeys("abc", [1.0]), "squares": {"a": 3}}),
+                                         ("des", {"scores": dict.fromkeys("abc", [1.0]), "squares": {"a": [1, "x"]}})])
+def test_damaged_memories_are_refused(name, spoil):
+    policy = MAKERS[name]()
+    for i in range(3): policy.update({t: [20.0 + i, 22.0 + i * i] for t in "abc"}, i)
+    state = policy.state_dict()
+    with pytest.raises(MixtureError): policy.load_state_dict({**state, "memory": spoil})
+    assert policy.state_dict() == state
+
+def test_text_is_not_a_number(): # some YAML readers give 1e-1 as text
+    for make in (lambda: DataEquilibrium(["a"], "1e-1"), lambda: DataEquilibrium(["a"], 1.0).update({"a": "20"}, 0), lambda: FixedMixture({"a": "1"}), lambda: TemperatureMixture({"a": 1}, "5"), lambda: ReplayMixture({0: {"a": "1"}})):
+        with pytest.raises(MixtureError, match="expected a number"): make()
+
+def test_replay_of_odd_tables(tmp_path):
+    assert ReplayMixture({"0": {"a": 1.0}, "10": {"a": 1.0}}).at(10) == {"a": 1.0} # as JSON gives them
+    for rows, says in (([{"step": 0, "task": "a"}], "no weight"), ([{"step": "x", "task": "a", "weight": 1.0}], "step is 'x'"), ([{"step": -1, "task": "a", "weight": 1.0}], "step is -1"), ([], "no rows")):
+        with pytest.raises(MixtureError, match=says): ReplayMixture(rows)
+    for stretch in (0, -1, math.nan, "2"):
+        with pytest.raises(MixtureError, match="stretch"): ReplayMixture({0: {"a": 1.0}}, stretch)
+    for raw in (b"\xff\xfe\x00", b"\x89PNG\r\n", b"step;task;weight\n0;a;1\n"):
+        (tmp_path / "m.csv").write_bytes(raw)
+        with pytest.raises(MixtureError, match="m.csv"): ReplayMixture(tmp_path / "m.csv")
+    (tmp_path / "m.csv").write_bytes(b"\xef\xbb\xbfstep,task,weight\r\n0,a,1\r\n") # as spreadsheets save it
+    assert ReplayMixture(tmp_path / "m.csv").weights == {"a": 1.0}
+    for bad in (0, -3, "32"):
+        with pytest.raises(MixtureError, match="samples_per_step"): released_schedule(list("abcde"), bad)
 
 def test_import_is_light():
     code = "import sys, numpy, time; t = time.process_time(); import foundir_v2.mixture; d = time.process_time() - t; assert 'torch' not in sys.modules and 'pandas' not in sys.modules; print(d)"

@@ -32,6 +32,14 @@ def test_items_are_uniform():
 def test_every_split_gives_one_stream(world):
     assert stream(world, 24 // world, 30) == stream(1, 24, 30)
 
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_split_gives_one_stream_through_updates(world):
+    ranks = [sampler(24 // world, mixture=closed_loop(), rank=r, world_size=world, interval=7) for r in range(world)]
+    alone = sampler(24, mixture=closed_loop(), interval=7)
+    whole, split = run(alone, 40), list(zip(*[run(s, 40) for s in ranks]))
+    assert [sum(parts, []) for parts in split] == whole
+    assert len({json.dumps(s.state_dict()) for s in [*ranks, alone]}) == 1
+
 def test_order_of_names_does_not_matter():
     other = MixtureSampler(dict(reversed(LENGTHS.items())), FixedMixture(dict(sorted(WEIGHTS.items(), reverse=True))), 8, 0)
     assert next(iter(other)) == next(iter(sampler()))
