@@ -6,11 +6,10 @@
 __all__ = ['NO_INFLUENCE', 'MixtureConfig', 'ModelConfig', 'LoopConfig', 'TrainConfig', 'draw_noise', 'prediction_target',
            'sample_losses', 'SeededDataset', 'build_mixture', 'Feed', 'Denoiser', 'build_unet', 'parameter_groups',
            'make_accelerator', 'Learner', 'split_batch', 'TrainLog', 'read_log', 'parameters', 'TrainResult',
-           'write_mixture', 'write_output', 'run_folder', 'train_steps', 'train', 'reference_pictures', 'parser',
-           'read_config', 'main']
+           'write_output', 'run_folder', 'train_steps', 'train', 'reference_pictures', 'parser', 'read_config', 'main']
 
 # %% ../nbs/62_train.ipynb #9bb0cf7c
-import argparse, csv, json, shutil, sys
+import argparse, json, shutil, sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -37,7 +36,7 @@ from .config import from_dict, load_params, load_yaml, merge_sections
 from .core import FoundIRError, atomic_write, generator, pick_device, pick_dtype
 from .data import RestorationDataset, collate
 from .index import load_manifest
-from .mixture import DataEquilibrium, FixedMixture, Mixture, MixtureError
+from .mixture import DataEquilibrium, FixedMixture, Mixture, MixtureError, ReplayMixture, write_mixture
 from .sampler import Draw, MixtureSampler
 from .score import reference_set, restore_batch, score_items
 from .tasks import by_category
@@ -49,7 +48,8 @@ class MixtureConfig:
     "Section `mixture`."
     tasks: dict[str, list[str]] | None = None # task -> its sub-tasks; None: the five categories
     score: dict[str, str] = field(default_factory=lambda: dict(deblur="psnr", denoise="psnr", weather="psnr", lowlight="psnr", sr="musiq")) # task -> metric
-    policy: Literal["des", "fixed"] = "des" # data equilibrium scheduling, or proportions that stay
+    policy: Literal["des", "fixed", "replay"] = "des" # data equilibrium scheduling, proportions that stay, or those of `schedule`
+    schedule: str | None = None # policy replay: CSV with step, task, weight, below `root`; see `foundir-v2 mixture replay`
     start: dict[str, float] | None = None # first proportions; None: uniform
     alpha: float = 1.0 # rate of DES per unit of scaled score change; the paper doesn't give its value
     score_scale: Literal["raw", "relative", "zscore"] = "relative" # how dB and other units are made comparable
@@ -175,11 +175,15 @@ class SeededDataset(Dataset):
     def __init__(self, dataset: RestorationDataset): self.dataset = dataset
     def __getitem__(self, draw: Draw) -> dict[str, Any]: return dict(self.dataset[draw], seed=draw.seed)
 
-def build_mixture(config: MixtureConfig) -> Mixture:
-    "The policy that the configuration names."
+def build_mixture(config: TrainConfig) -> Mixture:
+    "The policy that the configuration names. Raises `FoundIRError` for a schedule that is missing or of other tasks."
     tasks = list(config.task_table)
     if config.policy == "fixed": return FixedMixture(config.start or {t: 1 / len(tasks) for t in tasks})
-    return DataEquilibrium(tasks, config.alpha, config.score_scale, config.min_step, config.max_step, config.floor, start=config.start)
+    if config.policy == "des": return DataEquilibrium(tasks, config.alpha, config.score_scale, config.min_step, config.max_step, config.floor, start=config.start)
+    if config.schedule is None: raise FoundIRError("policy replay needs mixture.schedule: a CSV from foundir-v2 mixture replay")
+    mixture = ReplayMixture(Path(config.root) / config.schedule, start=config.start)
+    if set(mixture.tasks) != set(tasks): raise FoundIRError(f"{config.schedule} is for {', '.join(mixture.tasks)}, expected {', '.join(tasks)}: record one with these tasks")
+    return mixture
 
 # %% ../nbs/62_train.ipynb #d7fca48c
 class Feed:
@@ -412,15 +416,6 @@ class TrainResult:
         "Rows step, task, weight (from this step on), score (at this step, higher is better)."
         return [dict(step=r["step"], task=t, weight=w, score=r["scores"][t]) for r in self.log if r["kind"] == "mixture" for t, w in r["weights"].items()]
 
-def write_mixture(
-    rows: Sequence[Mapping[str, Any]], # from `TrainResult.mixture`
-    path: str | Path, # a CSV file
-) -> None:
-    "Write the trajectory of the mixture; numbers in full precision, so that the weights can be recomputed from the scores."
-    with atomic_write(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, ["step", "task", "weight", "score"], lineterminator="\n")
-        writer.writeheader(); writer.writerows(rows)
-
 # %% ../nbs/62_train.ipynb #69097f1b
 def write_output(
     config: TrainConfig,
@@ -441,7 +436,8 @@ def run_folder(
     config: TrainConfig,
 ) -> Path: # below `config.checkpoints`
     "Where this run keeps its checkpoints: the name is the hash of its parameters, its code and its inputs."
-    inputs = [config.manifest, *([Path(config.init) / "unet"] if config.init else []), *(base for base in [resolve_model(config.base)] if isinstance(base, Path))]
+    schedule = [Path(config.root) / config.schedule] if config.policy == "replay" and config.schedule else []
+    inputs = [config.manifest, *schedule, *([Path(config.init) / "unet"] if config.init else []), *(base for base in [resolve_model(config.base)] if isinstance(base, Path))]
     return Path(config.checkpoints) / f"stage{config.stage}-{run_name(parameters(config), 'foundir_v2.train', inputs)}"
 
 # %% ../nbs/62_train.ipynb #3b501ae8

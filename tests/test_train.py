@@ -79,6 +79,21 @@ def test_identity_start_is_refused_where_it_cannot_hold(bench, tmp_path):
     with pytest.raises(FoundIRError, match="conditioning_init: zero"): tr.train(config(bench, tmp_path, conditioning_init="identity"))
 
 
+def test_replay_follows_the_schedule_and_another_schedule_is_another_run(bench, tmp_path):
+    from foundir_v2.mixture import write_mixture
+    path = bench / "replay.csv"
+    def write(last): write_mixture([dict(step=s, task=t, weight=w, score=None) for s, shares in {0: (1., 0., 0.), 2: last}.items() for t, w in zip(TASKS, shares)], path)
+    write((0., 0., 1.))
+    one = config(bench, tmp_path, policy="replay", schedule="replay.csv", steps=4, update_every=2)
+    tasks = [max(r["samples"], key=r["samples"].get) for r in tr.train(one).steps]
+    assert tasks == ["denoise"] * 2 + ["sr"] * 2
+    before = tr.run_folder(one)
+    write((0., 1., 0.))
+    assert tr.run_folder(one) != before
+    with pytest.raises(FoundIRError, match="mixture.schedule"): tr.train(replace(one, schedule=None))
+    with pytest.raises(FoundIRError, match="expected denoise"): tr.build_mixture(replace(one, tasks={"denoise": ["jpeg"]}, score={"denoise": "psnr"}))
+
+
 def test_identity_start_reaches_the_training(tmp_path):
     one = tr.TrainConfig(stage=1, steps=1, lq_norm_groups=0, moe_layers=1, moe_heads=2, conditioning_init="identity", noise_offset=0.)
     base = load_base("base")
