@@ -655,7 +655,7 @@ def describe(
     own = (ImageError, FileNotFoundError) if captioner.startswith("vlm") else (FoundIRError, FileNotFoundError)  # errors of one picture
     def one(path: str | Path) -> str | Exception:
         try: return ask(path)
-        except own as e: return e.with_traceback(None)  # whose frames would keep the model
+        except own as e: return type(e)(str(e))  # without its traceback, whose frames would keep the model
     texts = [one(path) for path in paths]
     del ask, one
     gc.collect()

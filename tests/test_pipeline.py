@@ -636,4 +636,4 @@ def test_tiles_of_the_shipped_restorer_do_not_show(photo, task):
     for a, b in ((untiled, tiled), (untiled.mT, tiled.mT)):
         lines = sorted({c for s in tile_starts(a.shape[-1], 192, 0.25, 16) for c in (s, s + 192) if 0 < c < a.shape[-1]})
         step = lambda x: float((x[..., lines] - x[..., [c - 1 for c in lines]]).abs().mean())
-        assert len(lines) >= 4 and 0.95 < step(b) / step(a) < 1.05, (step(a), step(b))
+        assert len(lines) >= 3 and 0.95 < step(b) / step(a) < 1.05, (step(a), step(b))
