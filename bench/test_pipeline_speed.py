@@ -1,4 +1,4 @@
-"""Speed and memory of the restoration pipeline: `python -m pytest -s bench/test_pipeline_speed.py`. Ratios of CPU time within one run, medians of interleaved runs, one thread. BENCH_ROUNDS=1 for a first impression.
+"""Speed and memory of the restoration pipeline: `python -m pytest -s bench/test_pipeline_speed.py`. Ratios of CPU time within one run, medians of interleaved runs, one thread. BENCH_ROUNDS=1 and BENCH_SIDE=1024 give a first impression.
 
 The yardstick is the plain way to restore in tiles, written out below: one tile at a time, both guidance halves through everything, the LQ embedding at every step, half of a tile shared.
 """
@@ -10,7 +10,8 @@ from PIL import Image
 from foundir_v2.base import encode_prompts
 from foundir_v2.pipeline import load_pipeline
 
-SIDE, TILE, STEPS, GUIDANCE, PROMPT = 2048, 512, 1, 5.0, "a photograph of a harbour"
+SIDE = int(os.environ.get("BENCH_SIDE", 2048))
+TILE, STEPS, GUIDANCE, PROMPT = SIDE // 4, 1, 5.0, "a photograph of a harbour"
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", 5))
 
 def picture(side, seed=0):
@@ -112,7 +113,7 @@ from foundir_v2.pipeline import load_pipeline
 pipe = load_pipeline("tiny", device="cpu")
 pipe.set_progress_bar_config(disable=True)
 path, output_type = sys.argv[1:]
-out = pipe(path, num_inference_steps=2, tile_size=256, tile_overlap=0, generator=torch.Generator().manual_seed(0), output_type=output_type).images[0]
+out = pipe(path, num_inference_steps=2, tile_size=128, tile_overlap=0, generator=torch.Generator().manual_seed(0), output_type=output_type).images[0]
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 '''
 
