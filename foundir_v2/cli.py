@@ -4,19 +4,21 @@
 
 # %% ../nbs/90_cli.ipynb #7ea7fbb3
 from __future__ import annotations
-import argparse, json, logging, os, sys
-from collections.abc import Callable, Iterable
+import argparse, glob, hashlib, itertools, json, logging, os, sys, time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['READABLE', 'WRITABLE', 'COMMANDS', 'pictures_in', 'result_name', 'plan_files', 'check_outputs', 'check_writable',
-           'is_user_error', 'each_file', 'restore_file', 'quiet_libraries', 'run_restore', 'add_restore', 'run_degrade',
-           'add_degrade', 'run_data_fetch', 'add_data', 'limits_from', 'run_clean', 'add_clean', 'run_caption',
-           'add_caption', 'run_train', 'add_train', 'run_evaluate', 'add_evaluate', 'run_report', 'add_report',
-           'run_mixture_update', 'run_mixture_show', 'add_mixture', 'run_mixture_simulate', 'add_mixture_simulate',
-           'run_mixture_fit', 'run_mixture_recommend', 'add_mixture_law', 'run_mixture_plot', 'run_mixture_replay',
-           'add_mixture_log', 'parser', 'main']
+__all__ = ['READABLE', 'WRITABLE', 'SETTINGS', 'CALL_NAMES', 'COMMANDS', 'pictures_in', 'result_name', 'pictures_of',
+           'plan_files', 'check_outputs', 'check_writable', 'is_user_error', 'each_file', 'compare_name',
+           'save_compared', 'restore_file', 'quiet_libraries', 'RestoreLog', 'model_stamp', 'result_key', 'start_peak',
+           'peak_memory', 'given_settings', 'plan_restore', 'load_restorer', 'run_restore', 'add_restore',
+           'run_degrade', 'add_degrade', 'run_data_fetch', 'add_data', 'limits_from', 'run_clean', 'add_clean',
+           'run_caption', 'add_caption', 'run_train', 'add_train', 'run_evaluate', 'add_evaluate', 'run_report',
+           'add_report', 'run_mixture_update', 'run_mixture_show', 'add_mixture', 'run_mixture_simulate',
+           'add_mixture_simulate', 'run_mixture_fit', 'run_mixture_recommend', 'add_mixture_law', 'run_mixture_plot',
+           'run_mixture_replay', 'add_mixture_log', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #b493f219
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")  # suffixes that are taken from a folder
@@ -36,21 +38,38 @@ def result_name(path: Path) -> Path:
     return path if path.suffix.lower() in WRITABLE else path.with_suffix(".png")
 
 # %% ../nbs/90_cli.ipynb #1f5650c6
+def pictures_of(
+    source: str | Path, # file, folder, or glob pattern
+    out: Path, # folder for the results
+) -> list[tuple[Path, Path]]: # (picture, its path below a folder of results)
+    "What one argument stands for. Raises `FileNotFoundError` if it is nothing, `FoundIRError` if a pattern fits nothing."
+    from foundir_v2.core import FoundIRError
+    src = Path(source)
+    if src.is_file(): return [(src, Path(src.name))]
+    if src.is_dir(): return [(src / p, p) for found in pictures_in(src.resolve(), out.resolve()) for p in [found.relative_to(src.resolve())]]
+    if not glob.has_magic(str(source)): raise FileNotFoundError(f"no file or folder {src}: check the name")
+    fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), src.parts))
+    earlier = lambda p: out.resolve() != fixed.resolve() and p.resolve().is_relative_to(out.resolve())
+    found = [p for p in map(Path, sorted(glob.glob(str(source), recursive=True))) if p.suffix.lower() in READABLE and p.is_file() and not earlier(p)]
+    if not found: raise FoundIRError(f"no picture fits {source}: expected files that end with {', '.join(READABLE)}")
+    return [(p, p.relative_to(fixed)) for p in found]
+
 def plan_files(
-    source: str | Path, # file or folder
-    target: str | Path, # file, or folder (exists, ends with a slash, or `source` is a folder)
+    source: str | Path | Sequence[str | Path], # file, folder, glob pattern, or several
+    target: str | Path, # file, or folder (exists, ends with a slash, or `source` is more than a file)
 ) -> list[tuple[Path, Path]]: # (input, output)
     "Which input becomes which output. Raises `FoundIRError` or `FileNotFoundError` before anything is written."
     from foundir_v2.core import FoundIRError
-    src, out = Path(source), Path(target)
-    if not src.exists(): raise FileNotFoundError(f"no file or folder {src}: check the name")
-    if src.is_file():
+    sources, out = [source] if isinstance(source, (str, Path)) else list(source), Path(target)
+    if len(sources) == 1 and Path(sources[0]).is_file():
         into_folder = out.is_dir() or str(target).endswith(("/", os.sep))
-        pairs = [(src, out / result_name(Path(src.name)) if into_folder else out)]
+        pairs = [(Path(sources[0]), out / result_name(Path(Path(sources[0]).name)) if into_folder else out)]
     else:
-        if out.is_file(): raise FoundIRError(f"{src} is a folder but {out} is a file: name a folder for the results")
-        pairs = [(p, out / result_name(p.relative_to(src))) for p in pictures_in(src.resolve(), out.resolve()) for p in [src / p.relative_to(src.resolve())]]
-    if not pairs: raise FoundIRError(f"no pictures in {src}: expected files that end with {', '.join(READABLE)}")
+        found = [pair for s in sources for pair in pictures_of(s, out)]
+        if out.is_file(): raise FoundIRError(f"{out} is a file, but there may be several results: name a folder for them")
+        pairs = [(p, out / result_name(below)) for p, below in found]
+    if not pairs: raise FoundIRError(f"no pictures in {', '.join(map(str, sources))}: expected files that end with {', '.join(READABLE)}")
+    pairs = list(dict.fromkeys(pairs))  # a file that was named twice
     check_outputs(pairs)
     return pairs
 
@@ -101,6 +120,16 @@ def each_file(
     return 2 if failed else 0
 
 # %% ../nbs/90_cli.ipynb #2d0d1e77
+def compare_name(target: Path) -> Path: return target.with_name(f"{target.stem}.compare{target.suffix}")
+
+def save_compared(before: Any, after: Any, path: Path) -> None:
+    "Two pictures (3, H, W) side by side; the first may be smaller and is enlarged."
+    import torch
+    from foundir_v2.degrade import upsample_lq
+    from foundir_v2.pictures import save_picture
+    if before.shape != after.shape: before = upsample_lq(before, tuple(after.shape[-2:]))
+    save_picture(torch.cat([before, torch.ones(3, after.shape[1], 8), after], 2), path)
+
 def restore_file(
     pipe: Any, # a `FoundIRv2Pipeline`
     source: Path,
@@ -108,17 +137,22 @@ def restore_file(
     options: dict[str, Any], # keyword arguments of the pipeline's call
     seed: int = 0, # of the diffusion noise: the same for every file, so that a file gives the same result alone and in a folder
     max_pixels: int | None = None, # refuse larger inputs; None: the library's limit
+    bits: int | None = None, # of the result: 8 or 16; None: 16 for a PNG of a picture with 16
+    compare: bool = False, # write `compare_name(target)`, too
 ) -> None:
     "Restore one file."
     import torch
-    from foundir_v2.core import load_alpha, load_image, save_image
-    limit = {} if max_pixels is None else dict(max_pixels=max_pixels)
-    alpha = load_alpha(source, **limit) if target.suffix.lower() in (".png", ".webp") else None
-    image = load_image(source, **limit, **({} if alpha is None else dict(background=None)))
+    from foundir_v2.core import MAX_PIXELS, load_alpha
+    from foundir_v2.pictures import as_float, load_pixels, save_picture
+    suffix, limit = target.suffix.lower(), MAX_PIXELS if max_pixels is None else max_pixels
+    alpha = load_alpha(source, limit) if suffix in (".png", ".webp") else None
+    image = load_pixels(source, limit, background=1.0 if alpha is None else None)
     (restored,) = pipe(image, generator=torch.Generator().manual_seed(seed), output_type="pt", **options).images
+    restored = restored.float().cpu()
     if alpha is not None and alpha.shape[1:] != restored.shape[1:]:
         alpha = torch.nn.functional.interpolate(alpha[None], restored.shape[1:], mode="bicubic", antialias=True)[0].clamp(0, 1)
-    save_image(restored.float().cpu(), target, alpha=alpha)
+    if compare: save_compared(as_float(image), restored, compare_name(target))
+    save_picture(restored, target, alpha, bits or (16 if image.dtype == torch.uint16 and suffix == ".png" else 8))
 
 # %% ../nbs/90_cli.ipynb #ae46e9d2
 def quiet_libraries() -> None:
@@ -129,44 +163,154 @@ def quiet_libraries() -> None:
         library.set_verbosity_error()
         library.disable_progress_bar()
 
+# %% ../nbs/90_cli.ipynb #c8b9bb5c
+class RestoreLog:
+    "A JSON line per result, and what they say about the results that are there."
+    def __init__(self, path: Path):
+        self.path, self._keys = path, {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try: record = json.loads(line)
+            except ValueError: continue
+            if isinstance(record, dict) and "key" in record: self._keys[record.get("output")] = record["key"]
+
+    def name(self, target: Path) -> str: return Path(os.path.relpath(target.resolve(), self.path.parent.resolve())).as_posix()
+
+    def done(self, target: Path, key: str) -> bool:
+        "Is this result there, and made so?"
+        return target.exists() and self._keys.get(self.name(target)) == key
+
+    def add(self, target: Path, **record: Any) -> None:
+        unfinished = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size
+        with open(self.path, "a", encoding="utf-8") as f: f.write(("\n" if unfinished else "") + json.dumps({"output": self.name(target), **record}) + "\n")
+
+def model_stamp(name: str) -> str:
+    "Changes when a model's files change; the hub's name for a model from there."
+    from foundir_v2.base import resolve_model
+    source = resolve_model(name)
+    if not isinstance(source, Path): return source
+    files = [(p.relative_to(source).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(source.rglob("*")) if p.is_file()]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+def result_key(source: Path, *decisive: Any) -> str:
+    "A hash of a picture's bytes and all else that decides about its result."
+    picture = hashlib.sha256(source.read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps([picture, *decisive], sort_keys=True).encode()).hexdigest()
+
+# %% ../nbs/90_cli.ipynb #5bf17919
+def start_peak() -> None:
+    "Set the high-water mark of memory back, where that is possible."
+    import torch
+    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    try: Path("/proc/self/clear_refs").write_text("5")
+    except OSError: pass
+
+def peak_memory() -> int | None:
+    "Bytes at the high-water mark: of the accelerator, or of the process; None where it can't be known."
+    import torch
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+    try: return 1024 * int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))
+    except (OSError, StopIteration): pass
+    try: import resource
+    except ImportError: return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 # %% ../nbs/90_cli.ipynb #00e7e713
+SETTINGS = ("steps", "guidance", "guidance_interval", "start", "color_fix", "tile_size", "tile_overlap", "tile_batch", "vae_tile_size", "upscale", "noise_scheduler", "offset_unit") # options that are fields of `pipeline.Settings`
+CALL_NAMES = dict(steps="num_inference_steps", guidance="guidance_scale") # the pipeline's call has other names for these
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]: # by their names as options
+    "The settings on the command line. Raises `FoundIRError` for values that no model can use, and for what contradicts."
+    from foundir_v2.core import FoundIRError
+    from foundir_v2.pipeline import Settings
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    Settings(**{**dict(steps=1, guidance=1.0, start="noise", upscale=1.0, color_fix="none", tile_size=0, tile_overlap=0.0), **given})
+    if args.prompt and args.caption != "none": raise FoundIRError("--prompt and --caption both say what the picture shows: give one of them")
+    return given
+
+def plan_restore(args: argparse.Namespace) -> tuple[list[tuple[Path, Path]], RestoreLog | None]:
+    "The files, checked, and the log: of several results always, of a single one if asked for."
+    from foundir_v2.core import FoundIRError
+    from foundir_v2.pictures import load_pixels
+    pairs = plan_files(args.input, args.output)
+    if args.compare: check_outputs(pairs + [(source, compare_name(target)) for source, target in pairs])
+    if args.bits == 16 and (other := [t for _, t in pairs if t.suffix.lower() != ".png"]): raise FoundIRError(f"can't write {other[0]} with 16 bits: name a .png, or leave --bits out")
+    log = Path(args.log) if args.log else Path(args.output) / "restore.jsonl" if len(pairs) > 1 or not Path(args.input[0]).is_file() else None
+    if len(pairs) == 1: load_pixels(pairs[0][0], **({} if args.max_pixels is None else dict(max_pixels=args.max_pixels)))  # better now than when the model is there
+    return pairs, log and RestoreLog(log)
+
+def load_restorer(args: argparse.Namespace) -> Any: # a `FoundIRv2Pipeline`
+    "The model, as the preset and the options want it."
+    from foundir_v2.core import pick_device
+    from foundir_v2.pipeline import load_pipeline, preset_loading
+    wanted = preset_loading(args.preset, pick_device(args.device or "auto")) if args.preset else {}
+    wanted |= {name: getattr(args, name) for name in ("dtype", "offload") if getattr(args, name) is not None}
+    return load_pipeline(args.model, device=args.device, **{"dtype": None, **wanted})
+
+# %% ../nbs/90_cli.ipynb #0c42b516
 def run_restore(args: argparse.Namespace) -> int:
     "`foundir-v2 restore`"
-    pairs = plan_files(args.input, args.output)
-    for folder in {target.parent for _, target in pairs}: check_writable(folder)
-    if len(pairs) == 1:  # a bad picture should be reported before the model is loaded
-        from foundir_v2.core import load_image
-        load_image(pairs[0][0], **({} if args.max_pixels is None else dict(max_pixels=args.max_pixels)))
+    pairs, log = plan_restore(args)
     quiet_libraries()
-    from foundir_v2.pipeline import load_pipeline
-    pipe = load_pipeline(args.model, device=args.device, dtype=args.dtype)
+    given = given_settings(args)
+    for folder in {target.parent for _, target in pairs} | ({log.path.parent} if log else set()): check_writable(folder)
+    from dataclasses import asdict
+    from foundir_v2.pipeline import describe, preset_options, resolve_settings
+    prompts = describe([source for source, _ in pairs], args.caption, args.caption_cache, args.device) if args.caption != "none" else [args.prompt or ""] * len(pairs)
+    decisive = [given, args.preset, args.seed, args.negative_prompt, args.dtype, args.bits, args.compare, model_stamp(args.model)] if log else []
+    work = {target: (prompt, "" if isinstance(prompt, Exception) or not log else result_key(source, prompt, *decisive)) for (source, target), prompt in zip(pairs, prompts)}
+    todo = [(s, t) for s, t in pairs if args.force or not (log and work[t][1] and log.done(t, work[t][1]))]
+    if args.skip_existing: todo = [(s, t) for s, t in todo if not t.exists()]
+    if len(todo) < len(pairs): print(f"foundir-v2: {len(pairs) - len(todo)} of {len(pairs)} are done, as {log.path if log else 'their files'} says" + ("" if args.skip_existing else "; --force makes them again"), file=sys.stderr)
+    if not todo: return 0
+    pipe = load_restorer(args)
+    options = {**(preset_options(args.preset, pipe.config) if args.preset else {}), **{CALL_NAMES.get(k, k): v for k, v in given.items()}}
+    back = {call: name for name, call in CALL_NAMES.items()}
+    settings = resolve_settings(pipe, options.get("upscale", 1), **{back.get(k, k): v for k, v in options.items() if k != "upscale"})
     pipe.set_progress_bar_config(disable=len(pairs) > 1)
-    names = dict(steps="num_inference_steps", guidance="guidance_scale", start="start", color_fix="color_fix", tile_size="tile_size", tile_overlap="tile_overlap",
-                 upscale="upscale", prompt="prompt", negative_prompt="negative_prompt", batch_size="batch_size")
-    options = {to: getattr(args, name) for name, to in names.items() if getattr(args, name) is not None}
-    return each_file(pairs, lambda source, target: restore_file(pipe, source, target, options, args.seed, args.max_pixels), args.skip_existing)
+    if args.negative_prompt: options["negative_prompt"] = args.negative_prompt
+    def one(source: Path, target: Path) -> None:
+        prompt, key = work[target]
+        if isinstance(prompt, Exception): raise prompt
+        start_peak()
+        begin = time.perf_counter()
+        restore_file(pipe, source, target, options | ({"prompt": prompt} if prompt else {}), args.seed, args.max_pixels, args.bits, args.compare)
+        if log: log.add(target, input=str(source), model=args.model, settings={**asdict(settings), "negative_prompt": args.negative_prompt or ""}, prompt=prompt, seed=args.seed,
+                        seconds=round(time.perf_counter() - begin, 3), peak_memory=peak_memory(), key=key)
+    return each_file(todo, one)
 
 # %% ../nbs/90_cli.ipynb #2703ff90
 def add_restore(sub: Any) -> None:
-    p = sub.add_parser("restore", help="restore a picture or a folder of pictures", description="Restore a picture or a folder of pictures. What is not given is the model's own default.")
-    p.add_argument("input", metavar="IN", help="a picture, or a folder (with its subfolders)")
+    p = sub.add_parser("restore", help="restore a picture or a folder of pictures", description="Restore pictures. What is not given is the model's own default. Started again, a folder goes on where it stopped.")
+    p.add_argument("input", metavar="IN", nargs="+", help="pictures, folders (with their subfolders), quoted patterns such as 'photos/**/*.jpg'")
     p.add_argument("output", metavar="OUT", help="a file (.png, .jpg, .jpeg, .webp), or a folder")
-    p.add_argument("--model", default="tiny", metavar="NAME|PATH", help="'tiny' (shipped), or a folder with a model (default: %(default)s)")
+    p.add_argument("--model", default="tiny", metavar="NAME|PATH", help="'tiny' (shipped), or a folder with a model, such as artifacts/train_stage2 (default: %(default)s)")
+    p.add_argument("--preset", choices=("paper", "fast", "low-memory"), help="a set of settings; single options overrule it")
     p.add_argument("--upscale", type=float, metavar="N", help="enlarge N times before restoring: super-resolution (default: 1)")
     p.add_argument("--steps", type=int, metavar="N", help="diffusion steps")
     p.add_argument("--guidance", type=float, metavar="X", help="strength of the text; 1 is none")
+    p.add_argument("--guidance-interval", type=float, nargs=2, metavar=("A", "B"), help="guide only between these shares of the steps, for instance 0 0.5 (default: 0 1)")
     p.add_argument("--start", choices=("lq", "noise"), help="what diffusion starts from: the noised input, or noise alone")
-    p.add_argument("--prompt", metavar="TEXT", help="what the picture shows (default: nothing)")
+    p.add_argument("--prompt", metavar="TEXT", help="what the pictures show (default: nothing)")
+    p.add_argument("--caption", default="none", metavar="NAME", help="what the pictures show, one by one: sidecar (text files beside them), sidecar:.SUFFIX, or vlm:MODEL (default: %(default)s)")
+    p.add_argument("--caption-cache", default=".cache/captions", metavar="DIR", help="captions of models are kept here (default: %(default)s)")
     p.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: nothing)")
     p.add_argument("--color-fix", choices=("none", "adain", "wavelet"), help="take the colours from the input (default: adain when upscaling, else none)")
     p.add_argument("--tile-size", type=int, metavar="PX", help="work in tiles of this size, for large pictures; 0: none")
     p.add_argument("--tile-overlap", type=float, metavar="X", help="fraction that neighbouring tiles share")
-    p.add_argument("--batch-size", type=int, metavar="N", help="tiles at a time (default: 1)")
+    p.add_argument("--tile-batch", type=int, metavar="N", help="tiles at a time: more is faster where memory allows")
+    p.add_argument("--vae-tile-size", type=int, metavar="PX", help="tiles of the VAE (default: as --tile-size)")
+    p.add_argument("--noise-scheduler", metavar="NAME", help="another of diffusers' solvers, for instance ddim, dpmsolver, unipc (default: the model's)")
+    p.add_argument("--offset-unit", choices=("pixel", "latent"), help="of tile offsets; latent: as in the authors' code, for their weights")
     p.add_argument("--seed", type=int, default=0, help="another seed gives another restoration (default: %(default)s)")
     p.add_argument("--device", help="cpu, cuda, mps (default: an accelerator if there is one)")
-    p.add_argument("--dtype", help="float32, bfloat16, float16 (default: float32)")
+    p.add_argument("--dtype", help="float32, bfloat16, float16, or auto (default: float32)")
+    p.add_argument("--offload", choices=("none", "model", "sequential"), help="keep parts of the model in main memory while they are not needed")
     p.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger inputs (default: 89 million)")
-    p.add_argument("--skip-existing", action="store_true", help="go on with a folder: leave results that are there")
+    p.add_argument("--bits", type=int, choices=(8, 16), help="per colour of a PNG (default: as the input)")
+    p.add_argument("--compare", action="store_true", help="also write NAME.compare.SUFFIX: before and after")
+    p.add_argument("--log", metavar="FILE", help="a JSON line per result (default: restore.jsonl beside the results of a folder)")
+    p.add_argument("--force", action="store_true", help="make results again that are done")
+    p.add_argument("--skip-existing", action="store_true", help="leave every result that exists, however it was made")
     p.set_defaults(run=run_restore)
 
 # %% ../nbs/90_cli.ipynb #0f54bf54

@@ -114,7 +114,9 @@ def map_tiles(
     "Run a function on every tile of every picture and blend the results with Gaussian weights."
     tiles = [Tile(i, top, left) for i in range(pictures) for top, left in grid.corners]
     calls = [tiles[i : i + batch_size] for i in range(0, len(tiles), batch_size)]
-    if len(grid.corners) == 1: return torch.cat([function(call) for call in calls])
+    if len(grid.corners) == 1:
+        done = [function(call) for call in calls]
+        return done[0] if len(done) == 1 else torch.cat(done)
     grid, out = grid.scaled(scale), None
     for call in calls:
         y_nChw = function(call)

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from foundir_v2 import cli
+from foundir_v2.pictures import as_float, load_pixels, save_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,15 +22,23 @@ def picture(path, size=(16, 12), mode='RGB'):
     return path
 
 
+@dataclass
+class Resolved:
+    "Stands in for the pipeline's settings."
+    upscale: float
+    given: dict
+
+
 class Enlarge:
     "Stands in for the pipeline: enlarges, adds noise from the generator, records its calls."
     calls = []
+    config = dict(default_steps=4, default_tile_size=64)
 
     def set_progress_bar_config(self, **kw): pass
 
     def __call__(self, image, generator, output_type, upscale=1, **options):
         self.calls.append(options)
-        big = torch.nn.functional.interpolate(image[None], scale_factor=upscale, mode='nearest')[0]
+        big = torch.nn.functional.interpolate(as_float(image)[None], scale_factor=upscale, mode='nearest')[0]
         return type('Output', (), dict(images=[(big + 0.1 * torch.rand(big.shape, generator=generator)).clamp(0, 1)]))
 
 
@@ -36,7 +46,8 @@ class Enlarge:
 def enlarge(monkeypatch):
     import foundir_v2.pipeline
     loaded = []
-    monkeypatch.setattr(foundir_v2.pipeline, 'load_pipeline', lambda name, device, dtype: loaded.append((name, device, dtype)) or Enlarge())
+    monkeypatch.setattr(foundir_v2.pipeline, 'load_pipeline', lambda name, device, dtype, **more: loaded.append((name, device, dtype, *more.values())) or Enlarge())
+    monkeypatch.setattr(foundir_v2.pipeline, 'resolve_settings', lambda pipe, upscale, **given: Resolved(upscale, given))
     monkeypatch.setattr(Enlarge, 'calls', [])
     return loaded
 
@@ -89,7 +100,8 @@ def test_one_bad_file_does_not_stop_the_others(tmp_path, enlarge, capsys):
     assert run('restore', tmp_path / 'in', tmp_path / 'out') == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('foundir-v2:')]
     assert len(lines) == 3 and 'b.png' in lines[0] and 'd.png' in lines[1] and '2 of 4 files failed' in lines[2]
-    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['a.png', 'b.png', 'c.png']
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['a.png', 'b.png', 'c.png', 'restore.jsonl']
+    assert [r['output'] for r in records(tmp_path / 'out')] == ['a.png', 'c.png']
     assert (tmp_path / 'out' / 'b.png').read_text() == 'an older result'
 
 
@@ -99,6 +111,131 @@ def test_skip_existing_goes_on(tmp_path, enlarge):
     (tmp_path / 'out' / 'a.png').write_text('done before')
     assert run('restore', tmp_path / 'in', tmp_path / 'out', '--skip-existing') == 0
     assert (tmp_path / 'out' / 'a.png').read_text() == 'done before' and len(Enlarge.calls) == 1
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / 'restore.jsonl').read_text().splitlines()]
+
+
+def test_an_interrupted_folder_goes_on(tmp_path, enlarge, monkeypatch, capsys):
+    for name in ('a.png', 'b.jpg', 'deep/c.png'): picture(tmp_path / 'in' / name)
+    command = ('restore', tmp_path / 'in', tmp_path / 'out', '--steps', 3, '--seed', 7)
+    real, made = cli.restore_file, []
+    def interrupted(pipe, source, *rest):
+        if len(made) == 1: raise KeyboardInterrupt
+        made.append(source.name)
+        real(pipe, source, *rest)
+    monkeypatch.setattr(cli, 'restore_file', interrupted)
+    assert run(*command) == 130 and made == ['a.png']
+    with open(tmp_path / 'out/restore.jsonl', 'a') as f: f.write('{"output": "b.jpg", "key"')  # and cut short
+    monkeypatch.setattr(cli, 'restore_file', lambda pipe, source, *rest: made.append(source.name) or real(pipe, source, *rest))
+    for again, expected in ((command, ['a.png', 'b.jpg', 'c.png']), (command, ['a.png', 'b.jpg', 'c.png'])): assert run(*again) == 0 and made == expected
+    assert '3 of 3 are done' in capsys.readouterr().err and len(enlarge) == 2  # the model isn't even loaded when nothing is to be done
+    made.clear()
+    assert run(*command, '--force') == 0 and len(made) == 3  # forced
+    assert run(*command[:-1], 8) == 0 and len(made) == 6  # another seed
+    picture(tmp_path / 'in/b.jpg', (20, 20))
+    (tmp_path / 'out/a.png').unlink()
+    assert run(*command[:-1], 8) == 0 and sorted(made[6:]) == ['a.png', 'b.jpg']  # another input, a lost result
+
+
+def test_a_line_per_picture(tmp_path, enlarge):
+    for name in ('a.png', 'b.png'): picture(tmp_path / 'in' / name)
+    assert run('restore', tmp_path / 'in', tmp_path / 'out', '--steps', 3, '--seed', 5, '--prompt', 'a cat') == 0
+    first, second = records(tmp_path / 'out')
+    assert (first['output'], first['input'], first['seed'], first['prompt'], first['model']) == ('a.png', str(tmp_path / 'in/a.png'), 5, 'a cat', 'tiny')
+    assert first['settings']['given'] == dict(steps=3) and 0 <= first['seconds'] < 60 and first['peak_memory'] > 2**20 and first['key'] == second['key']  # two pictures of the same bytes
+    assert run('restore', tmp_path / 'in/a.png', tmp_path / 'one.png', '--log', tmp_path / 'logs/my.jsonl') == 0
+    assert json.loads((tmp_path / 'logs/my.jsonl').read_text())['output'] == '../one.png' and not (tmp_path / 'restore.jsonl').exists()
+
+
+def test_globs_and_several_inputs(tmp_path, enlarge, capsys):
+    for name in ('a.png', 'b.jpg', 'deep/c.png', 'deep/er/d.png'): picture(tmp_path / 'in' / name)
+    (tmp_path / 'in/notes.txt').touch()
+    tree = lambda folder: sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file() and p.suffix != '.jsonl')
+    for i, (inputs, expected) in enumerate([((tmp_path / 'in/**/*.png',), ['a.png', 'deep/c.png', 'deep/er/d.png']), ((tmp_path / 'in/*',), ['a.png', 'b.jpg']),
+                                            ((tmp_path / 'in/a.png', tmp_path / 'in/b.jpg', tmp_path / 'in/deep', tmp_path / 'in/*.jpg'), ['a.png', 'b.jpg', 'c.png', 'er/d.png'])]):
+        assert run('restore', *inputs, tmp_path / f'out{i}') == 0 and tree(tmp_path / f'out{i}') == expected
+    assert run('restore', tmp_path / 'in/**/*.png', tmp_path / 'in/new') == 0 and run('restore', tmp_path / 'in/**/*.png', tmp_path / 'in/new', '--force') == 0
+    assert tree(tmp_path / 'in/new') == ['a.png', 'deep/c.png', 'deep/er/d.png']  # results are no inputs
+    picture(tmp_path / 'in/odd[1].png')
+    assert run('restore', tmp_path / 'in/odd[1].png', tmp_path / 'odd.png') == 0  # a file by that name comes first
+    capsys.readouterr()
+    for inputs in ((tmp_path / 'in/*.gif',), (tmp_path / 'in/a.png', tmp_path / 'in/nothing.png'), (tmp_path / 'in', picture(tmp_path / 'other/a.png'))):
+        assert run('restore', *inputs, tmp_path / 'out9') == 2 and capsys.readouterr().err.count('\n') == 1
+
+
+def test_before_and_after(tmp_path, enlarge):
+    picture(tmp_path / 'a.jpg')
+    assert run('restore', tmp_path / 'a.jpg', tmp_path / 'b.png', '--upscale', 2, '--compare') == 0
+    strip = load_pixels(tmp_path / 'b.compare.png')
+    assert strip.shape == (3, 24, 32 + 8 + 32) and torch.equal(strip[..., 40:], load_pixels(tmp_path / 'b.png')) and (strip[..., 32:40] == 255).all()
+    picture(tmp_path / 'in/a.png'); picture(tmp_path / 'in/a.compare.png')
+    assert run('restore', tmp_path / 'in', tmp_path / 'out', '--compare') == 2 and not (tmp_path / 'out').exists()
+
+
+def test_sixteen_bits_stay(tmp_path, enlarge, capsys):
+    wide = torch.linspace(0.4, 0.41, 12 * 16).view(1, 12, 16).expand(3, -1, -1)
+    save_picture(wide, tmp_path / 'a.png', alpha=wide[:1], bits=16)
+    Image.fromarray((wide[0].numpy() * 65535).astype(np.uint16)).save(tmp_path / 'grey.png')
+    for name in ('a', 'grey'):
+        assert run('restore', tmp_path / f'{name}.png', tmp_path / 'out.png') == 0 and load_pixels(tmp_path / 'out.png', background=None).dtype == torch.uint16
+        assert run('restore', tmp_path / f'{name}.png', tmp_path / 'out8.png', '--bits', 8) == 0 and load_pixels(tmp_path / 'out8.png', background=None).dtype == torch.uint8
+        assert run('restore', tmp_path / f'{name}.png', tmp_path / 'out.jpg') == 0
+    picture(tmp_path / 'b.jpg')
+    assert run('restore', tmp_path / 'b.jpg', tmp_path / 'out.png', '--bits', 16) == 0 and load_pixels(tmp_path / 'out.png').dtype == torch.uint16
+    capsys.readouterr()
+    assert run('restore', tmp_path / 'b.jpg', tmp_path / 'c.jpg', '--bits', 16) == 2 and '16 bits' in capsys.readouterr().err
+
+
+def test_presets_and_what_overrules_them(tmp_path, enlarge):
+    src = picture(tmp_path / 'a.png')
+    assert run('restore', src, tmp_path / 'b.png', '--preset', 'paper', '--guidance', 2, '--tile-overlap', 0.25) == 0
+    assert Enlarge.calls[-1] == dict(num_inference_steps=20, guidance_scale=2.0, start='lq', tile_size=1024, tile_overlap=0.25)
+    assert run('restore', src, tmp_path / 'b.png', '--preset', 'fast') == 0 and Enlarge.calls[-1] == dict(num_inference_steps=4, guidance_scale=1.0, tile_overlap=0.125)
+    assert run('restore', src, tmp_path / 'b.png', '--preset', 'low-memory', '--device', 'cpu') == 0
+    assert Enlarge.calls[-1] == dict(tile_size=64, tile_batch=1, vae_tile_size=64) and enlarge[-1] == ('tiny', 'cpu', 'auto', 'none')
+    assert run('restore', src, tmp_path / 'b.png', '--preset', 'low-memory', '--device', 'cpu', '--dtype', 'float32') == 0 and enlarge[-1][2] == 'float32'
+    with pytest.raises(SystemExit): run('restore', src, tmp_path / 'b.png', '--preset', 'best')
+
+
+def test_captions_come_before_the_model(tmp_path, enlarge, capsys):
+    for name in ('a.png', 'b.png', 'c.png'): picture(tmp_path / 'in' / name)
+    (tmp_path / 'in/a.txt').write_text('a red house'); (tmp_path / 'in/c.txt').touch()
+    assert run('restore', tmp_path / 'in', tmp_path / 'out', '--caption', 'sidecar') == 2
+    assert Enlarge.calls == [dict(prompt='a red house'), {}] and [r['prompt'] for r in records(tmp_path / 'out')] == ['a red house', '']
+    assert 'b.txt' in capsys.readouterr().err and len(enlarge) == 1
+    for bad in (('--caption', 'magic'), ('--caption', f'vlm:{tmp_path}/nothing'), ('--caption', 'sidecar', '--prompt', 'a cat')):
+        assert run('restore', tmp_path / 'in', tmp_path / 'new', *bad) == 2 and capsys.readouterr().err.count('\n') == 1
+    assert len(enlarge) == 1  # none of them loaded the restorer
+
+
+@pytest.mark.parametrize('bad, words', [(('--steps', 0), 'num_inference_steps'), (('--guidance', -1), 'guidance'), (('--upscale', 0.5), 'upscale'), (('--tile-overlap', 1), 'tile_overlap'), (('--tile-size', -16), 'tile_size'),
+                                        (('--tile-batch', 0), 'tile_batch'), (('--guidance-interval', 0.5, 0.2), 'guidance_interval')], ids=str)
+def test_bad_settings_are_refused_once_before_anything_starts(tmp_path, enlarge, capsys, bad, words):
+    for name in ('a.png', 'b.png'): picture(tmp_path / 'in' / name)
+    assert run('restore', tmp_path / 'in', tmp_path / 'out', *bad) == 2
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and words in err and not enlarge and not (tmp_path / 'out').exists()
+
+
+def test_settings_that_only_the_model_can_judge_are_refused_once(tmp_path, capsys):
+    for name in ('a.png', 'b.png'): picture(tmp_path / 'in' / name)
+    for bad, words in ((('--tile-size', 50), 'multiple of 16'), (('--noise-scheduler', 'karras'), 'choose from ddim')):
+        assert run('restore', tmp_path / 'in', tmp_path / 'out', '--device', 'cpu', *bad) == 2
+        err = [line for line in capsys.readouterr().err.splitlines() if line.startswith('foundir-v2:')]
+        assert len(err) == 1 and words in err[0]
+
+
+def test_a_training_stages_folder_restores(tmp_path):
+    import shutil
+    from foundir_v2.base import assets_path
+    shutil.copytree(assets_path('tiny') / 'unet', tmp_path / 'stage/unet')
+    (tmp_path / 'stage/config.json').write_text(json.dumps(dict(base='base', reference_steps=1)))
+    assert run('restore', picture(tmp_path / 'a.png'), tmp_path / 'b.png', '--model', tmp_path / 'stage', '--device', 'cpu') == 0
+    assert run('restore', tmp_path / 'a.png', tmp_path / 'c.png', '--model', 'tiny', '--device', 'cpu') == 0
+    difference = load_pixels(tmp_path / 'b.png').int() - load_pixels(tmp_path / 'c.png').int()
+    assert difference.abs().max() <= 1
 
 
 @pytest.mark.parametrize('mode, suffix, expected', [('RGBA', '.png', 'RGBA'), ('RGBA', '.jpg', 'RGB'), ('CMYK', '.png', 'RGB'), ('L', '.webp', 'RGB'), ('1', '.png', 'RGB')])
@@ -125,7 +262,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(tmp_path, enlarge, caps
 
 def test_outputs_inside_the_input_folder_are_not_inputs(tmp_path, enlarge):
     picture(tmp_path / 'a.png')
-    for _ in range(2): assert run('restore', tmp_path, tmp_path / 'restored') == 0
+    for _ in range(2): assert run('restore', tmp_path, tmp_path / 'restored', '--force') == 0
     assert [p.name for p in tmp_path.rglob('*.png')].count('a.png') == 2 and len(Enlarge.calls) == 2
 
 
