@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_INFLUENCE', 'MixtureConfig', 'ModelConfig', 'LoopConfig', 'TrainConfig', 'draw_noise', 'prediction_target',
-           'sample_losses', 'SeededDataset', 'build_mixture', 'Feed', 'Denoiser', 'build_unet', 'parameter_groups',
-           'make_accelerator', 'Learner', 'split_batch', 'TrainLog', 'read_log', 'parameters', 'TrainResult',
-           'write_output', 'run_folder', 'train_steps', 'train', 'reference_pictures', 'parser', 'read_config', 'main']
+           'decoder_gain', 'sample_losses', 'SeededDataset', 'build_mixture', 'Feed', 'Denoiser', 'build_unet',
+           'parameter_groups', 'make_accelerator', 'Learner', 'split_batch', 'TrainLog', 'read_log', 'parameters',
+           'TrainResult', 'write_output', 'run_folder', 'train_steps', 'train', 'reference_pictures', 'parser',
+           'read_config', 'main']
 
 # %% ../nbs/62_train.ipynb #9bb0cf7c
 import argparse, json, shutil, sys
@@ -41,6 +42,7 @@ from .sampler import Draw, MixtureSampler
 from .score import reference_set, restore_batch, score_items
 from .tasks import by_category
 from .unet import FoundIRUNet
+from .vae import vae_scale_factor
 
 # %% ../nbs/62_train.ipynb #c558dfe1
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     "Section `train`: what both stages share."
-    loss: Literal["l1", "l2"] = "l1"
+    loss: Literal["l1", "l2", "psnr"] = "l1" # psnr: logarithm of the error that the decoder makes of it, as PSNR counts
     crop: int = 512 # side of the training crops in pixels
     scale_range: list[float] = field(default_factory=lambda: [1.0, 1.0]) # photographs are shrunk by a factor in this range before the crop; 1: full resolution
     recoloured: float = 0.0 # share of the samples from photographs that get other colours
@@ -160,14 +162,32 @@ def prediction_target(
     if kind == "sample": return latents
     raise FoundIRError(f"prediction_type {kind!r}: choose epsilon, v_prediction or sample")
 
+# %% ../nbs/62_train.ipynb #b4296cf5
+@torch.no_grad()
+def decoder_gain(
+    vae: nn.Module,
+    size: int = 8, # side of the latents that it is measured on
+) -> Tensor: # (C,) squared error of the pixels per squared error of a latent; mean 1
+    "How much the decoder makes of an error in each latent channel, around the latents of a grey picture."
+    unit = vae_scale_factor(vae) * size
+    p = next(vae.parameters())
+    z = vae.encode(p.new_zeros(1, 3, unit, unit)).latent_dist.mode()
+    step = 0.1 * torch.eye(z.shape[1], device=p.device, dtype=p.dtype)[:, :, None, None]
+    inner = torch.zeros_like(z[:1, :1]); inner[..., size // 2, size // 2] = 1
+    gain = (vae.decode(z + step * inner).sample - vae.decode(z).sample).float().square().flatten(1).sum(1)
+    return gain / gain.mean()
+
 def sample_losses(
     prediction: Tensor, # (B, C, h, w)
     target: Tensor, # the same shape
-    kind: str = "l1", # "l1" or "l2"
+    kind: str = "l1", # "l1", "l2" or "psnr"
+    gain: Tensor | None = None, # (C,) from `decoder_gain`; used by "psnr"
 ) -> Tensor: # (B,)
-    "Mean error of each sample, in float32."
+    "Error of each sample, in float32: the mean over its latents, or the logarithm of their weighted mean."
     error = prediction.float() - target.float()
-    return (error.abs() if kind == "l1" else error.square()).flatten(1).mean(1)
+    if kind == "l1": return error.abs().flatten(1).mean(1)
+    if kind == "l2": return error.square().flatten(1).mean(1)
+    return ((error.square() * gain[:, None, None]).flatten(1).mean(1) + 1e-3).log() # 1e-3: better than the VAE itself isn't rewarded
 
 # %% ../nbs/62_train.ipynb #2e2746f7
 class SeededDataset(Dataset):
@@ -276,6 +296,7 @@ class _Learner:
         if config.noise_offset and self.noise_scheduler.config.rescale_betas_zero_snr:
             raise FoundIRError(f"noise_offset={config.noise_offset} with a zero-terminal-SNR noise schedule: inference starts from plain noise, set it to 0")
         self.prompt = lru_cache(maxsize=4096)(lambda caption: tuple(e.to(accelerator.device) for e in encode_prompts(base, [caption])))
+        self.gain = decoder_gain(base.vae) if config.loss == "psnr" else None
         self.unet = build_unet(config, base)
         groups = parameter_groups(self.unet, config)
         optimizer = torch.optim.AdamW(groups, betas=tuple(config.adam_betas), eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
@@ -300,7 +321,7 @@ class _Loss(_Learner):
         time_ids = micro_conditioning(*(batch[k].to(device) for k in ("original_size", "crop_top_left", "target_size")))
         if c.channels_last: lq, noisy = (x.contiguous(memory_format=torch.channels_last) for x in (lq, noisy))
         prediction = self.denoiser(lq, noisy, timesteps, text, dict(text_embeds=pooled, time_ids=time_ids))
-        return sample_losses(prediction, prediction_target(self.noise_scheduler, latents, noise, timesteps), c.loss)
+        return sample_losses(prediction, prediction_target(self.noise_scheduler, latents, noise, timesteps), c.loss, self.gain)
 
 # %% ../nbs/62_train.ipynb #b57f6876
 class Learner(_Loss):

@@ -459,7 +459,7 @@ def test_bad_settings_are_one_clear_line(pipe, bad, words):
 
 @pytest.mark.parametrize("steps, ok", [(1, False), (4, False), (9, False), (10, True), (20, True)])
 def test_few_steps_need_trailing_spacing(sdxl, steps, ok):
-    if ok: return run(sdxl, picture(8, 8), num_inference_steps=steps)
+    if ok: run(sdxl, picture(8, 8), num_inference_steps=steps); return
     with pytest.raises(FoundIRError, match="trailing"): run(sdxl, picture(8, 8), num_inference_steps=steps)
     sdxl.scheduler = sdxl.scheduler.from_config(sdxl.scheduler.config, timestep_spacing="trailing")
     run(sdxl, picture(8, 8), num_inference_steps=steps)

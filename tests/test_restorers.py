@@ -164,7 +164,7 @@ def test_the_output_of_a_training_stage_is_a_restorer(untrained, tmp_path):
     with pytest.raises(FoundIRError, match="train_stage2"): make_restorer(f"trained:{tmp_path}")
     (tmp_path/"config.json").write_text(json.dumps({"base": "base"}))
     again = make_restorer(f"trained:{tmp_path}", {"num_inference_steps": 1, "guidance_scale": 1.0, "start": "noise"})
-    assert torch.equal(again(rand(), seed=3), untrained(rand(), seed=3))
+    torch.testing.assert_close(again(rand(), seed=3), untrained(rand(), seed=3), atol=1e-5, rtol=0)  # a matrix product picks its kernel by where the weights lie in memory
 
 
 def test_the_bound_of_the_shipped_base_model():

@@ -74,6 +74,20 @@ def test_unknown_prediction_type_is_refused():
     with pytest.raises(FoundIRError, match="epsilon, v_prediction or sample"): tr.prediction_target(ns, *[torch.zeros(1, 1, 1, 1)] * 2, torch.tensor([0]))
 
 
+def test_psnr_loss_weighs_latents_as_the_decoder_does(bench):
+    vae = load_base(str(bench / "base")).vae
+    gain, zero = tr.decoder_gain(vae), torch.zeros(1, 16, 4, 4)
+    assert gain.shape == (16,) and (gain > 0).all() and abs(gain.mean() - 1) < 1e-5
+    with torch.no_grad():
+        for c in (0, 5, 15):  # this decoder is linear: any error in one channel has the same factor
+            error = zero.clone(); error[:, c] = torch.randn(4, 4, generator=generator("error", c))
+            pixels = (vae.decode(error).sample - vae.decode(zero).sample).square().mean()
+            mine = tr.sample_losses(error, zero, "psnr", gain)[0].exp() - 1e-3
+            if c == 0: factor = pixels / mine
+            torch.testing.assert_close(pixels, factor * mine, rtol=1e-3, atol=0)
+    torch.testing.assert_close(tr.sample_losses(error, zero, "l2", gain), error.square().mean().reshape(1))
+
+
 def test_identity_start_is_refused_where_it_cannot_hold(bench, tmp_path):
     "The bench's U-Net has groups of one channel in its last norm."
     with pytest.raises(FoundIRError, match="conditioning_init: zero"): tr.train(config(bench, tmp_path, conditioning_init="identity"))
