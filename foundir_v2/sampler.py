@@ -177,6 +177,7 @@ class SamplerState:
     ):
         self.tasks = tuple(sorted(check_tasks(lengths)))
         self.lengths = {t: check_count(lengths[t], f"length of {t}") for t in self.tasks}
+        if not hasattr(mixture, "weights"): raise MixtureError(f"the mixture is a {type(mixture).__name__} without weights: pass a policy of foundir_v2.mixture, or an object with a dictionary called weights")
         check_weights(mixture.weights, self.tasks, "weights of the mixture")
         self.mixture, self.seed, self.per_step = mixture, check_seed(seed), per_step
         self._origin, self._taken, self._tally = Position(0, 0), 0, Tally(self.seed, len(self.tasks))
@@ -215,7 +216,11 @@ def check_sampler_state(
     check_names(state["lengths"], sampler.tasks, "lengths in the state")
     if changed := [t for t in sampler.tasks if state["lengths"][t] != sampler.lengths[t]]:
         raise MixtureError(f"the dataset of {changed[0]} has {sampler.lengths[changed[0]]} items, {state['lengths'][changed[0]]} in the state: start a new run or restore the data")
-    return Position(check_step(state["step"]), check_step(state["sample"])), load_tally(sampler.seed, len(sampler.tasks), state["tally"])
+    if (state["mixture"] is not None) != hasattr(sampler.mixture, "load_state_dict"):
+        raise MixtureError(f"the state holds {'no mixture' if state['mixture'] is None else 'a mixture'}, which a {type(sampler.mixture).__name__} can't go on from: use the policy of the run that saved it")
+    here = Position(check_step(state["step"]), check_step(state["sample"]))
+    if here.sample < here.step or (here.step == 0) != (here.sample == 0): raise MixtureError(f"the state is damaged: {here.sample} samples after {here.step} steps")
+    return here, load_tally(sampler.seed, len(sampler.tasks), state["tally"])
 
 # %% ../nbs/32_sampler.ipynb #8e4d9582
 class MixtureSampler(SamplerState):

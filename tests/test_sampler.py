@@ -212,3 +212,26 @@ def test_foreign_states_change_nothing(change):
 def test_draws_are_plain_records():
     draw = next(iter(sampler()))[0]
     assert isinstance(draw, Draw) and isinstance(draw.index, int) and isinstance(draw.seed, int) and draw == tuple(draw)
+
+
+class Shares:
+    "Weights and nothing else."
+    def __init__(self, weights): self.weights = weights
+
+
+@pytest.mark.parametrize("change, match", [(dict(mixture=None), "holds no mixture"), (dict(sample=0), "0 samples after 3 steps"), (dict(sample=2), "2 samples after 3 steps"), (dict(step=0), "after 0 steps")])
+def test_damaged_states_change_nothing(change, match):
+    make = lambda: MixtureSampler({"a": 5, "b": 7}, DataEquilibrium(["a", "b"], 0.5), 4, seed=1)
+    one, other = make(), make()
+    taken = iter(one)
+    for _ in range(3): next(taken)
+    before = other.state_dict()
+    with pytest.raises(MixtureError, match=match): other.load_state_dict(one.state_dict() | change)
+    assert other.state_dict() == before
+
+
+def test_mixtures_without_state_or_weights():
+    with pytest.raises(MixtureError, match="without weights"): MixtureSampler({"a": 5}, object(), 4, seed=1)
+    plain = MixtureSampler({"a": 5}, Shares({"a": 1.0}), 4, seed=1)
+    plain.load_state_dict(plain.state_dict())
+    with pytest.raises(MixtureError, match="holds a mixture"): plain.load_state_dict(MixtureSampler({"a": 5}, FixedMixture({"a": 1.0}), 4, seed=1).state_dict())
