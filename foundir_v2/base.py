@@ -272,11 +272,11 @@ def _pass_output(unet: FoundIRUNet, sign: int):
         for p in layer.parameters(): nn.init.zeros_(p)
     nn.init.ones_(norm.weight); nn.init.zeros_(norm.bias)
     for i in range(n):
-        plus, minus = group * i, group * i + 1
-        block.conv_shortcut.weight[[plus, minus], block.in_channels - c0 + i, 0, 0] = torch.tensor([1.0, -1.0])
         block.conv_shortcut.bias[group * i + 2] = _CONSTANT
-        norm.bias[[plus, minus]] = _CONSTANT / group / spread
-        unet.conv_out.weight[i, [plus, minus], 1, 1] = sign * spread * torch.tensor([1.0, -1.0])
+        for side, channel in ((1, group * i), (-1, group * i + 1)):
+            block.conv_shortcut.weight[channel, block.in_channels - c0 + i, 0, 0] = side
+            norm.bias[channel] = _CONSTANT / group / spread
+            unet.conv_out.weight[i, channel, 1, 1] = sign * side * spread
 
 # %% ../nbs/46_base.ipynb #f0df34fe
 @torch.no_grad()
