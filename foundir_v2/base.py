@@ -221,7 +221,7 @@ def micro_conditioning(
 def build_foundir_unet(
     base: Base,
     seed: int = 0, # of the new modules
-    **options, # `FoundIRUNet`'s own arguments: moe, moe_experts, moe_layers, moe_heads, moe_top_k, lq_norm_groups, batch_axis_attention
+    **options, # `FoundIRUNet`'s own arguments: moe, moe_experts, moe_layers, moe_heads, moe_top_k, lq_context_width, lq_norm_groups, batch_axis_attention
 ) -> FoundIRUNet: # trainable, in the precision and on the device of the prior
     "A restorer that starts as the base model: its output equals the prior's, bit for bit, until it is trained."
     config = {k: v for k, v in base.unet_prior.config.items() if not k.startswith("_")}

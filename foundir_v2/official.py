@@ -222,7 +222,7 @@ def _exportable(unet: FoundIRUNet) -> str: # a key of `LAYOUTS`
     c = unet.config
     experts = next((name for name, e in LAYOUTS.items() if e == tuple(c.moe_experts)), None)
     for name, ok, want in (("moe", c.moe == "soft", "'soft'"), ("moe_experts", experts is not None, " or ".join(str(list(e)) for e in LAYOUTS.values())),
-                           ("lq_norm_groups", c.lq_norm_groups > 0, "32 (or another divisor of the LQ encoder's width)"),
+                           ("lq_context_width", not c.lq_context_width, "0"), ("lq_norm_groups", c.lq_norm_groups > 0, "32 (or another divisor of the LQ encoder's width)"),
                            ("lq_encoder", (c.lq_encoder or {"class": "LQEncoder"}).get("class") == "LQEncoder", "an LQEncoder")):
         if not ok: raise FoundIRError(f"{name}={c[name]!r} can't be written in the authors' layout, which has {want}: save it with save_pretrained instead")
     return experts

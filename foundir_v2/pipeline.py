@@ -6,9 +6,9 @@
 __all__ = ['STARTS', 'OUTPUT_TYPES', 'OFFSET_UNITS', 'ZERO_SNR', 'OFFLOADS', 'PRESETS', 'Settings', 'default_color_fix',
            'set_timesteps', 'make_noise_scheduler', 'signal_left', 'start_latents', 'time_ids', 'cut_off',
            'embed_texts', 'encode_image', 'decode_latents', 'Request', 'make_request', 'sort_requests', 'Job',
-           'make_job', 'predict', 'denoise', 'restore_job', 'per_picture', 'resolve_settings', 'FoundIRv2Pipeline',
-           'restore_requests', 'finish', 'Recipe', 'read_recipe', 'save_restorer', 'check_offload', 'place',
-           'load_pipeline', 'preset_options', 'preset_loading', 'describe']
+           'make_job', 'predict', 'lq_statistics', 'denoise', 'restore_job', 'per_picture', 'resolve_settings',
+           'FoundIRv2Pipeline', 'restore_requests', 'finish', 'Recipe', 'read_recipe', 'save_restorer', 'check_offload',
+           'place', 'load_pipeline', 'preset_options', 'preset_loading', 'describe']
 
 # %% ../nbs/54_pipeline.ipynb #d0842344
 import diffusers, functools, gc, inspect, json, logging, math
@@ -37,7 +37,7 @@ from .core import FoundIRError, ImageError, atomic_write, pick_device, pick_dtyp
 from .degrade import upsample_lq
 from .pictures import as_float, crop, padded_size, stored_images, to_integers
 from .tiling import Tile, TileGrid, map_tiles, tile_grid
-from .unet import FoundIRUNet
+from .unet import FoundIRUNet, join_statistics
 from .vae import PatchAutoencoderKL, vae_scale_factor
 
 # %% ../nbs/54_pipeline.ipynb #c087f886
@@ -375,6 +375,20 @@ def predict(
     negative, positive = out.chunk(2)
     return negative + guidance * (positive - negative)
 
+# %% ../nbs/54_pipeline.ipynb #8aac0ca3
+def lq_statistics(
+    unet: FoundIRUNet,
+    job: Job,
+    tile_batch: int,  # tiles per call
+) -> Tensor | None:  # (N, 2·hidden, 1, 1); None where a tile is the whole picture, or where the model has no context
+    "What the LQ encoder wants to know about every whole picture."
+    corners = job.grid.corners
+    if len(corners) == 1 or not unet.config.get("lq_context_width"): return None
+    tiles = [Tile(i, top, left) for i in range(len(job.pictures)) for top, left in corners]
+    calls = [tiles[i:i + tile_batch] for i in range(0, len(tiles), tile_batch)]
+    parts = torch.cat([_offloadable(unet, "lq_statistics", job.lq(call, job.grid).to(unet.dtype)) for call in calls])
+    return torch.cat([join_statistics(picture.split(1)) for picture in parts.split(len(corners))])
+
 # %% ../nbs/54_pipeline.ipynb #e2c1a30d
 def denoise(
     pipe: DiffusionPipeline,
@@ -389,7 +403,9 @@ def denoise(
     timesteps = set_timesteps(noise_scheduler, settings.steps, job.device)
     latents = start_latents(noise_scheduler, noise, settings.start, lambda: tiled(lambda tiles: encode_image(pipe.vae, job.lq(tiles, job.vae_grid)), job.vae_grid))
     del noise
-    lq_embedding = tiled(lambda tiles: _offloadable(unet, "embed_lq", job.lq(tiles, job.grid).to(unet.dtype)))
+    whole = lq_statistics(unet, job, settings.tile_batch)
+    of_picture = lambda tiles: () if whole is None else (whole[[tile.picture for tile in tiles]],)
+    lq_embedding = tiled(lambda tiles: _offloadable(unet, "embed_lq", job.lq(tiles, job.grid).to(unet.dtype), *of_picture(tiles)))
     draws_noise = "generator" in inspect.signature(noise_scheduler.step).parameters
     options = dict(generator=job.generators) if draws_noise else {}
     begin, end = settings.guidance_interval

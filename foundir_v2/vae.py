@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LQ_ENCODERS', 'ResidualBlock', 'PatchEncoder', 'PatchDecoder', 'PatchAutoencoderKL', 'pca_init', 'LQEncoder',
-           'build_lq_encoder', 'lq_encoder_config', 'lq_encoder_from_vae', 'vae_scale_factor']
+           'build_lq_encoder', 'lq_encoder_config', 'lq_encoder_from_vae', 'features_to_latents', 'vae_scale_factor']
 
 # %% ../nbs/43_vae.ipynb #37ad9b9e
 import inspect
@@ -182,6 +182,17 @@ def lq_encoder_from_vae(
     wanted = encoder.state_dict()
     encoder.load_state_dict({k: v.clone() for k, v in vae.encoder.state_dict().items() if k in wanted})
     return encoder
+
+# %% ../nbs/43_vae.ipynb #e11c3593
+def features_to_latents(
+    vae: nn.Module, # a `PatchAutoencoderKL` or an `AutoencoderKL`
+    features_BFhw: Tensor, # of an LQ encoder that mirrors `vae`'s
+) -> Tensor: # (B, latent_channels, h, w), as `vae.encode(x).latent_dist.mode()` gives them
+    "The latents that `vae`'s own output layers make of an LQ encoder's features."
+    e = vae.encoder
+    if isinstance(vae, AutoencoderKL): features_BFhw = e.conv_out(e.conv_act(e.conv_norm_out(features_BFhw)))
+    moments = features_BFhw if vae.quant_conv is None else vae.quant_conv(features_BFhw)
+    return moments.chunk(2, dim=1)[0]
 
 # %% ../nbs/43_vae.ipynb #62b3b4bb
 def vae_scale_factor(

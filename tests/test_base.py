@@ -14,7 +14,7 @@ from foundir_v2.unet import OWN_MODULES, FoundIRUNet
 from foundir_v2.vae import PatchAutoencoderKL
 
 NARROW = dict(TINY_UNET, block_out_channels=(32, 48, 48), attention_head_dim=(2, 2, 2))
-OPTIONS = dict(lq_norm_groups=0, moe_layers=1, moe_heads=4)
+OPTIONS = dict(lq_context_width=8, lq_norm_groups=0, moe_layers=1, moe_heads=4)
 
 
 @pytest.fixture(scope="module")

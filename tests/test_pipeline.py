@@ -305,6 +305,17 @@ def test_a_local_model_does_not_notice_tiles(local, size, overlap):
     for other in (dict(tile_size=tile), dict(tile_size=tile, vae_tile_size=tile // 2), dict(tile_size=0, vae_tile_size=tile)):
         torch.testing.assert_close(run(local, image, tile_overlap=overlap, tile_batch=5, **other, **options)[0], untiled, atol=1e-5, rtol=0)
 
+def test_every_tile_is_judged_by_the_whole_picture(base):
+    unet = trained_looking(build_foundir_unet(base, **SMALL_MOE, lq_context_width=8))
+    torch.nn.init.normal_(unet.lq_context.out[-1].weight, generator=seeded(1)[0])
+    pipe, dark = assemble(base, unet), 0.2 * picture(64, 96)
+    lit = dark.clone(); lit[:, -8:, -8:] = 1
+    for tile_batch in (1, 4):
+        options = dict(tile_size=32, tile_overlap=0, tile_batch=tile_batch)
+        both = run(pipe, [dark, lit], generator=seeded(0, 0), **options)
+        for alone, together in zip((dark, lit), both): torch.testing.assert_close(run(pipe, alone, **options)[0], together, atol=1e-5, rtol=1e-4)
+        assert (both[0] - both[1])[:, :32, :32].abs().max() > 1e-3   # the tile farthest from the light
+
 def calls_of(module, pipe, **options):
     "First dimension of the first argument, call by call."
     sizes = []

@@ -86,6 +86,7 @@ def test_psnr_loss_weighs_latents_as_the_decoder_does(bench):
             if c == 0: factor = pixels / mine
             torch.testing.assert_close(pixels, factor * mine, rtol=1e-3, atol=0)
     torch.testing.assert_close(tr.sample_losses(error, zero, "l2", gain), error.square().mean().reshape(1))
+    torch.testing.assert_close(tr.sample_losses(error, zero, "rmse", gain).square(), tr.sample_losses(error, zero, "psnr", gain).exp())
 
 
 def test_identity_start_is_refused_where_it_cannot_hold(bench, tmp_path):
@@ -134,7 +135,7 @@ def test_noise_is_a_function_of_the_sample():
     (dict(noise_offset=.02), "noise_offset"), (dict(batch_size=5, gradient_accumulation=2), "batch_size=5"), (dict(init="nowhere"), "nowhere"),
     (dict(base="nobody"), "nobody"), (dict(score={"denoise": "psnr"}), "lowlight, sr"), (dict(tasks={"denoise": ["sharpness"]}), "sharpness"), (dict(steps=0), "steps=0"),
     (dict(update_every=2, score=dict.fromkeys(TASKS, "beauty")), "beauty"), (dict(update_every=2, reference_per_task=0), "reference_per_task"),
-    (dict(manifest="gone.parquet"), "gone.parquet"), (dict(lq_encoder_learning_rate=1e-3), "stage 1")])
+    (dict(manifest="gone.parquet"), "gone.parquet"), (dict(lq_encoder_learning_rate=1e-3), "stage 1"), (dict(proportions={"denoise": 1.}), "expected denoise, lowlight, sr")])
 def test_bad_configurations_are_refused_in_one_line(bench, tmp_path, changes, words):
     with pytest.raises((FoundIRError, FileNotFoundError), match=words) as e: tr.train(config(bench, tmp_path, **changes))
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
@@ -160,6 +161,37 @@ def test_stages_train_their_parameters_with_their_rates(bench, tmp_path):
     assert sum(torch.equal(first[k], second[k]) for k in first) < len(first) / 10
     assert sorted(p.name for p in two.output.iterdir()) == ["config.json", "log.jsonl", "mixture.csv", "unet"]
     assert not list((tmp_path / "runs").glob("stage*-*/step*"))  # finished runs leave no checkpoints
+
+
+def test_stage_zero_teaches_the_lq_encoder_and_nothing_else(bench, tmp_path):
+    zero = config(bench, tmp_path, stage=0, steps=60, loss="rmse", lq_context_width=8, learning_rate=5e-3, update_every=30, proportions=dict(denoise=.2, lowlight=.6, sr=.2), checkpoint_every=100)
+    start = tr.build_unet(zero, load_base(zero.base)).state_dict()
+    result = tr.train(zero); after = weights(result.output)
+    moved = {k.split(".")[0] for k in after if not torch.equal(start[k], after[k])}
+    assert moved == {"lq_features", "lq_context"}
+    first, last = ([r for r in result.log if r["kind"] == "mixture"][k] for k in (0, -1))
+    losses = [r["loss"] for r in result.steps]
+    assert sum(losses[-10:]) < .8 * sum(losses[:10])
+    assert first["weights"] == last["weights"] == dict(denoise=.2, lowlight=.6, sr=.2)   # the stage's own
+    one = config(bench, tmp_path, stage=1, steps=1, lq_context_width=8, init=str(result.output), output=str(tmp_path / "one"))
+    tr.train(one); next_ = weights(one.output)
+    assert all(torch.equal(after[k], next_[k]) for k in after if k.startswith(("lq_features", "lq_context")))
+
+
+def test_stage_zero_without_steps_builds_the_model(bench, tmp_path):
+    zero = config(bench, tmp_path, stage=0, steps=0)
+    result = tr.train(zero)
+    assert result.table.empty and equal(weights(result.output), dict(tr.build_unet(zero, load_base(zero.base)).state_dict()))
+
+
+def test_stage_zero_resumes(bench, tmp_path, monkeypatch):
+    c = config(bench, tmp_path, stage=0, steps=5, loss="psnr", lq_context_width=8, output=str(tmp_path / "straight"))
+    straight = tr.train(c)
+    with monkeypatch.context() as m:
+        die_after(m, 2)
+        with pytest.raises(Killed): tr.train(replace(c, output=str(tmp_path / "cut")))
+    resumed = tr.train(replace(c, output=str(tmp_path / "cut")))
+    assert resumed.resumed_from == 2 and resumed.log == straight.log and equal(weights(straight.output), weights(resumed.output))
 
 
 def test_learning_reduces_the_loss(bench, tmp_path):

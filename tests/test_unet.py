@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from foundir_v2.base import SDXL_UNET
 from foundir_v2.core import FoundIRError
-from foundir_v2.unet import OWN_MODULES, FoundIRUNet, LQEmbedding
+from foundir_v2.unet import OWN_MODULES, FoundIRUNet, LQContext, LQEmbedding, join_statistics
 
 PLAIN = dict(sample_size=8, in_channels=4, out_channels=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(16, 32),
              layers_per_block=1, attention_head_dim=(2, 4), cross_attention_dim=8, use_linear_projection=True, norm_num_groups=8, addition_embed_type="text_time", addition_time_embed_dim=8,
@@ -49,7 +49,7 @@ def test_sizes_at_sdxl_scale():
     with torch.device("meta"):
         unet = FoundIRUNet(**SDXL_UNET)
     count = lambda m: sum(p.numel() for p in m.parameters())
-    own = sum(count(getattr(unet, name)) for name in OWN_MODULES)
+    own = sum(count(m) for name in OWN_MODULES if (m := getattr(unet, name)) is not None)
     assert count(unet) - own == 2_567_463_684
     assert [count(e) for e in unet.moe_scheduler.experts] == [6_567_680, 9_913_448, 12_493_682]
     assert own - count(unet.lq_features) == pytest.approx(33.0e6, rel=2e-3)
@@ -61,10 +61,11 @@ def test_save_and_load(tmp_path, options):
     unet = awake(build(**options))
     unet.save_pretrained(tmp_path)
     again = FoundIRUNet.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path)  # says nothing about where it came from
     args, lq, extra = inputs()
     assert torch.equal(unet(*args, unet.embed_lq(lq), **extra).sample, again(*args, again.embed_lq(lq), **extra).sample)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["_class_name"] == "FoundIRUNet"
+    assert config["_class_name"] == "FoundIRUNet" and not config.get("_name_or_path")
     for k, v in {**PLAIN, **OURS, **options}.items():
         assert config[k] == (list(v) if isinstance(v, tuple) else v), k
 
@@ -73,7 +74,7 @@ def test_config_contract():
     parameters = inspect.signature(FoundIRUNet.__init__).parameters
     for name, p in inspect.signature(UNet2DConditionModel.__init__).parameters.items():
         assert parameters[name].default == p.default, name
-    ours = dict(lq_encoder=None, lq_norm_groups=32, moe="soft", moe_experts=("spatial", "channel", "sparse"), moe_layers=2, moe_heads=8, moe_top_k=1, batch_axis_attention=False)
+    ours = dict(lq_encoder=None, lq_context_width=0, lq_norm_groups=32, moe="soft", moe_experts=("spatial", "channel", "sparse"), moe_layers=2, moe_heads=8, moe_top_k=1, batch_axis_attention=False)
     assert {k: parameters[k].default for k in ours} == ours
     assert set(parameters) == set(inspect.signature(UNet2DConditionModel.__init__).parameters) | set(ours)
 
@@ -101,13 +102,34 @@ def test_features_can_be_shared():
     assert torch.equal(unet(*args, e, **extra, return_dict=False)[0], unet(*args, e, **extra).sample)
 
 
+@torch.no_grad()
+def test_context_is_the_identity_until_trained_and_then_sees_the_whole_picture():
+    unet, plain = build(lq_context_width=8), build()
+    unet.load_state_dict(plain.state_dict(), strict=False)
+    torch.nn.init.normal_(unet.lq_embedding.conv_out.weight, generator=torch.Generator().manual_seed(1)); plain.lq_embedding.load_state_dict(unet.lq_embedding.state_dict())
+    lq = torch.rand(2, 3, 52, 76, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(unet.embed_lq(lq), plain.embed_lq(lq)) and plain.lq_statistics(lq) is None
+    torch.nn.init.normal_(unet.lq_context.out[-1].weight, generator=torch.Generator().manual_seed(2))
+    lit = lq.clone(); lit[..., -4:, -4:] = 1.
+    assert ((unet.embed_lq(lit) - unet.embed_lq(lq)).abs().amax(1) > 1e-4).all()   # one bright corner, everywhere
+    torch.testing.assert_close(unet.embed_lq(lq, unet.lq_statistics(lq)), unet.embed_lq(lq))
+    torch.testing.assert_close(unet.embed_lq(lq)[:1], unet.embed_lq(lq[:1]))       # every picture by itself
+
+
+@torch.no_grad()
+def test_statistics_of_tiles_are_those_of_the_picture():
+    context, x = LQContext(4, 8), torch.randn(1, 4, 12, 20, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(join_statistics([context.statistics(t) for t in x.split(5, dim=3)]), context.statistics(x))
+
+
 def test_trainable_parameters():
-    unet = build()
+    unet = build(lq_context_width=8)
     stage1, (encoder, rest) = unet.trainable_parameters(1), unet.trainable_parameters(2)
     ids = lambda ps: {id(p) for p in ps}
     assert len(stage1) == 1
     assert ids(stage1[0]["params"]) == ids(p for m in (unet.lq_embedding, unet.moe_scheduler, unet.moe_projection) for p in m.parameters())
-    assert encoder["name"] == "lq_encoder" and ids(encoder["params"]) == ids(unet.lq_features.parameters())
+    assert encoder["name"] == "lq_encoder" and ids(encoder["params"]) == ids([*unet.lq_features.parameters(), *unet.lq_context.parameters()])
+    assert unet.trainable_parameters(0) == [encoder]
     assert ids(encoder["params"]) | ids(rest["params"]) == ids(unet.parameters()) and not ids(encoder["params"]) & ids(rest["params"])
     torch.optim.AdamW(unet.trainable_parameters(2))
     assert all(id(p) not in ids(build(moe=None).trainable_parameters(1)[0]["params"]) for p in encoder["params"])
@@ -176,8 +198,8 @@ def test_wrong_calls_are_explained():
         unet(*args, e[..., :4], **extra)
     with pytest.raises(FoundIRError, match="size of the output"):
         unet(*args, e[:1], **extra)
-    with pytest.raises(FoundIRError, match="stage=0"):
-        unet.trainable_parameters(0)
+    with pytest.raises(FoundIRError, match="stage=3"):
+        unet.trainable_parameters(3)
 
 
 @pytest.mark.parametrize("options, words", [(dict(moe="topk"), ["topk", "soft", "hard"]), (dict(moe=""), ["soft", "hard"]), (dict(moe="hard", moe_top_k=5), ["top_k=5", "1 to 3"]), (dict(moe_experts=("channel", "global")), ["global", "sparse"]),
