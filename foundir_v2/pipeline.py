@@ -382,12 +382,12 @@ def lq_statistics(
     tile_batch: int,  # tiles per call
 ) -> Tensor | None:  # (N, 2·hidden, 1, 1); None where a tile is the whole picture, or where the model has no context
     "What the LQ encoder wants to know about every whole picture."
-    corners = job.grid.corners
-    if len(corners) == 1 or not unet.config.get("lq_context_width"): return None
-    tiles = [Tile(i, top, left) for i in range(len(job.pictures)) for top, left in corners]
+    if len(job.grid.corners) == 1 or not getattr(unet.config, "lq_context_width", 0): return None
+    grid = tile_grid(job.grid.height, job.grid.width, max(job.grid.tile_height, job.grid.tile_width), 0)  # whatever the overlap, the same statistics
+    tiles = [Tile(i, top, left) for i in range(len(job.pictures)) for top, left in grid.corners]
     calls = [tiles[i:i + tile_batch] for i in range(0, len(tiles), tile_batch)]
-    parts = torch.cat([_offloadable(unet, "lq_statistics", job.lq(call, job.grid).to(unet.dtype)) for call in calls])
-    return torch.cat([join_statistics(picture.split(1)) for picture in parts.split(len(corners))])
+    parts = torch.cat([_offloadable(unet, "lq_statistics", job.lq(call, grid).to(unet.dtype)) for call in calls])
+    return torch.cat([join_statistics(picture.split(1)) for picture in parts.split(len(grid.corners))])
 
 # %% ../nbs/54_pipeline.ipynb #e2c1a30d
 def denoise(

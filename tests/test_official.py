@@ -422,7 +422,7 @@ def test_strict_false_keeps_the_plain_unet(published):
 
 
 def test_models_that_their_layout_cannot_hold(caplog):
-    for options in (dict(moe="hard"), dict(moe=None), dict(moe_experts=("channel", "spatial", "sparse")), dict(lq_norm_groups=0), dict(lq_encoder={"class": "PatchEncoder", "channels": 48, "hidden": 16, "blocks": 1})):
+    for options in (dict(moe="hard"), dict(moe=None), dict(lq_context_width=8), dict(moe_experts=("channel", "spatial", "sparse")), dict(lq_norm_groups=0), dict(lq_encoder={"class": "PatchEncoder", "channels": 48, "hidden": 16, "blocks": 1})):
         with pytest.raises(FoundIRError, match=next(iter(options))): to_official(build(**options))
     unet = build(batch_axis_attention=True)
     assert not caplog.records
