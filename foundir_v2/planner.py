@@ -67,15 +67,17 @@ class MemoryMeter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, Tensor): self._count(x)
-        copies = _blocked_copies(args[0], args[1], out) if self.device_type == "cpu" and func is torch.ops.aten.convolution.default else 0
+        copies = _blocked_copies(args[0], args[1], out, args[8]) if self.device_type == "cpu" and func is torch.ops.aten.convolution.default else 0
         self.peak = max(self.peak, self.live + copies)
         return out
 
 # %% ../nbs/51_planner.ipynb #c31cab67
-def _blocked_copies(x: Tensor, weight: Tensor, out: Tensor) -> int:
-    "Bytes of oneDNN's own copies during a convolution."
-    plain = not x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous()
-    return sum(t.numel() * t.element_size() for t in ((x, weight, out) if plain else (weight,)))
+def _blocked_copies(x: Tensor, weight: Tensor, out: Tensor, groups: int) -> int:
+    "Bytes that oneDNN holds during a convolution besides its input and output."
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous(): return weight.nbytes
+    if groups > 1 and weight.shape[1] > 1: return weight.nbytes + out.nbytes  # grouped but not depth-wise: the input isn't copied
+    if x.dtype != torch.float32 and weight.shape[-1] == 1 and x.nbytes > out.nbytes: return weight.nbytes + x.nbytes + out.numel() * 4  # sums in float32
+    return weight.nbytes + max(x.nbytes, out.nbytes)
 
 def metered(
     call: Callable[[], Any],  # on meta tensors
