@@ -615,9 +615,9 @@ def _settle(
     as_given = Plan(**{"device": device.type, "dtype": "float32", "tile_size": None, "tile_batch": None, **given})
     if isinstance(source, Path) and not quantized:
         try: skeleton = read_skeleton(source)
-        except FoundIRError: return as_given  # loading says what is wrong
+        except Exception: return as_given  # loading says what is wrong
         tiles = dict(tile_size=skeleton.defaults.get("tile_size", 1024), tile_batch=skeleton.defaults.get("tile_batch", 1)) | given
-        make_plan(skeleton, size, device, memory, **dict(dtype="float32", offload="none", fp8=False, vae_tile_size=tiles["tile_size"]) | tiles)
+        if tiles["tile_size"] % skeleton.multiple == 0 <= tiles["tile_size"]: make_plan(skeleton, size, device, memory, **dict(dtype="float32", offload="none", fp8=False, vae_tile_size=tiles["tile_size"]) | tiles)
     return as_given
 
 # %% ../nbs/54_pipeline.ipynb #286023bf

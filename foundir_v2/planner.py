@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import psutil, torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,12 +132,15 @@ def make_skeleton(
 # %% ../nbs/51_planner.ipynb #79ab88d2
 def _recipe(source: Path | str) -> tuple[Path | str, dict]:
     "Where the base model is, and the defaults of a call, of a restorer in any form."
-    read = lambda name: json.loads((source / name).read_text(encoding="utf-8")) if isinstance(source, Path) and (source / name).is_file() else {}
+    def read(name: str) -> dict:
+        if not isinstance(source, Path) or not (source / name).is_file(): return {}
+        try: return dict(json.loads((source / name).read_text(encoding="utf-8")))
+        except (ValueError, TypeError): raise FoundIRError(f"can't read {source / name} as a JSON object: write the model again") from None
     defaults = lambda found: {k.removeprefix("default_"): v for k, v in found.items() if k.startswith("default_")}
     if recipe := read("pipeline.json") or read("config.json"): return resolve_model(recipe.get("base", "base")), defaults(recipe)
     if isinstance(source, Path) and not (source / "model_index.json").is_file(): return source, {}
-    try: return source, defaults(UNet2DConditionModel.load_config(source, weights_name="model_index.json") if isinstance(source, str) else read("model_index.json"))
-    except (OSError, ValueError): return source, {}
+    try: return source, defaults(DiffusionPipeline.load_config(source))
+    except OSError: raise FoundIRError(f"can't get {source!r} from the hub (no network, or no such model): give a folder") from None
 
 def read_skeleton(
     name_or_path: str | Path,  # as `foundir_v2.pipeline.load_pipeline`
@@ -262,7 +265,7 @@ def _canvases(skeleton: Skeleton, plan: Plan, size: tuple[int, int], start: str,
     return {stage: picture + n for stage, n in used.items()}
 
 # %% ../nbs/51_planner.ipynb #96776e97
-LIBRARIES: Mapping[str, int] = MappingProxyType(dict(cpu=90_000_000))  # two tokenizers, oneDNN's compiled kernels, threads: measured, see the last section; an accelerator's own are gone from its free memory before
+LIBRARIES: Mapping[str, int] = MappingProxyType(dict(cpu=70_000_000))  # two tokenizers, threads, compiled kernels: what loading the tiny model adds to its weights (measured); an accelerator's own are gone from its free memory before
 
 def predict_peak(
     skeleton: Skeleton,
@@ -358,7 +361,14 @@ def _candidates(skeleton: Skeleton, device: torch.device, fixed: Mapping[str, An
         redundant = plan.vae_tile_size and plan.tile_size and plan.vae_tile_size >= plan.tile_size and "vae_tile_size" not in fixed
         if not redundant and not (plan.fp8 and (plan.dtype == "float32" or plan.offload == "sequential") and "fp8" not in fixed): yield plan
 
-# %% ../nbs/51_planner.ipynb #0e9f80a7
+# %% ../nbs/51_planner.ipynb #597a6c14
+def _weights_only(skeleton: Skeleton, plan: Plan) -> Peak:
+    "A lower bound that needs no forward pass."
+    dtype = DTYPES[plan.dtype]
+    weights = weight_bytes(skeleton, dtype, plan.fp8)
+    return Peak("", dict(weights=max(_resident(skeleton, dtype, weights, plan.offload, used) for used in STAGES.values()), libraries=LIBRARIES.get(plan.device, 0)), _loading(skeleton, dtype, weights))
+
+# %% ../nbs/51_planner.ipynb #9c53962d
 def _cost(skeleton: Skeleton, plan: Plan, device: torch.device) -> float:
     "Time relative to the fastest way, roughly."
     tile = skeleton.defaults.get("tile_size", 1024) or 2048
@@ -366,7 +376,7 @@ def _cost(skeleton: Skeleton, plan: Plan, device: torch.device) -> float:
     slow = SLOWDOWN.get(plan.offload, 1) * (SLOWDOWN["fp8"] if plan.fp8 else 1) * (1 if DTYPES[plan.dtype] == pick_dtype("auto", device) else SLOWDOWN["unsuited_dtype"])
     return slow * SLOWDOWN["half_tile"] ** halvings(plan.tile_size) * SLOWDOWN["half_vae_tile"] ** halvings(plan.vae_tile_size) * (1 + 0.1 / plan.tile_batch)
 
-# %% ../nbs/51_planner.ipynb #8a871fc8
+# %% ../nbs/51_planner.ipynb #944a4367
 def make_plan(
     model: str | Path | Skeleton,  # as `foundir_v2.pipeline.load_pipeline`, or its skeleton
     size: tuple[int, int] | None = None,  # height and width of the largest result; None: one tile
@@ -385,8 +395,9 @@ def make_plan(
     room, host = available_memory(device, memory), available_memory(torch.device("cpu"), memory if device.type == "cpu" else None)
     least = None
     for plan in sorted(_candidates(skeleton, device, fixed), key=lambda p: _cost(skeleton, p, device)):
-        peak = predict_peak(skeleton, plan, size, guided, start)
-        if needed(peak) <= room and peak.loading <= host: return replace(plan, predicted=peak.total, stage=peak.stage, available=room)
+        peak = _weights_only(skeleton, plan)
+        if needed(peak) <= room and peak.loading <= host: peak = predict_peak(skeleton, plan, size, guided, start)
+        if peak.stage and needed(peak) <= room and peak.loading <= host: return replace(plan, predicted=peak.total, stage=peak.stage, available=room)
         short = max(needed(peak) - room, peak.loading - host)
         if least is None or short < least[0]: least = (short, peak, plan)
     better = None
@@ -395,7 +406,7 @@ def make_plan(
         except FoundIRError: pass
     raise FoundIRError(_refusal(*least[1:], size, room, host, better and f"leave out {', '.join(sorted(fixed))}; this would fit: {better}"))
 
-# %% ../nbs/51_planner.ipynb #e7a1e2a8
+# %% ../nbs/51_planner.ipynb #18adb6f1
 def _refusal(peak: Peak, plan: Plan, size: tuple[int, int], room: int, host: int, better: str | None) -> str:
     "One line: what is needed at least, what there is, what to do."
     loading = peak.loading - host > max(needed(peak) - room, 0)
@@ -404,7 +415,7 @@ def _refusal(peak: Peak, plan: Plan, size: tuple[int, int], room: int, host: int
     todo = better or ("take a smaller model, or free memory" if loading or peak.parts["weights"] > room else "cut the picture into parts, or free memory")
     return f"{what} needs at least {need / 1e9:.2f} GB of {where}, {has / 1e9:.2f} GB are free or allowed: {todo}"
 
-# %% ../nbs/51_planner.ipynb #36518e7b
+# %% ../nbs/51_planner.ipynb #6e8bb91d
 @torch.no_grad()
 def random_models(
     skeleton: Skeleton,

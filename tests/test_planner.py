@@ -72,14 +72,13 @@ def test_tiles_bound_activations_not_canvases(tiny):
     assert large.total < 4 * small.total
 
 def test_the_fastest_that_fits(wide, room):
-    known = [None]
+    chosen = []
     for gigabytes in (100, 3, 1, 0.5, 0.3):
         room(int(gigabytes * 1e9))
-        try: plan = make_plan(wide, (2048, 2048))
+        try: chosen.append(make_plan(wide, (2048, 2048)))
         except FoundIRError: break
-        assert plan.predicted <= plan.available == int(gigabytes * 1e9) and (known[-1] is None or plan.predicted < known[-1].predicted or plan == known[-1])
-        known.append(plan)
-    assert known[1].tile_size == 1024 and known[1].offload == "none" and len({(p.tile_size, p.vae_tile_size) for p in known[1:]}) > 1
+    assert all(p.predicted <= p.available for p in chosen) and [p.predicted for p in chosen] == sorted((p.predicted for p in chosen), reverse=True)
+    assert chosen[0].tile_size == 1024 and chosen[0].offload == "none" and len({(p.tile_size, p.vae_tile_size) for p in chosen}) > 1
 
 def test_an_accelerator_offloads_before_tiles_shrink(wide, room):
     room(10**10, 10**11)
@@ -150,7 +149,7 @@ def test_random_models_are_a_whole_restorer(tiny, tmp_path):
     pipe = FoundIRv2Pipeline(**models, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**TINY_SCHEDULE), default_guidance=2.0, default_start="noise")
     pipe.save_pretrained(tmp_path)
     again = load_pipeline(tmp_path, device="cpu", dtype="bfloat16")
-    restore = lambda p: p(torch.full((3, 64, 64), 0.5), prompt="x", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="pt").images[0]
+    restore = lambda p: p(torch.full((3, 64, 64), 0.5), prompt="x", num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="pt").images[0]
     for p in (pipe, again): p.set_progress_bar_config(disable=True)
     assert torch.equal(restore(pipe), restore(again))
     assert read_skeleton(tmp_path).parameters() == tiny.parameters()
