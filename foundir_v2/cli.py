@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ['READABLE', 'WRITABLE', 'SETTINGS', 'CALL_NAMES', 'COMMANDS', 'pictures_in', 'result_name', 'pictures_of',
            'plan_files', 'check_outputs', 'check_writable', 'is_user_error', 'each_file', 'compare_name',
            'save_compared', 'restore_file', 'quiet_libraries', 'RestoreLog', 'model_stamp', 'result_key', 'start_peak',
-           'peak_memory', 'given_settings', 'plan_restore', 'plan_for', 'largest_size', 'load_restorer', 'run_restore',
+           'peak_memory', 'given_settings', 'plan_restore', 'largest_size', 'plan_for', 'load_restorer', 'run_restore',
            'add_restore', 'run_degrade', 'add_degrade', 'run_data_fetch', 'add_data', 'limits_from', 'run_clean',
            'add_clean', 'run_caption', 'add_caption', 'run_train', 'add_train', 'run_evaluate', 'add_evaluate',
            'run_report', 'add_report', 'run_mixture_update', 'run_mixture_show', 'add_mixture', 'run_mixture_simulate',
@@ -238,6 +238,17 @@ def plan_restore(args: argparse.Namespace) -> tuple[list[tuple[Path, Path]], Res
     if len(pairs) == 1: load_pixels(pairs[0][0], **({} if args.max_pixels is None else dict(max_pixels=args.max_pixels)))  # better now than when the model is there
     return pairs, log and RestoreLog(log)
 
+# %% ../nbs/90_cli.ipynb #1f6a9c33
+def largest_size(sources: Sequence[Path], upscale: float) -> tuple[int, int] | None: # height and width
+    "Of the results; None if no picture can be read."
+    from PIL import Image
+    sizes = []
+    for source in sources:
+        try:
+            with Image.open(source) as im: sizes.append((round(upscale * im.height), round(upscale * im.width)))
+        except Exception: continue  # its own error comes when it is restored
+    return max(sizes, key=lambda s: s[0] * s[1], default=None)
+
 def plan_for(
     args: argparse.Namespace,
     sources: Sequence[Path], # the pictures to restore
@@ -259,16 +270,7 @@ def plan_for(
     print(f"foundir-v2: {plan}", file=sys.stderr)
     return plan
 
-def largest_size(sources: Sequence[Path], upscale: float) -> tuple[int, int] | None: # height and width
-    "Of the results; None if no picture can be read."
-    from PIL import Image
-    sizes = []
-    for source in sources:
-        try:
-            with Image.open(source) as im: sizes.append((round(upscale * im.height), round(upscale * im.width)))
-        except Exception: continue  # its own error comes when it is restored
-    return max(sizes, key=lambda s: s[0] * s[1], default=None)
-
+# %% ../nbs/90_cli.ipynb #8b27d1e4
 def load_restorer(args: argparse.Namespace, sources: Sequence[Path] = (), given: dict[str, Any] | None = None) -> Any: # a `FoundIRv2Pipeline`
     "The model, as the preset and the options want it, and as --memory-limit allows."
     from foundir_v2.core import pick_device

@@ -26,7 +26,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from .base import resolve_model
 from .core import DTYPES, FoundIRError, pick_dtype
-from .pictures import padded_size
 from .tiling import TileGrid, tile_grid
 from .unet import OWN_MODULES, FoundIRUNet
 from .vae import PatchAutoencoderKL, lq_encoder_config, vae_scale_factor
@@ -110,6 +109,10 @@ class Skeleton:
     def multiple(self) -> int:
         "Pixels that tiles are multiples of."
         return vae_scale_factor(self.vae) * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        "A picture's size after it was continued to multiples of that."
+        return tuple(-(-n // self.multiple) * self.multiple for n in size)
 
 # %% ../nbs/51_planner.ipynb #82f57817
 def make_skeleton(
@@ -252,7 +255,7 @@ class Peak:
 
 def _canvases(skeleton: Skeleton, plan: Plan, size: tuple[int, int], start: str, tiles: int, vae_tiles: int) -> dict[str, int]:
     "Bytes of whole-picture tensors in each stage."
-    height, width = padded_size(size, skeleton.multiple)
+    height, width = skeleton.padded(size)
     c, pixels = skeleton.unet.config, height * width
     cells = pixels // vae_scale_factor(skeleton.vae) ** 2
     latents = 4 * c.in_channels * cells
@@ -276,7 +279,7 @@ def predict_peak(
 ) -> Peak:
     "Predict what a restoration needs on its device, and loading in main memory."
     dtype, factor = DTYPES[plan.dtype], vae_scale_factor(skeleton.vae)
-    canvas = [n // factor for n in padded_size(size, skeleton.multiple)]
+    canvas = [n // factor for n in skeleton.padded(size)]
     lay = lambda tile: tile_grid(*canvas, tile // factor, skeleton.defaults.get("tile_overlap", 0.25), skeleton.multiple // factor)
     grid = lay(plan.tile_size)
     vae_grid = grid if plan.vae_tile_size is None else lay(plan.vae_tile_size)
