@@ -617,7 +617,10 @@ def _settle(
         try: skeleton = read_skeleton(source)
         except Exception: return as_given  # loading says what is wrong
         tiles = dict(tile_size=skeleton.defaults.get("tile_size", 1024), tile_batch=skeleton.defaults.get("tile_batch", 1)) | given
-        if tiles["tile_size"] % skeleton.multiple == 0 <= tiles["tile_size"]: make_plan(skeleton, size, device, memory, **dict(dtype="float32", offload="none", fp8=False, vae_tile_size=tiles["tile_size"]) | tiles)
+        usable = tiles["tile_size"] % skeleton.multiple == 0 <= tiles["tile_size"] and tiles["tile_batch"] >= 1  # else settings are refused later
+        try:
+            if usable: make_plan(skeleton, size, device, memory, **dict(dtype="float32", offload="none", fp8=False, vae_tile_size=tiles["tile_size"]) | tiles)
+        except RuntimeError: pass  # parts that don't fit together: loading says so
     return as_given
 
 # %% ../nbs/54_pipeline.ipynb #286023bf

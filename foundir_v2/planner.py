@@ -393,6 +393,7 @@ def make_plan(
     skeleton, device = model if isinstance(model, Skeleton) else read_skeleton(model), torch.device(device)
     if unknown := set(fixed) - {"dtype", "tile_size", "tile_batch", "vae_tile_size", "offload", "fp8"}: raise FoundIRError(f"a plan has no {', '.join(sorted(unknown))}: choose from dtype, tile_size, tile_batch, vae_tile_size, offload, fp8")
     fixed = {k: v for k, v in fixed.items() if v is not None}
+    if fixed.get("tile_batch", 1) < 1: raise FoundIRError(f"tile_batch={fixed['tile_batch']}: give a whole number from 1")
     size = size or (skeleton.defaults.get("tile_size") or 1024,) * 2
     guided = skeleton.defaults.get("guidance", 5.0) != 1 if guided is None else guided
     room, host = available_memory(device, memory), available_memory(torch.device("cpu"), memory if device.type == "cpu" else None)
