@@ -13,10 +13,10 @@ from typing import Any
 __all__ = ['READABLE', 'WRITABLE', 'SETTINGS', 'CALL_NAMES', 'COMMANDS', 'pictures_in', 'result_name', 'pictures_of',
            'plan_files', 'check_outputs', 'check_writable', 'is_user_error', 'each_file', 'compare_name',
            'save_compared', 'restore_file', 'quiet_libraries', 'RestoreLog', 'model_stamp', 'result_key', 'start_peak',
-           'peak_memory', 'given_settings', 'plan_restore', 'load_restorer', 'run_restore', 'add_restore',
-           'run_degrade', 'add_degrade', 'run_data_fetch', 'add_data', 'limits_from', 'run_clean', 'add_clean',
-           'run_caption', 'add_caption', 'run_train', 'add_train', 'run_evaluate', 'add_evaluate', 'run_report',
-           'add_report', 'run_mixture_update', 'run_mixture_show', 'add_mixture', 'run_mixture_simulate',
+           'peak_memory', 'given_settings', 'plan_restore', 'largest_size', 'plan_for', 'load_restorer', 'run_restore',
+           'add_restore', 'run_degrade', 'add_degrade', 'run_data_fetch', 'add_data', 'limits_from', 'run_clean',
+           'add_clean', 'run_caption', 'add_caption', 'run_train', 'add_train', 'run_evaluate', 'add_evaluate',
+           'run_report', 'add_report', 'run_mixture_update', 'run_mixture_show', 'add_mixture', 'run_mixture_simulate',
            'add_mixture_simulate', 'run_mixture_fit', 'run_mixture_recommend', 'add_mixture_law', 'run_mixture_plot',
            'run_mixture_replay', 'add_mixture_log', 'parser', 'main']
 
@@ -238,13 +238,47 @@ def plan_restore(args: argparse.Namespace) -> tuple[list[tuple[Path, Path]], Res
     if len(pairs) == 1: load_pixels(pairs[0][0], **({} if args.max_pixels is None else dict(max_pixels=args.max_pixels)))  # better now than when the model is there
     return pairs, log and RestoreLog(log)
 
-def load_restorer(args: argparse.Namespace) -> Any: # a `FoundIRv2Pipeline`
-    "The model, as the preset and the options want it."
+# %% ../nbs/90_cli.ipynb #1f6a9c33
+def largest_size(sources: Sequence[Path], upscale: float) -> tuple[int, int] | None: # height and width
+    "Of the results; None if no picture can be read."
+    from PIL import Image
+    sizes = []
+    for source in sources:
+        try:
+            with Image.open(source) as im: sizes.append((round(upscale * im.height), round(upscale * im.width)))
+        except Exception: continue  # its own error comes when it is restored
+    return max(sizes, key=lambda s: s[0] * s[1], default=None)
+
+def plan_for(
+    args: argparse.Namespace,
+    sources: Sequence[Path], # the pictures to restore
+    given: dict[str, Any], # from `given_settings`
+) -> Any: # a `foundir_v2.planner.Plan`, printed
+    "The choice for --memory-limit. Raises `FoundIRError` if nothing fits."
+    from foundir_v2.core import FoundIRError, pick_device, pick_dtype
+    from foundir_v2.pipeline import preset_options
+    from foundir_v2.planner import make_plan, read_skeleton
+    if not args.memory_limit > 0: raise FoundIRError(f"--memory-limit {args.memory_limit}: give gigabytes, for instance 8")
+    device, skeleton = pick_device(args.device or "auto"), read_skeleton(args.model)
+    known = {f"default_{k}": v for k, v in {"steps": 20, "tile_size": 1024, **skeleton.defaults}.items()}
+    preset = preset_options(args.preset, known) if args.preset and args.preset != "low-memory" else {}
+    fixed = {k: given.get(k, preset.get(k)) for k in ("tile_size", "tile_batch", "vae_tile_size")}
+    dtype = args.dtype and str(pick_dtype(args.dtype, device)).removeprefix("torch.")
+    guidance = given.get("guidance", preset.get("guidance_scale", skeleton.defaults.get("guidance", 5.0)))
+    guided = guidance != 1 and bool(args.prompt or args.negative_prompt or args.caption != "none")
+    plan = make_plan(skeleton, largest_size(sources, given.get("upscale", 1)), device, int(1e9 * args.memory_limit), guided, given.get("start"), dtype=dtype, offload=args.offload, fp8=args.fp8 or None, **fixed)
+    print(f"foundir-v2: {plan}", file=sys.stderr)
+    return plan
+
+# %% ../nbs/90_cli.ipynb #8b27d1e4
+def load_restorer(args: argparse.Namespace, sources: Sequence[Path] = (), given: dict[str, Any] | None = None) -> Any: # a `FoundIRv2Pipeline`
+    "The model, as the preset and the options want it, and as --memory-limit allows."
     from foundir_v2.core import pick_device
     from foundir_v2.pipeline import load_pipeline, preset_loading
+    if args.memory_limit is not None: return load_pipeline(args.model, device=args.device, plan=plan_for(args, sources, given or {}))
     wanted = preset_loading(args.preset, pick_device(args.device or "auto")) if args.preset else {}
     wanted |= {name: getattr(args, name) for name in ("dtype", "offload") if getattr(args, name) is not None}
-    return load_pipeline(args.model, device=args.device, **{"dtype": None, **wanted})
+    return load_pipeline(args.model, device=args.device, **{"dtype": None, **wanted}, **(dict(fp8=True) if args.fp8 else {}))
 
 # %% ../nbs/90_cli.ipynb #0c42b516
 def run_restore(args: argparse.Namespace) -> int:
@@ -256,14 +290,14 @@ def run_restore(args: argparse.Namespace) -> int:
     from dataclasses import asdict
     from foundir_v2.pipeline import describe, preset_options, resolve_settings
     prompts = describe([source for source, _ in pairs], args.caption, args.caption_cache, args.device) if args.caption != "none" else [args.prompt or ""] * len(pairs)
-    decisive = [given, args.preset, args.seed, args.negative_prompt, args.dtype, args.bits, args.compare, model_stamp(args.model)] if log else []
+    decisive = [given, args.preset, args.seed, args.negative_prompt, args.dtype, args.bits, args.compare, model_stamp(args.model), *([args.memory_limit, args.fp8] if args.memory_limit or args.fp8 else [])] if log else []
     work = {target: (prompt, "" if isinstance(prompt, Exception) or not log else result_key(source, prompt, *decisive)) for (source, target), prompt in zip(pairs, prompts)}
     todo = [(s, t) for s, t in pairs if args.force or not (log and work[t][1] and log.done(t, work[t][1]))]
     if args.skip_existing: todo = [(s, t) for s, t in todo if not t.exists()]
     if len(todo) < len(pairs): print(f"foundir-v2: {len(pairs) - len(todo)} of {len(pairs)} are done, as {log.path if log else 'their files'} says" + ("" if args.skip_existing else "; --force makes them again"), file=sys.stderr)
     if not todo: return 0
-    pipe = load_restorer(args)
-    options = {**(preset_options(args.preset, pipe.config) if args.preset else {}), **{CALL_NAMES.get(k, k): v for k, v in given.items()}}
+    pipe = load_restorer(args, [source for source, _ in todo], given)
+    options = {**(preset_options(args.preset, pipe.config) if args.preset and (args.memory_limit is None or args.preset != "low-memory") else {}), **{CALL_NAMES.get(k, k): v for k, v in given.items()}}
     back = {call: name for name, call in CALL_NAMES.items()}
     settings = resolve_settings(pipe, options.get("upscale", 1), **{back.get(k, k): v for k, v in options.items() if k != "upscale"})
     pipe.set_progress_bar_config(disable=len(pairs) > 1)
@@ -305,6 +339,8 @@ def add_restore(sub: Any) -> None:
     p.add_argument("--device", help="cpu, cuda, mps (default: an accelerator if there is one)")
     p.add_argument("--dtype", help="float32, bfloat16, float16, or auto (default: float32)")
     p.add_argument("--offload", choices=("none", "model", "sequential"), help="keep parts of the model in main memory while they are not needed")
+    p.add_argument("--fp8", action="store_true", help="keep the U-Net's weights in 8 bits; each layer widens its own")
+    p.add_argument("--memory-limit", type=float, metavar="GB", help="memory that may be used on the device: precision, tiles and offload that aren't given are chosen to fit, or nothing is loaded")
     p.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger inputs (default: 89 million)")
     p.add_argument("--bits", type=int, choices=(8, 16), help="per colour of a PNG (default: as the input)")
     p.add_argument("--compare", action="store_true", help="also write NAME.compare.SUFFIX: before and after")

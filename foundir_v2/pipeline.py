@@ -23,6 +23,7 @@ import numpy as np, torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -36,6 +37,7 @@ from .color import COLOR_FIXES, fix_color
 from .core import FoundIRError, ImageError, atomic_write, pick_device, pick_dtype
 from .degrade import upsample_lq
 from .pictures import as_float, crop, padded_size, stored_images, to_integers
+from .planner import Plan, make_plan, read_skeleton
 from .tiling import Tile, TileGrid, map_tiles, tile_grid
 from .unet import FoundIRUNet, join_statistics
 from .vae import PatchAutoencoderKL, vae_scale_factor
@@ -187,13 +189,14 @@ class _Parts(TextualInversionLoaderMixin, StableDiffusionXLLoraLoaderMixin, Diff
         default_tile_overlap: float = 0.25,  # fraction of a tile
         default_tile_batch: int = 1,  # tiles per call of a model
         default_offset_unit: str = "pixel",  # "latent": the authors' habit
+        default_vae_tile_size: int | None = None,  # pixels; None: as the tiles
     ):
         super().__init__()
         if not hasattr(unet, "embed_lq"):
             raise FoundIRError(f"the U-Net is a plain {type(unet).__name__}: add the LQ branch with foundir_v2.base.build_foundir_unet")
         self.register_modules(vae=vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer_2, unet=unet, scheduler=scheduler)
         self.register_to_config(default_steps=default_steps, default_guidance=default_guidance, default_start=default_start,
-                                default_tile_size=default_tile_size, default_tile_overlap=default_tile_overlap, default_tile_batch=default_tile_batch, default_offset_unit=default_offset_unit)
+                                default_tile_size=default_tile_size, default_tile_overlap=default_tile_overlap, default_tile_batch=default_tile_batch, default_offset_unit=default_offset_unit, default_vae_tile_size=default_vae_tile_size)
 
     @property
     def latent_multiple(self) -> int:
@@ -610,10 +613,37 @@ def place(
     getattr(pipe, f"enable_{offload}_cpu_offload")(device=device)
     return pipe
 
+# %% ../nbs/54_pipeline.ipynb #5e771e3a
+def _settle(
+    source: Path | str,
+    device: torch.device,
+    plan: str | Plan | None,
+    memory: int | None,
+    size: tuple[int, int] | None,
+    given: dict[str, Any],  # fields of `Plan`; None: not given
+    quantized: bool,  # then nothing is known about the weights' size
+) -> Plan:
+    "Everything decided before anything is loaded. Raises `FoundIRError` if it can't fit."
+    given = {k: v for k, v in given.items() if v is not None}
+    if isinstance(plan, Plan): return replace(plan, **given)
+    if plan == "auto": return make_plan(source, size, device, memory, **given)
+    if plan is not None: raise FoundIRError(f"unknown plan {plan!r}: choose 'auto', or one from foundir_v2.planner.make_plan")
+    as_given = Plan(**{"device": device.type, "dtype": "float32", "tile_size": None, "tile_batch": None, **given})
+    if isinstance(source, Path) and not quantized:
+        try: skeleton = read_skeleton(source)
+        except Exception: return as_given  # loading says what is wrong
+        tiles = dict(tile_size=skeleton.defaults.get("tile_size", 1024), tile_batch=skeleton.defaults.get("tile_batch", 1)) | given
+        usable = tiles["tile_size"] % skeleton.multiple == 0 <= tiles["tile_size"] and tiles["tile_batch"] >= 1  # else settings are refused later
+        try:
+            if usable: make_plan(skeleton, size, device, memory, **dict(dtype="float32", offload="none", fp8=False, vae_tile_size=tiles["tile_size"]) | tiles)
+        except RuntimeError: pass  # parts that don't fit together: loading says so
+    return as_given
+
 # %% ../nbs/54_pipeline.ipynb #286023bf
-def _load(source: Path | str, dtype: torch.dtype) -> FoundIRv2Pipeline:
+def _load(source: Path | str, dtype: torch.dtype, quantization: PipelineQuantizationConfig | None = None) -> FoundIRv2Pipeline:
     "A pipeline from any kind of folder, or from the hub."
-    if _whole_pipeline(source): return FoundIRv2Pipeline.from_pretrained(source, torch_dtype=dtype)
+    if _whole_pipeline(source): return FoundIRv2Pipeline.from_pretrained(source, torch_dtype=dtype, **(dict(quantization_config=quantization) if quantization else {}))
+    if quantization: raise FoundIRError(f"{source} is no whole pipeline, and only such can be quantised while it is loaded: write one with load_pipeline(...).save_pretrained(FOLDER)")
     has = lambda name: isinstance(source, Path) and (source / name).exists()
     if has("pipeline.json"):
         recipe = read_recipe(source)
@@ -625,19 +655,29 @@ def _load(source: Path | str, dtype: torch.dtype) -> FoundIRv2Pipeline:
 def load_pipeline(
     name_or_path: str | Path = "tiny",  # "tiny", "base", a folder, or owner/name on the hub
     device: str | torch.device | None = None,  # None: an accelerator if there is one
-    dtype: str | torch.dtype | None = None,  # of the weights; None: float32
-    offload: str = "none",  # of `OFFLOADS`
-    tile_size: int | None = None,  # the pipeline's default from now on; None: the model's
+    dtype: str | torch.dtype | None = None,  # of the weights; None: float32, or as planned
+    offload: str | None = None,  # of `OFFLOADS`; None: "none", or as planned
+    tile_size: int | None = None,  # the pipeline's default from now on; None: the model's, or as planned
     tile_batch: int | None = None,  # likewise
+    fp8: bool | None = None,  # the U-Net's weights wait in 8 bits, each layer widens its own; None: no, or as planned
+    quantization: Mapping | PipelineQuantizationConfig | None = None,  # diffusers' quantisation backends; a mapping holds the arguments of its class
+    plan: str | Plan | None = None,  # "auto": choose what is not given here; a plan from `make_plan`; None: only refuse what can't fit
+    memory: int | None = None,  # bytes that this process may use on the device; None: all that is free
+    size: tuple[int, int] | None = None,  # height and width of the largest result, to plan for; None: one tile
 ) -> FoundIRv2Pipeline:
-    "Load a restorer. Raises `FoundIRError` if there is none of that name, naming the choices."
-    device = pick_device(device or "auto")
-    dtype = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype or "float32", device)
-    check_offload(device, offload)
-    pipe = _load(resolve_model(name_or_path), dtype)
-    pipe.register_to_config(**{f"default_{k}": v for k, v in dict(tile_size=tile_size, tile_batch=tile_batch).items() if v is not None})
-    if tile_size is not None or tile_batch is not None: resolve_settings(pipe, 1)  # refuses what can't be
-    return place(pipe, device, offload)
+    "Load a restorer. Raises `FoundIRError` if there is none of that name, or if it won't fit."
+    device, source = pick_device(device or "auto"), resolve_model(name_or_path)
+    check_offload(device, offload or "none")
+    if dtype is not None: dtype = str(dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, device)).removeprefix("torch.")
+    given = dict(dtype=dtype, offload=offload, tile_size=tile_size, tile_batch=tile_batch, fp8=fp8)
+    plan = _settle(source, device, plan, memory, size, given, quantization is not None)
+    if isinstance(quantization, Mapping): quantization = PipelineQuantizationConfig(**quantization)
+    pipe = _load(source, pick_dtype(plan.dtype, device), quantization)
+    new = dict(tile_size=plan.tile_size, tile_batch=plan.tile_batch, vae_tile_size=plan.vae_tile_size)
+    pipe.register_to_config(**{f"default_{k}": v for k, v in new.items() if v is not None})
+    if any(v is not None for v in new.values()): resolve_settings(pipe, 1)  # refuses what can't be
+    if plan.fp8: pipe.unet.enable_layerwise_casting(compute_dtype=pick_dtype(plan.dtype, device))
+    return place(pipe, device, plan.offload)
 
 # %% ../nbs/54_pipeline.ipynb #11f4a8bb
 PRESETS = ("paper", "fast", "low-memory")
