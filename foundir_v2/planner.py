@@ -417,7 +417,7 @@ def _refusal(peak: Peak, plan: Plan, size: tuple[int, int], room: int, host: int
     what, need, has = ("loading the model", peak.loading, host) if loading else (f"restoring {size[1]} x {size[0]} pixels", needed(peak), room)
     where = "main memory" if loading or plan.device == "cpu" else f"memory on {plan.device}"
     todo = better or ("take a smaller model, or free memory" if loading or peak.parts["weights"] > room else "cut the picture into parts, or free memory")
-    return f"{what} needs at least {need / 1e9:.2f} GB of {where}, {has / 1e9:.2f} GB are free or allowed: {todo}"
+    return f"{what} needs at least {need / 1e9:.2f} GB of {where}, {has / 1e9:.2f} GB are left of what is free or allowed: {todo}"
 
 # %% ../nbs/51_planner.ipynb #6e8bb91d
 @torch.no_grad()

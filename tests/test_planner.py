@@ -98,7 +98,7 @@ def test_what_is_fixed_stays_and_the_refusal_says_what_would_fit(wide, room):
     room(int(0.6e9))
     with pytest.raises(FoundIRError, match="leave out dtype, tile_size, vae_tile_size; this would fit: cpu"): make_plan(wide, (1024, 1024), dtype="float32", tile_size=1024, vae_tile_size=1024)
     room(10**6)
-    with pytest.raises(FoundIRError, match=r"needs at least 0\.\d+ GB of main memory, 0\.00 GB are free or allowed: [^\n]*$"): make_plan(wide)
+    with pytest.raises(FoundIRError, match=r"needs at least 0\.\d+ GB of main memory, 0\.00 GB are left of what is free or allowed: [^\n]*$"): make_plan(wide)
 
 def test_unknown_choices_are_refused(tiny):
     with pytest.raises(FoundIRError, match="a plan has no tiles: choose from"): make_plan(tiny, tiles=4)
@@ -124,8 +124,8 @@ def test_nothing_asked_nothing_changed():
 def test_refused_before_a_weight_is_read(monkeypatch):
     from foundir_v2 import pipeline
     monkeypatch.setattr(pipeline, "_load", lambda *a: pytest.fail("weights were loaded"))
-    with pytest.raises(FoundIRError, match="GB are free or allowed"): load_pipeline("tiny", device="cpu", memory=1)
-    with pytest.raises(FoundIRError, match="GB are free or allowed"): load_pipeline("tiny", device="cpu", plan="auto", memory=1)
+    with pytest.raises(FoundIRError, match="GB are left of what is free or allowed"): load_pipeline("tiny", device="cpu", memory=1)
+    with pytest.raises(FoundIRError, match="GB are left of what is free or allowed"): load_pipeline("tiny", device="cpu", plan="auto", memory=1)
 
 def test_quantisation_needs_a_whole_pipeline():
     with pytest.raises(FoundIRError, match="only such can be quantised"): load_pipeline("tiny", device="cpu", quantization=dict(quant_backend="bitsandbytes_8bit", quant_kwargs=dict(load_in_8bit=True)))
@@ -137,7 +137,7 @@ def test_the_command_prints_its_choice_or_refuses(tmp_path, capsys):
     assert run("--memory-limit", "1000", "--tile-size", "256") == 0 and (tmp_path / "out.png").exists()
     assert "tiles of 256 px" in capsys.readouterr().err
     (tmp_path / "out.png").unlink()
-    for limit, message in (("0.001", "GB are free or allowed"), ("0", "give gigabytes")):
+    for limit, message in (("0.001", "GB are left of what is free or allowed"), ("0", "give gigabytes")):
         assert run("--memory-limit", limit) == 2 and not (tmp_path / "out.png").exists()
         assert message in capsys.readouterr().err
 
