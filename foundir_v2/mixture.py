@@ -84,8 +84,9 @@ def check_weights(
     tasks = check_tasks(weights) if tasks is None else tasks
     check_names(weights, tasks, what)
     values = [check_number(weights[t], f"{what} of {t}", 0.0) for t in tasks]
-    if abs(math.fsum(values) - 1) > 1e-6: raise MixtureError(f"{what} sum to {math.fsum(values):.8g}, expected 1")
-    return np.array(values) / math.fsum(values)
+    total = math.fsum(values)
+    if abs(total - 1) > 1e-6: raise MixtureError(f"{what} sum to {total:.8g}, expected 1")
+    return np.array(values) / (1 if abs(total - 1) < 1e-12 else total) # rounding stays: a replayed schedule equals its source
 
 # %% ../nbs/30_mixture.ipynb #60e19690
 LARGEST = 1e100 # of a score: no metric comes near, and squares and sums stay finite

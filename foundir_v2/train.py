@@ -127,6 +127,7 @@ class TrainConfig(MixtureConfig, ModelConfig, LoopConfig):
             if not 0 <= getattr(self, name) <= 1: raise FoundIRError(f"{name}={getattr(self, name)}: a share lies between 0 and 1")
         if self.learning_rate <= 0 or (self.lq_encoder_learning_rate or 1) <= 0: raise FoundIRError("a learning rate must be above 0")
         if self.stage != 2 and self.lq_encoder_learning_rate is not None: raise FoundIRError("lq_encoder_learning_rate is for stage 2: stage 1 doesn't train the LQ encoder, and stage 0 nothing else")
+        if self.stage == 2 and self.init and self.conditioning_init == "identity": raise FoundIRError("conditioning_init: identity would undo what stage 1 has taught: choose zero for a stage 2 that starts from it")
         if missing := set(self.task_table) - set(self.score): raise FoundIRError(f"no score metric for {', '.join(sorted(missing))}: add it to mixture.score")
 
     @property

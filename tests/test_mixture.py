@@ -399,3 +399,10 @@ def test_import_is_light():
     code = "import sys, numpy, time; t = time.process_time(); import foundir_v2.mixture; d = time.process_time() - t; assert 'torch' not in sys.modules and 'pandas' not in sys.modules; print(d)"
     took = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
     assert took < 0.15, f"importing foundir_v2.mixture took {took:.3f} s more than numpy"
+
+
+def test_rounding_survives_a_replay():
+    "0.1 + 0.2 + 0.7 is not 1 to the last bit: such weights are replayed as they are, not divided by their sum."
+    weights = {"a": 0.1, "b": 0.2, "c": 0.7 + 4e-16}
+    assert ReplayMixture({0: weights}).at(0) == weights
+    assert sum(ReplayMixture({0: {"a": 0.25, "b": 0.7500001}}).at(0).values()) == pytest.approx(1, abs=1e-15)   # more than rounding is

@@ -178,6 +178,10 @@ def test_stage_zero_teaches_the_lq_encoder_and_nothing_else(bench, tmp_path):
     assert all(torch.equal(after[k], next_[k]) for k in after if k.startswith(("lq_features", "lq_context")))
 
 
+def test_the_identity_does_not_undo_a_trained_stage(bench, tmp_path):
+    with pytest.raises(FoundIRError, match="would undo"): config(bench, tmp_path, stage=2, init=str(tmp_path), conditioning_init="identity")
+
+
 def test_stage_zero_without_steps_builds_the_model(bench, tmp_path):
     zero = config(bench, tmp_path, stage=0, steps=0)
     result = tr.train(zero)
