@@ -359,11 +359,11 @@ def des_limits(
 ) -> np.ndarray: # (k,) weights after all limits
     "min_step, max_step, then the projection on floor, ceiling, max_step and protection."
     o, old = policy.options, policy._weights
-    if not o["min_step"] and o["max_step"] is None and o["floor"] == 0 and o["ceiling"] == 1 and not o["protect_falling"]: return new
     reach = 1.0 if o["max_step"] is None else o["max_step"] / 100
     moves = limit_moves(new - old, o["min_step"], o["max_step"])
     low, high = np.maximum(o["floor"], old - reach), np.minimum(o["ceiling"], old + reach)
     if o["protect_falling"]: low = np.where(delta < 0, np.maximum(low, old), low)
+    if np.array_equal(moves, new - old) and ((low <= new) & (new <= high)).all(): return new # exactly: a tiny weight would not survive a projection's rounding
     return project(old + moves, np.minimum(low, old), np.maximum(high, old))
 
 # %% ../nbs/30_mixture.ipynb #e52228eb

@@ -406,3 +406,11 @@ def test_rounding_survives_a_replay():
     weights = {"a": 0.1, "b": 0.2, "c": 0.7 + 4e-16}
     assert ReplayMixture({0: weights}).at(0) == weights
     assert sum(ReplayMixture({0: {"a": 0.25, "b": 0.7500001}}).at(0).values()) == pytest.approx(1, abs=1e-15)   # more than rounding is
+
+
+def test_a_weight_that_all_but_vanished_comes_back_as_it_was():
+    "With a lower limit that doesn't bite, there and back under Eq. 3 is nothing; rounding of 1e-17 beside a weight of 4e-15 was grown to a hundredth."
+    start, level = {"a": 0.25, "b": 0.25, "c": 0.5}, dict(a=0.0, b=0.0, c=0.0)
+    policy = DataEquilibrium(["a", "b", "c"], 2.0, start=start, min_step=1.0)
+    for step, scores in enumerate((level, level | {"b": 16.0}, level)): policy.update(scores, step)
+    assert policy.weights == pytest.approx(start, abs=1e-9)
