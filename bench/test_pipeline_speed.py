@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from PIL import Image
 from foundir_v2.base import encode_prompts
 from foundir_v2.pipeline import load_pipeline
-from foundir_v2.unet import join_statistics
 
 SIDE = int(os.environ.get("BENCH_SIDE", 2048))
 TILE, STEPS, GUIDANCE, PROMPT = SIDE // 4, 1, 5.0, "a photograph of a harbour"
@@ -40,17 +39,19 @@ def plain_restore(pipe, image):
     corners = [(top, left) for top in range(0, n - tile + 1, tile // 2) for left in range(0, n - tile + 1, tile // 2)]
     embeds, pooled = encode_prompts(pipe, ["", PROMPT])
     noise_scheduler.set_timesteps(STEPS)
-    parts = [image[None, :, top : top + TILE, left : left + TILE] * 2 - 1 for top in range(0, SIDE, TILE) for left in range(0, SIDE, TILE)]
-    light = join_statistics([unet.lq_statistics(part) for part in parts]).expand(2, -1, -1, -1)
+    contexts = 2 * unet.summarize_lq(unet.pool_lq(image[None] * 2 - 1, slice(None), slice(None)))
+    margin = unet.lq_margin
     latents = torch.randn((1, 16, n, n), generator=torch.Generator().manual_seed(0)) * noise_scheduler.init_noise_sigma
     for t in noise_scheduler.timesteps:
         x, total, weight = noise_scheduler.scale_model_input(latents, t), torch.zeros_like(latents), torch.zeros(n, n)
         for top, left in corners:
             at = (..., slice(top, top + tile), slice(left, left + tile))
             both = x[at].repeat(2, 1, 1, 1)
-            lq = (image[None, :, f * top : f * (top + tile), f * left : f * (left + tile)] * 2 - 1).repeat(2, 1, 1, 1)
+            (t0, t1), (l0, l1) = ((max(a - margin, 0), min(a + tile + margin, n)) for a in (top, left))
+            lq = (image[None, :, f * t0 : f * t1, f * l0 : f * l1] * 2 - 1).repeat(2, 1, 1, 1)
+            lq_embedding = unet.embed_lq(lq, contexts, [(t0, l0)] * 2)[..., top - t0 : top - t0 + tile, left - l0 : left - l0 + tile]
             ids = torch.tensor([[SIDE, SIDE, f * top, f * left, TILE, TILE]] * 2, dtype=torch.float32)
-            out = unet(both, t, embeds, unet.embed_lq(lq, light), added_cond_kwargs=dict(text_embeds=pooled, time_ids=ids)).sample
+            out = unet(both, t, embeds, lq_embedding, added_cond_kwargs=dict(text_embeds=pooled, time_ids=ids)).sample
             total[at] += (out[:1] + GUIDANCE * (out[1:] - out[:1])) * bell
             weight[at] += bell
         latents = noise_scheduler.step(total / weight, t, latents).prev_sample
@@ -101,7 +102,7 @@ def clocked(calls, spent):
 
 def test_time_is_spent_in_the_models(pipe):
     "Share of the time inside forward passes; the methods don't call one another."
-    calls = [(pipe.unet, "forward"), (pipe.unet, "condition"), (pipe.unet, "lq_statistics"), (pipe.unet, "embed_lq"), (pipe.vae, "encode"), (pipe.vae, "decode"), (pipe.text_encoder, "forward"), (pipe.text_encoder_2, "forward")]
+    calls = [(pipe.unet, "forward"), (pipe.unet, "condition"), (pipe.unet, "pool_lq"), (pipe.unet, "summarize_lq"), (pipe.unet, "embed_lq"), (pipe.vae, "encode"), (pipe.vae, "decode"), (pipe.text_encoder, "forward"), (pipe.text_encoder_2, "forward")]
     for name, options in (("guided", {}), ("not guided", dict(prompt=""))):
         spent, start = [0.0], time.process_time()
         with clocked(calls, spent): restore(pipe, picture(1024), **options)

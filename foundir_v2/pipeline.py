@@ -6,9 +6,9 @@
 __all__ = ['STARTS', 'OUTPUT_TYPES', 'OFFSET_UNITS', 'ZERO_SNR', 'OFFLOADS', 'PRESETS', 'Settings', 'default_color_fix',
            'set_timesteps', 'make_noise_scheduler', 'signal_left', 'start_latents', 'time_ids', 'cut_off',
            'embed_texts', 'encode_image', 'decode_latents', 'Request', 'make_request', 'sort_requests', 'Job',
-           'make_job', 'predict', 'lq_statistics', 'denoise', 'restore_job', 'per_picture', 'resolve_settings',
-           'FoundIRv2Pipeline', 'restore_requests', 'finish', 'Recipe', 'read_recipe', 'save_restorer', 'check_offload',
-           'place', 'load_pipeline', 'preset_options', 'preset_loading', 'describe']
+           'make_job', 'predict', 'Span', 'cut_spans', 'embed_pictures', 'denoise', 'restore_job', 'per_picture',
+           'resolve_settings', 'FoundIRv2Pipeline', 'restore_requests', 'finish', 'Recipe', 'read_recipe',
+           'save_restorer', 'check_offload', 'place', 'load_pipeline', 'preset_options', 'preset_loading', 'describe']
 
 # %% ../nbs/54_pipeline.ipynb #d0842344
 import diffusers, functools, gc, inspect, json, logging, math
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np, torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline
@@ -39,7 +39,7 @@ from .degrade import upsample_lq
 from .pictures import as_float, crop, padded_size, stored_images, to_integers
 from .planner import Plan, make_plan, read_skeleton
 from .tiling import Tile, TileGrid, map_tiles, tile_grid
-from .unet import FoundIRUNet, join_statistics
+from .unet import CONTEXT_WINDOWS, FoundIRUNet, join_pooled
 from .vae import PatchAutoencoderKL, vae_scale_factor
 
 # %% ../nbs/54_pipeline.ipynb #c087f886
@@ -322,10 +322,9 @@ class Job:
         "The tiles of a latent canvas (N, C, h, w): (n, C, tile height, tile width)."
         return torch.stack([grid.crop(x[t.picture], t.top, t.left) for t in tiles])
 
-    def lq(self, tiles: Sequence[Tile], grid: TileGrid) -> Tensor:
-        "The tiles of the pictures as the models want them: (n, 3, factor * tile height, factor * tile width) in [-1, 1]."
-        size = (self.factor * grid.tile_height, self.factor * grid.tile_width)
-        crops = [crop(self.pictures[t.picture], self.factor * t.top, self.factor * t.left, *size) for t in tiles]
+    def lq(self, tiles: Sequence[Tile], height: int, width: int) -> Tensor:
+        "The tiles of the pictures, height by width latent pixels, as the models want them: (n, 3, factor * height, factor * width) in [-1, 1]."
+        crops = [crop(self.pictures[t.picture], *(self.factor * k for k in (t.top, t.left, height, width))) for t in tiles]
         return torch.stack([as_float(x.to(self.device)) for x in crops]) * 2 - 1
 
     def conditioning(self, tiles: Sequence[Tile], dtype: torch.dtype, guided: bool, offset_unit: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -379,18 +378,51 @@ def predict(
     return negative + guidance * (positive - negative)
 
 # %% ../nbs/54_pipeline.ipynb #8aac0ca3
-def lq_statistics(
+class Span(NamedTuple):
+    "Some rows or columns of the canvas, and those that are computed so that they come out right; latent pixels."
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    @property
+    def inner(self) -> slice:
+        "The wanted ones among the computed ones."
+        return slice(self.start - self.first, self.stop - self.first)
+
+def cut_spans(
+    length: int,  # of the canvas
+    size: int,  # of a span
+    margin: int,  # computed on either side, where there is more canvas
+) -> list[Span]:
+    "Spans that cover a side of the canvas once."
+    return [Span(a, min(a + size, length), max(a - margin, 0), min(a + size + margin, length)) for a in range(0, length, size)]
+
+def embed_pictures(
     unet: FoundIRUNet,
     job: Job,
-    tile_batch: int,  # tiles per call
-) -> Tensor | None:  # (N, 2·hidden, 1, 1); None where a tile is the whole picture, or where the model has no context
-    "What the LQ encoder wants to know about every whole picture."
-    if len(job.grid.corners) == 1 or not getattr(unet.config, "lq_context_width", 0): return None
-    grid = tile_grid(job.grid.height, job.grid.width, max(job.grid.tile_height, job.grid.tile_width), 0)  # whatever the overlap, the same statistics
-    tiles = [Tile(i, top, left) for i in range(len(job.pictures)) for top, left in grid.corners]
-    calls = [tiles[i:i + tile_batch] for i in range(0, len(tiles), tile_batch)]
-    parts = torch.cat([_offloadable(unet, "lq_statistics", job.lq(call, grid).to(unet.dtype)) for call in calls])
-    return torch.cat([join_statistics(picture.split(1)) for picture in parts.split(len(grid.corners))])
+    tile_batch: int,  # tiles per call, where tiles are blended
+) -> Tensor:  # (N, C0, h, w)
+    "The LQ embedding of whole pictures, made in parts of about a tile."
+    grid, n, margin = job.grid, len(job.pictures), getattr(unet, "lq_margin", None)
+    whole, window = len(grid.corners) == 1, CONTEXT_WINDOWS[-1]
+    size = max(grid.height, grid.width) if whole else max(max(grid.tile_shape) // window, 1) * window
+    parts = [[(rows, columns) for columns in cut_spans(grid.width, size, margin or 0)] for rows in cut_spans(grid.height, size, margin or 0)]
+    lq = lambda rows, columns: job.lq([Tile(i, rows.first, columns.first) for i in range(n)], rows.last - rows.first, columns.last - columns.first).to(unet.dtype)
+    contexts = None
+    if not whole and getattr(unet.config, "lq_context_width", 0):
+        pooled = [[_offloadable(unet, "pool_lq", lq(*part), *(span.inner for span in part)) for part in row] for row in parts]
+        contexts = _offloadable(unet, "summarize_lq", join_pooled(pooled, [[math.prod(s.stop - s.start for s in part) for part in row] for row in parts]))
+    where = lambda tiles: () if contexts is None else ([contexts[t.picture] for t in tiles], [(t.top, t.left) for t in tiles])
+    embed = lambda x, tiles: _offloadable(unet, "embed_lq", x, *where(tiles))
+    if margin is None: return map_tiles(lambda tiles: embed(job.lq(tiles, *grid.tile_shape).to(unet.dtype), tiles), n, grid, tile_batch)
+    out = None
+    for rows, columns in (part for row in parts for part in row):
+        e = embed(lq(rows, columns), [Tile(i, rows.first, columns.first) for i in range(n)])
+        if whole: return e
+        if out is None: out = e.new_empty((n, e.shape[1], grid.height, grid.width))
+        out[..., rows.start:rows.stop, columns.start:columns.stop] = e[..., rows.inner, columns.inner]
+    return out
 
 # %% ../nbs/54_pipeline.ipynb #e2c1a30d
 def denoise(
@@ -404,11 +436,9 @@ def denoise(
     unet, (noise, job.noise) = pipe.unet, (job.noise, None)
     tiled = lambda function, grid=job.grid: map_tiles(function, len(job.pictures), grid, settings.tile_batch)
     timesteps = set_timesteps(noise_scheduler, settings.steps, job.device)
-    latents = start_latents(noise_scheduler, noise, settings.start, lambda: tiled(lambda tiles: encode_image(pipe.vae, job.lq(tiles, job.vae_grid)), job.vae_grid))
+    latents = start_latents(noise_scheduler, noise, settings.start, lambda: tiled(lambda tiles: encode_image(pipe.vae, job.lq(tiles, *job.vae_grid.tile_shape)), job.vae_grid))
     del noise
-    whole = lq_statistics(unet, job, settings.tile_batch)
-    of_picture = lambda tiles: () if whole is None else (whole[[tile.picture for tile in tiles]],)
-    lq_embedding = tiled(lambda tiles: _offloadable(unet, "embed_lq", job.lq(tiles, job.grid).to(unet.dtype), *of_picture(tiles)))
+    lq_embedding = embed_pictures(unet, job, settings.tile_batch)
     draws_noise = "generator" in inspect.signature(noise_scheduler.step).parameters
     options = dict(generator=job.generators) if draws_noise else {}
     begin, end = settings.guidance_interval

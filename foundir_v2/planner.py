@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from .base import resolve_model
 from .core import DTYPES, FoundIRError, pick_dtype
 from .tiling import TileGrid, tile_grid
-from .unet import OWN_MODULES, FoundIRUNet
+from .unet import CONTEXT_WINDOWS, OWN_MODULES, FoundIRUNet
 from .vae import PatchAutoencoderKL, lq_encoder_config, vae_scale_factor
 
 # %% ../nbs/51_planner.ipynb #e817bf7e
@@ -259,11 +259,13 @@ def _canvases(skeleton: Skeleton, plan: Plan, size: tuple[int, int], start: str,
     c, pixels = skeleton.unet.config, height * width
     cells = pixels // vae_scale_factor(skeleton.vae) ** 2
     latents = 4 * c.in_channels * cells
-    embedding = c.block_out_channels[0] * cells * (4 if tiles > 1 else DTYPES[plan.dtype].itemsize)
+    itemsize = DTYPES[plan.dtype].itemsize
+    embedding = c.block_out_channels[0] * cells * (4 if tiles > 1 and skeleton.unet.lq_margin is None else itemsize)
+    context = 3 * c.lq_context_width * cells // CONTEXT_WINDOWS[0] ** 2 * itemsize if tiles > 1 else 0  # means, maxima and what comes of them, in the smallest windows
     rgb = 4 * 3 * pixels  # float32
     picture = 3 * pixels if plan.device == "cpu" else 0  # as stored; only crops of it go to an accelerator
     finish = rgb + 3 * 4 * pixels + 2 * 3 * pixels if plan.device == "cpu" else rgb + 4 * pixels  # a few float planes, integers, Pillow's copy
-    used = dict(text=0, encode=2 * latents, embed=latents + embedding, condition=4 * latents + embedding, predict=4 * latents + embedding, decode=latents + (rgb if vae_tiles > 1 else 0), finish=finish)
+    used = dict(text=0, encode=2 * latents, embed=latents + embedding + context, condition=4 * latents + embedding, predict=4 * latents + embedding, decode=latents + (rgb if vae_tiles > 1 else 0), finish=finish)
     if start != "lq": del used["encode"]
     return {stage: picture + n for stage, n in used.items()}
 

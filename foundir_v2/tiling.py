@@ -49,6 +49,11 @@ class TileGrid:
         "(top, left) of every tile, row by row."
         return [(top, left) for top in self.tops for left in self.lefts]
 
+    @property
+    def tile_shape(self) -> tuple[int, int]:
+        "(height, width) of every tile."
+        return self.tile_height, self.tile_width
+
     def scaled(self, k: int) -> "TileGrid":
         "The same grid in a unit k times smaller."
         times = lambda starts: tuple(k * s for s in starts)

@@ -46,6 +46,7 @@ class PatchEncoder(nn.Module):
     ):
         super().__init__()
         self.patch_size, self.out_channels = patch_size, channels
+        self.reach = 2 * blocks # latent pixels: how far on each side a feature sees; an encoder without this number may see everything
         self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 1)
         self.blocks = nn.Sequential(*[ResidualBlock(channels, hidden) for _ in range(blocks)])
 

@@ -328,9 +328,23 @@ def test_tile_batch_is_never_exceeded(pipe):
     options = dict(image=[picture(64, 96, 1), picture(64, 96, 2), picture(20, 20)], tile_size=32, tile_overlap=0, generator=seeded(0, 1, 2))
     for tile_batch, halves in ((1, 1), (4, 1), (4, 2)):
         more = dict(tile_batch=tile_batch, **(dict(prompt="a cat", guidance_scale=2.0) if halves == 2 else {}))
-        for module, factor in ((pipe.unet.mid_block, halves), (pipe.unet.moe_scheduler, 1), (pipe.unet.lq_features, 1), (pipe.vae.decoder, 1)):
+        for module, factor in ((pipe.unet.mid_block, halves), (pipe.unet.moe_scheduler, 1), (pipe.vae.decoder, 1)):
             sizes = calls_of(module, pipe, **options, **more)
             assert max(sizes) == tile_batch * factor and sum(sizes) == 13 * factor, (sizes, more)
+        sizes = calls_of(pipe.unet.lq_features, pipe, **options, **more)   # in parts of 16 latents, without overlap
+        assert max(sizes) == min(tile_batch, 2) and sum(sizes) == 5, (sizes, more)
+
+@pytest.mark.parametrize("context", [0, 8])
+@pytest.mark.parametrize("size", [(100, 150), (33, 300)])
+def test_the_lq_embedding_does_not_depend_on_tiles(base, monkeypatch, context, size):
+    unet = trained_looking(build_foundir_unet(base, **SMALL_MOE, lq_context_width=context))
+    if context: torch.nn.init.normal_(unet.lq_context.out[-1].weight, generator=seeded(1)[0])
+    for block in unet.lq_features.blocks: torch.nn.init.normal_(block.conv2.weight, std=0.1, generator=seeded(2)[0])
+    pipe, seen, embed = assemble(base, unet), [], P.embed_pictures
+    monkeypatch.setattr(P, "embed_pictures", lambda *a: seen.append(embed(*a)) or seen[-1])
+    for tile_size, overlap in ((0, 0), (16, 0), (32, 0.5), (80, 0.25), (128, 0)): run(pipe, picture(*size), tile_size=tile_size, tile_overlap=overlap)
+    assert pipe.unet.lq_margin is not None and seen[0].std() > 0.01
+    for e in seen[1:]: torch.testing.assert_close(e, seen[0], atol=1e-5, rtol=1e-4)
 
 def test_decoder_tiles_of_their_own(pipe):
     seen, image = [], picture(64, 96)

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from foundir_v2.base import SDXL_UNET
 from foundir_v2.core import FoundIRError
-from foundir_v2.unet import OWN_MODULES, FoundIRUNet, LQContext, LQEmbedding, join_statistics
+from foundir_v2.unet import OWN_MODULES, FoundIRUNet, LQContext, LQEmbedding, join_pooled
 
 PLAIN = dict(sample_size=8, in_channels=4, out_channels=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(16, 32),
              layers_per_block=1, attention_head_dim=(2, 4), cross_attention_dim=8, use_linear_projection=True, norm_num_groups=8, addition_embed_type="text_time", addition_time_embed_dim=8,
@@ -108,18 +108,36 @@ def test_context_is_the_identity_until_trained_and_then_sees_the_whole_picture()
     unet.load_state_dict(plain.state_dict(), strict=False)
     torch.nn.init.normal_(unet.lq_embedding.conv_out.weight, generator=torch.Generator().manual_seed(1)); plain.lq_embedding.load_state_dict(unet.lq_embedding.state_dict())
     lq = torch.rand(2, 3, 52, 76, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert torch.equal(unet.embed_lq(lq), plain.embed_lq(lq)) and plain.lq_statistics(lq) is None
+    assert torch.equal(unet.embed_lq(lq), plain.embed_lq(lq)) and plain.lq_context is None
     torch.nn.init.normal_(unet.lq_context.out[-1].weight, generator=torch.Generator().manual_seed(2))
     lit = lq.clone(); lit[..., -4:, -4:] = 1.
     assert ((unet.embed_lq(lit) - unet.embed_lq(lq)).abs().amax(1) > 1e-4).all()   # one bright corner, everywhere
-    torch.testing.assert_close(unet.embed_lq(lq, unet.lq_statistics(lq)), unet.embed_lq(lq))
     torch.testing.assert_close(unet.embed_lq(lq)[:1], unet.embed_lq(lq[:1]))       # every picture by itself
 
 
 @torch.no_grad()
-def test_statistics_of_tiles_are_those_of_the_picture():
-    context, x = LQContext(4, 8), torch.randn(1, 4, 12, 20, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(join_statistics([context.statistics(t) for t in x.split(5, dim=3)]), context.statistics(x))
+@pytest.mark.parametrize("size", [(16, 16), (37, 70), (5, 33)])
+def test_pools_of_parts_are_those_of_the_picture(size):
+    context, x = LQContext(4, 8), torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
+    parts = [list(rows.split(16, dim=3)) for rows in x.split(32, dim=2)]
+    joined = join_pooled([[context.pool(p) for p in row] for row in parts], [[p[0, 0].numel() for p in row] for row in parts])
+    for a, b in zip(joined, context.pool(x), strict=True): torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_a_tile_with_its_margin_is_embedded_as_part_of_its_picture():
+    unet = build(lq_context_width=8, lq_encoder=dict({"class": "PatchEncoder"}, channels=48, hidden=8), lq_norm_groups=0)
+    for i, m in enumerate([unet.lq_context.out[-1], unet.lq_embedding.conv_out, *(b.conv2 for b in unet.lq_features.blocks)]):
+        torch.nn.init.normal_(m.weight, std=.2, generator=torch.Generator().manual_seed(i))
+    m, lq = unet.lq_margin, torch.rand(2, 3, 160, 176, generator=torch.Generator().manual_seed(9)) * 2 - 1
+    assert m == 6
+    whole, contexts = unet.embed_lq(lq), unet.summarize_lq(unet.pool_lq(lq, slice(None), slice(None)))
+    for top, left, height, width in ((0, 0, 40, 44), (9, 3, 20, 21), (28, 30, 12, 14)):   # everything, inside, at the end
+        tile = unet.embed_lq(lq[..., 4 * top:4 * (top + height), 4 * left:4 * (left + width)], contexts, [(top, left)] * 2)
+        inner = lambda start, n, length: slice(start + m * (start > 0), start + n - m * (start + n < length))
+        rows, columns = inner(top, height, 40), inner(left, width, 44)
+        torch.testing.assert_close(tile[..., rows.start - top:rows.stop - top, columns.start - left:columns.stop - left], whole[..., rows, columns], atol=1e-5, rtol=1e-4)
+    assert build(lq_norm_groups=2).lq_margin is None and build(lq_encoder=dict({"class": "LQEncoder"}, block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, norm_num_groups=2)).lq_margin is None
 
 
 def test_trainable_parameters():
