@@ -10,7 +10,8 @@ __all__ = ['SDXL_UNET', 'TINY_UNET', 'SDXL_SCHEDULE', 'TINY_SCHEDULE', 'ASSETS',
 
 # %% ../nbs/46_base.ipynb #82dc1642
 import gzip, importlib.util, json, math, shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.resources import files
@@ -86,17 +87,18 @@ def random_text_encoders(
 # %% ../nbs/46_base.ipynb #28597cc9
 @dataclass(frozen=True)
 class Base:
-    "A text-to-image model in parts, frozen. `unet_prior` is what a restorer starts from."
+    "A text-to-image model in parts, frozen. `unet_prior` is what a restorer starts from; None: not loaded."
     vae: nn.Module # AutoencoderKL or PatchAutoencoderKL
     text_encoder: CLIPTextModel
     text_encoder_2: CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
-    unet_prior: UNet2DConditionModel
+    unet_prior: UNet2DConditionModel | None
     noise_scheduler: EulerDiscreteScheduler
 
     def __post_init__(self):
-        for part in (self.vae, self.text_encoder, self.text_encoder_2, self.unet_prior): part.requires_grad_(False).eval()
+        for part in (self.vae, self.text_encoder, self.text_encoder_2, self.unet_prior):
+            if part is not None: part.requires_grad_(False).eval()
 
 def new_base(
     vae: nn.Module, # its latent channels must be the U-Net's
@@ -162,16 +164,17 @@ def load_base(
     dtype: torch.dtype = torch.float32, # precision of the weights in memory
     device: torch.device | str = "cpu",
     variant: str | None = None, # file variant, e.g. "fp16" for SDXL on the hub
+    prior: bool = True, # False: without the U-Net, which a restorer that has its own doesn't need (10 GB of SDXL in float32)
 ) -> Base:
     "Load a base model. Raises `FoundIRError` if a part is missing or if the folder holds a trained restorer."
     source = resolve_model(path_or_name)
-    names = {n: _class_name(source, n) for n in ("vae", "unet")}
+    names = {n: _class_name(source, n) for n in (("vae", "unet") if prior else ("vae",))}
     classes = dict(PatchAutoencoderKL=PatchAutoencoderKL, AutoencoderKL=AutoencoderKL, UNet2DConditionModel=UNet2DConditionModel)
-    if names["unet"] == "FoundIRUNet": raise FoundIRError(f"{source} holds a trained restorer, not a base model: load it with foundir_v2.pipeline.load_pipeline")
+    if names.get("unet") == "FoundIRUNet": raise FoundIRError(f"{source} holds a trained restorer, not a base model: load it with foundir_v2.pipeline.load_pipeline")
     for part, name in names.items():
         if name not in classes: raise FoundIRError(f"{source}/{part} is a {name}: choose from {', '.join(classes)}")
     get = lambda cls, folder, **precision: cls.from_pretrained(source, subfolder=folder, variant=variant, **precision).to(device)
-    vae, unet = get(classes[names["vae"]], "vae", torch_dtype=dtype), get(UNet2DConditionModel, "unet", torch_dtype=dtype)
+    vae, unet = get(classes[names["vae"]], "vae", torch_dtype=dtype), get(UNet2DConditionModel, "unet", torch_dtype=dtype) if prior else None
     return Base(vae, get(CLIPTextModel, "text_encoder").to(dtype), get(CLIPTextModelWithProjection, "text_encoder_2").to(dtype),
                 *load_tokenizers(source), unet, EulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler"))
 
@@ -218,6 +221,14 @@ def micro_conditioning(
     return torch.cat([original_size, crop_top_left, target_size], dim=1).float()
 
 # %% ../nbs/46_base.ipynb #353726ba
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    "In the block, new tensors have this precision."
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try: yield
+    finally: torch.set_default_dtype(before)
+
 def build_foundir_unet(
     base: Base,
     seed: int = 0, # of the new modules
@@ -225,7 +236,7 @@ def build_foundir_unet(
 ) -> FoundIRUNet: # trainable, in the precision and on the device of the prior
     "A restorer that starts as the base model: its output equals the prior's, bit for bit, until it is trained."
     config = {k: v for k, v in base.unet_prior.config.items() if not k.startswith("_")}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _default_dtype(base.unet_prior.dtype): # no copy in float32
         torch.manual_seed(hash_seed("foundir unet", seed))
         unet = FoundIRUNet(**config, **{"lq_encoder": lq_encoder_config(base.vae), **options})
         encoder = lq_encoder_from_vae(base.vae)

@@ -620,7 +620,7 @@ def _load_trained(
     try: config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as e: raise FoundIRError(f"can't read {folder / 'config.json'} as JSON ({e}): run the training stage again") from None
     if not isinstance(config, dict) or "base" not in config: raise FoundIRError(f"{folder / 'config.json'} names no base model: expected the config.json of a training stage, with `base`, or a pipeline.json by save_restorer")
-    base = load_base(config["base"], dtype)
+    base = load_base(config["base"], dtype, prior=False)
     start = "noise" if signal_left(base.noise_scheduler, base.noise_scheduler.config.num_train_timesteps - 1) < ZERO_SNR else "lq"
     recipe = Recipe(config["base"], config.get("reference_steps", Recipe.default_steps), 1.0, start, default_tile_size=128 * vae_scale_factor(base.vae))
     return _assemble(base, _unet_folder(folder, dtype), recipe)
@@ -677,7 +677,7 @@ def _load(source: Path | str, dtype: torch.dtype, quantization: PipelineQuantiza
     has = lambda name: isinstance(source, Path) and (source / name).exists()
     if has("pipeline.json"):
         recipe = read_recipe(source)
-        return _assemble(load_base(recipe.base, dtype), _unet_folder(source, dtype), recipe)
+        return _assemble(load_base(recipe.base, dtype, prior=False), _unet_folder(source, dtype), recipe)
     if has("unet") and has("config.json"): return _load_trained(source, dtype)
     base = load_base(source, dtype)
     return _assemble(base, build_foundir_unet(base), Recipe())

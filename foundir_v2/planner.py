@@ -157,9 +157,9 @@ def read_skeleton(
     unet = config("unet", source)
     parts = {name: config(name, base) for name in ("vae", "text_encoder", "text_encoder_2")}
     skeleton = make_skeleton(unet, **parts, defaults=defaults)
-    alone = base == source and unet.get("_class_name") == "FoundIRUNet"
+    restorer = unet.get("_class_name") == "FoundIRUNet"
     own = sum(p.numel() for n, p in skeleton.unet.named_parameters() if n.split(".")[0] in OWN_MODULES)
-    return replace(skeleton, prior=0 if alone else skeleton.parameters()["unet"] - own)
+    return replace(skeleton, prior=0 if restorer else skeleton.parameters()["unet"] - own)
 
 # %% ../nbs/51_planner.ipynb #49902a4c
 SDXL_VAE: Mapping = MappingProxyType(dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,

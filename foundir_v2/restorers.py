@@ -168,28 +168,23 @@ def load_trained(
     folder: str | Path, # output of `foundir_v2.train.train`: `unet/` and `config.json`
 ) -> Any: # a FoundIRv2Pipeline
     "The model that a training stage left behind. Raises `FoundIRError` if there is none."
-    from foundir_v2.base import load_base
-    from foundir_v2.pipeline import FoundIRv2Pipeline
-    from foundir_v2.unet import FoundIRUNet
-    try: config = json.loads((Path(folder)/"config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): raise FoundIRError(f"no trained model in {folder}: it needs config.json and unet/, as a training stage writes them (dvc repro train_stage2)") from None
-    base, unet = load_base(config["base"]), FoundIRUNet.from_pretrained(Path(folder)/"unet").eval()
-    parts = {name: getattr(base, name) for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
-    return FoundIRv2Pipeline(**parts, unet=unet, scheduler=base.noise_scheduler)
+    from foundir_v2.pipeline import load_pipeline
+    if not all((Path(folder)/name).exists() for name in ("config.json", "unet")):
+        raise FoundIRError(f"no trained model in {folder}: it needs config.json and unet/, as a training stage writes them (dvc repro train_stage2)")
+    return load_pipeline(folder)
 
 # %% ../nbs/76_restorers.ipynb #8acd1b19
 SIMPLE: Mapping[str, type] = {c.name: c for c in (Identity, Bicubic, Unsharp, Levels)}
 
 def _diffusion(kind: str, argument: str, options: Mapping[str, Any]) -> PipelineRestorer:
-    from foundir_v2.core import pick_device
     from foundir_v2.pipeline import load_pipeline
-    pipe = load_trained(argument).to(pick_device("auto")) if kind == "trained" else load_pipeline(argument)
+    pipe = load_trained(argument) if kind == "trained" else load_pipeline(argument)
     pipe.set_progress_bar_config(disable=True)
     return PipelineRestorer(pipe, **options)
 
 def _bound(base: str) -> VAEBound:
     from foundir_v2.base import load_base
-    return VAEBound(load_base(base).vae)
+    return VAEBound(load_base(base, prior=False).vae)
 
 def _folder(argument: str) -> FolderRestorer:
     inputs, separator, results = argument.partition(",")

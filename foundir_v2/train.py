@@ -309,13 +309,13 @@ class _Learner:
     "Model, optimizer and average of one stage."
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator = config, accelerator
-        base = load_base(config.base, device=accelerator.device)  # frozen
+        base = load_base(config.base, device=accelerator.device, prior=config.init is None)  # frozen
         self.vae, self.noise_scheduler = base.vae, training_scheduler(base.noise_scheduler)
         if config.noise_offset and self.noise_scheduler.config.rescale_betas_zero_snr:
             raise FoundIRError(f"noise_offset={config.noise_offset} with a zero-terminal-SNR noise schedule: inference starts from plain noise, set it to 0")
+        self.unet, base = build_unet(config, base), replace(base, unet_prior=None)  # the prior's memory is free again
         self.prompt = lru_cache(maxsize=4096)(lambda caption: tuple(e.to(accelerator.device) for e in encode_prompts(base, [caption])))
         self.gain = decoder_gain(base.vae) if config.loss in ("rmse", "psnr") else None
-        self.unet = build_unet(config, base)
         groups = parameter_groups(self.unet, config)
         optimizer = torch.optim.AdamW(groups, betas=tuple(config.adam_betas), eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
         lr_scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)

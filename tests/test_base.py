@@ -1,10 +1,13 @@
 """Base models: tokenizer facts, schedules, layout on disk, and the step from base to restorer."""
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import foundir_v2.base as base_module
 from foundir_v2.base import (ASSETS, SDXL_SCHEDULE, SDXL_UNET, TINY_SCHEDULE, TINY_UNET, assets_path, build_foundir_unet, encode_prompts, load_base, micro_conditioning, new_base, resolve_model, save_base,
@@ -21,6 +24,17 @@ OPTIONS = dict(lq_context_width=8, lq_norm_groups=0, moe_layers=1, moe_heads=4)
 def base():
     torch.manual_seed(0)
     return new_base(PatchAutoencoderKL(hidden=16, encoder_blocks=1, decoder_blocks=1), NARROW)
+
+
+class Widest(TorchDispatchMode):
+    """Most elements of a tensor made in the block, by precision."""
+    def __init__(self): super().__init__(); self.elements = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor): self.elements[t.dtype] = max(self.elements.get(t.dtype, 0), t.numel())
+        return out
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +61,21 @@ def test_round_trip_on_disk(base, saved):
             assert a(text, padding="max_length", truncation=True).input_ids == b(text, padding="max_length", truncation=True).input_ids
     assert isinstance(again.noise_scheduler, EulerDiscreteScheduler) and again.noise_scheduler.config.prediction_type == "v_prediction"
     assert load_base(saved, dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+
+
+def test_a_base_without_its_unet_for_those_who_have_their_own(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("unet"))
+    again = load_base(tmp_path, prior=False)
+    assert again.unet_prior is None and again.vae.config.scaling_factor == load_base(saved).vae.config.scaling_factor
+    with pytest.raises(FoundIRError, match="no unet in"): load_base(tmp_path)
+
+
+def test_a_restorer_is_built_in_the_precision_of_its_base(saved):
+    base, default = load_base(saved, dtype=torch.bfloat16), torch.get_default_dtype()
+    with Widest() as made: unet = build_foundir_unet(base, **OPTIONS)
+    assert torch.get_default_dtype() == default and {p.dtype for p in unet.parameters()} == {torch.bfloat16}
+    largest = max(p.numel() for p in unet.parameters())
+    assert made.elements.get(torch.float32, 0) < largest <= made.elements[torch.bfloat16], made.elements
 
 
 def test_layout_on_disk_is_diffusers_and_the_vocabulary_is_there_once(saved):
