@@ -648,7 +648,7 @@ def test_the_shipped_restorer():
     assert mse(a, image) < 0.25 * mse(a, 1 - image) and mse(other, 1 - image) < 0.25 * mse(other, image)  # it looks at its input
 
 @pytest.mark.skipif(not (ASSETS / "tiny").is_dir(), reason="the shipped weights are not in this checkout")
-@pytest.mark.parametrize("photo, task", [("coffee", "gaussian_noise"), ("astronaut", "gaussian_noise"), ("coffee", "low_light")])
+@pytest.mark.parametrize("photo, task", [("coffee", "gaussian_noise"), ("astronaut", "gaussian_noise"), ("coffee", "low_light"), ("coffee", "haze"), ("astronaut", "haze")])
 def test_tiles_of_the_shipped_restorer_do_not_show(photo, task):
     "The mean step from pixel to pixel across the tiles' borders, against the untiled result's at the same places."
     import skimage.data
