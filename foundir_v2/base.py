@@ -100,6 +100,9 @@ class Base:
         for part in (self.vae, self.text_encoder, self.text_encoder_2, self.unet_prior):
             if part is not None: part.requires_grad_(False).eval()
 
+def _need_prior(base: Base):
+    if base.unet_prior is None: raise FoundIRError("this base model was loaded without its U-Net: load it with prior=True")
+
 def new_base(
     vae: nn.Module, # its latent channels must be the U-Net's
     unet_config: Mapping = TINY_UNET,
@@ -121,6 +124,7 @@ def save_base(
     dtype: torch.dtype = torch.float16, # precision of the files
 ) -> Path:
     "Write `base` as diffusers folders: vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler."
+    _need_prior(base)
     folder = Path(folder)
     for field, name in _MODELS.items(): nn.Module.to(deepcopy(getattr(base, field)), "cpu", dtype).save_pretrained(folder / name)
     base.noise_scheduler.save_pretrained(folder / "scheduler")
@@ -166,7 +170,7 @@ def load_base(
     variant: str | None = None, # file variant, e.g. "fp16" for SDXL on the hub
     prior: bool = True, # False: without the U-Net, which a restorer that has its own doesn't need (10 GB of SDXL in float32)
 ) -> Base:
-    "Load a base model. Raises `FoundIRError` if a part is missing or if the folder holds a trained restorer."
+    "Load a base model. Raises `FoundIRError` if a part is missing, or if `prior` finds a trained restorer."
     source = resolve_model(path_or_name)
     names = {n: _class_name(source, n) for n in (("vae", "unet") if prior else ("vae",))}
     classes = dict(PatchAutoencoderKL=PatchAutoencoderKL, AutoencoderKL=AutoencoderKL, UNet2DConditionModel=UNet2DConditionModel)
@@ -231,10 +235,11 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def build_foundir_unet(
     base: Base,
-    seed: int = 0, # of the new modules
+    seed: int = 0, # of the new modules, which another precision draws otherwise
     **options, # `FoundIRUNet`'s own arguments: moe, moe_experts, moe_layers, moe_heads, moe_top_k, lq_context_width, lq_norm_groups, batch_axis_attention
 ) -> FoundIRUNet: # trainable, in the precision and on the device of the prior
     "A restorer that starts as the base model: its output equals the prior's, bit for bit, until it is trained."
+    _need_prior(base)
     config = {k: v for k, v in base.unet_prior.config.items() if not k.startswith("_")}
     with torch.random.fork_rng(devices=[]), _default_dtype(base.unet_prior.dtype): # no copy in float32
         torch.manual_seed(hash_seed("foundir unet", seed))

@@ -6,7 +6,7 @@
 __all__ = ['STARTS', 'OUTPUT_TYPES', 'OFFSET_UNITS', 'ZERO_SNR', 'OFFLOADS', 'PRESETS', 'Settings', 'default_color_fix',
            'set_timesteps', 'make_noise_scheduler', 'signal_left', 'start_latents', 'time_ids', 'cut_off',
            'embed_texts', 'encode_image', 'decode_latents', 'Request', 'make_request', 'sort_requests', 'Job',
-           'make_job', 'predict', 'Span', 'cut_spans', 'embed_pictures', 'denoise', 'restore_job', 'per_picture',
+           'make_job', 'predict', 'picture_contexts', 'embed_pictures', 'denoise', 'restore_job', 'per_picture',
            'resolve_settings', 'FoundIRv2Pipeline', 'restore_requests', 'finish', 'Recipe', 'read_recipe',
            'save_restorer', 'check_offload', 'place', 'load_pipeline', 'preset_options', 'preset_loading', 'describe']
 
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np, torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline
@@ -38,7 +38,7 @@ from .core import FoundIRError, ImageError, atomic_write, pick_device, pick_dtyp
 from .degrade import upsample_lq
 from .pictures import as_float, crop, padded_size, stored_images, to_integers
 from .planner import Plan, make_plan, read_skeleton
-from .tiling import Tile, TileGrid, map_tiles, tile_grid
+from .tiling import Span, Tile, TileGrid, cut_spans, map_tiles, tile_grid
 from .unet import CONTEXT_WINDOWS, FoundIRUNet, join_pooled
 from .vae import PatchAutoencoderKL, vae_scale_factor
 
@@ -204,7 +204,7 @@ class _Parts(TextualInversionLoaderMixin, StableDiffusionXLLoraLoaderMixin, Diff
         return 2 ** (len(self.unet.config.block_out_channels) - 1)
 
 # %% ../nbs/54_pipeline.ipynb #311b4b89
-def _offloadable(module: torch.nn.Module, method: str, *inputs: Tensor) -> Any:
+def _offloadable(module: torch.nn.Module, method: str, *inputs: Any) -> Any:
     "Call a method other than `forward` so that diffusers' offloading brings the module to its device first."
     hook = getattr(module, "_hf_hook", None)
     if hook is not None: hook.pre_forward(module)
@@ -322,6 +322,10 @@ class Job:
         "The tiles of a latent canvas (N, C, h, w): (n, C, tile height, tile width)."
         return torch.stack([grid.crop(x[t.picture], t.top, t.left) for t in tiles])
 
+    def everywhere(self, top: int, left: int) -> list[Tile]:
+        "The same place of every picture."
+        return [Tile(i, top, left) for i in range(len(self.pictures))]
+
     def lq(self, tiles: Sequence[Tile], height: int, width: int) -> Tensor:
         "The tiles of the pictures, height by width latent pixels, as the models want them: (n, 3, factor * height, factor * width) in [-1, 1]."
         crops = [crop(self.pictures[t.picture], *(self.factor * k for k in (t.top, t.left, height, width))) for t in tiles]
@@ -378,48 +382,43 @@ def predict(
     return negative + guidance * (positive - negative)
 
 # %% ../nbs/54_pipeline.ipynb #8aac0ca3
-class Span(NamedTuple):
-    "Some rows or columns of the canvas, and those that are computed so that they come out right; latent pixels."
-    start: int
-    stop: int
-    first: int
-    last: int
+def _lay_parts(
+    grid: TileGrid,
+    margin: int | None,  # as `cut_spans`
+) -> list[list[tuple[Span, Span]]]:  # rows of parts: their rows and columns
+    "Parts of about a tile that cover the canvas once, from multiples of `LQContext`'s largest window."
+    window = CONTEXT_WINDOWS[-1]
+    size = max(max(grid.tile_shape) // window, 1) * window
+    return [[(rows, columns) for columns in cut_spans(grid.width, size, margin)] for rows in cut_spans(grid.height, size, margin)]
 
-    @property
-    def inner(self) -> slice:
-        "The wanted ones among the computed ones."
-        return slice(self.start - self.first, self.stop - self.first)
-
-def cut_spans(
-    length: int,  # of the canvas
-    size: int,  # of a span
-    margin: int,  # computed on either side, where there is more canvas
-) -> list[Span]:
-    "Spans that cover a side of the canvas once."
-    return [Span(a, min(a + size, length), max(a - margin, 0), min(a + size + margin, length)) for a in range(0, length, size)]
+def picture_contexts(
+    unet: FoundIRUNet,  # with an `LQContext`
+    job: Job,
+) -> list[tuple[Tensor, ...]]:  # per picture, as `LQContext.forward` takes them
+    "What the LQ encoder wants to know about whole pictures, collected in parts; all pictures are looked at together."
+    parts = _lay_parts(job.grid, unet.lq_reach)
+    def pool(rows: Span, columns: Span) -> tuple[Tensor, ...]:
+        lq = job.lq(job.everywhere(rows.first, columns.first), rows.computed, columns.computed)
+        return _offloadable(unet, "pool_lq", lq.to(unet.dtype), rows.inner, columns.inner)
+    pooled = join_pooled([[pool(*part) for part in row] for row in parts], [[math.prod(s.stop - s.start for s in part) for part in row] for row in parts])
+    return _offloadable(unet, "summarize_lq", pooled)
 
 def embed_pictures(
     unet: FoundIRUNet,
     job: Job,
-    tile_batch: int,  # tiles per call, where tiles are blended
+    tile_batch: int,  # tiles per call, where tiles are blended; else all pictures are embedded together, part by part
 ) -> Tensor:  # (N, C0, h, w)
-    "The LQ embedding of whole pictures, made in parts of about a tile."
+    "The LQ embedding of whole pictures."
     grid, n, margin = job.grid, len(job.pictures), getattr(unet, "lq_margin", None)
-    whole, window = len(grid.corners) == 1, CONTEXT_WINDOWS[-1]
-    size = max(grid.height, grid.width) if whole else max(max(grid.tile_shape) // window, 1) * window
-    parts = [[(rows, columns) for columns in cut_spans(grid.width, size, margin or 0)] for rows in cut_spans(grid.height, size, margin or 0)]
-    lq = lambda rows, columns: job.lq([Tile(i, rows.first, columns.first) for i in range(n)], rows.last - rows.first, columns.last - columns.first).to(unet.dtype)
-    contexts = None
-    if not whole and getattr(unet.config, "lq_context_width", 0):
-        pooled = [[_offloadable(unet, "pool_lq", lq(*part), *(span.inner for span in part)) for part in row] for row in parts]
-        contexts = _offloadable(unet, "summarize_lq", join_pooled(pooled, [[math.prod(s.stop - s.start for s in part) for part in row] for row in parts]))
-    where = lambda tiles: () if contexts is None else ([contexts[t.picture] for t in tiles], [(t.top, t.left) for t in tiles])
-    embed = lambda x, tiles: _offloadable(unet, "embed_lq", x, *where(tiles))
-    if margin is None: return map_tiles(lambda tiles: embed(job.lq(tiles, *grid.tile_shape).to(unet.dtype), tiles), n, grid, tile_batch)
+    whole = len(grid.corners) == 1
+    contexts = None if whole or not getattr(unet.config, "lq_context_width", 0) else picture_contexts(unet, job)
+    def embed(tiles: Sequence[Tile], height: int, width: int) -> Tensor:
+        where = () if contexts is None else ([contexts[t.picture] for t in tiles], [(t.top, t.left) for t in tiles])
+        return _offloadable(unet, "embed_lq", job.lq(tiles, height, width).to(unet.dtype), *where)
+    if whole or margin is None: return map_tiles(lambda tiles: embed(tiles, *grid.tile_shape), n, grid, tile_batch)
     out = None
-    for rows, columns in (part for row in parts for part in row):
-        e = embed(lq(rows, columns), [Tile(i, rows.first, columns.first) for i in range(n)])
-        if whole: return e
+    for rows, columns in (part for row in _lay_parts(grid, margin) for part in row):
+        e = embed(job.everywhere(rows.first, columns.first), rows.computed, columns.computed)
         if out is None: out = e.new_empty((n, e.shape[1], grid.height, grid.width))
         out[..., rows.start:rows.stop, columns.start:columns.stop] = e[..., rows.inner, columns.inner]
     return out

@@ -7,7 +7,7 @@ __all__ = ['SIMPLE', 'OPTIONS', 'Identity', 'Bicubic', 'Unsharp', 'Levels', 'VAE
            'FolderRestorer', 'load_trained', 'make_restorer', 'make_restorers']
 
 # %% ../nbs/76_restorers.ipynb #a6859a09
-import hashlib, json
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ def load_trained(
     from foundir_v2.pipeline import load_pipeline
     if not all((Path(folder)/name).exists() for name in ("config.json", "unet")):
         raise FoundIRError(f"no trained model in {folder}: it needs config.json and unet/, as a training stage writes them (dvc repro train_stage2)")
-    return load_pipeline(folder)
+    return load_pipeline(Path(folder).resolve())  # never a shipped model of that name
 
 # %% ../nbs/76_restorers.ipynb #8acd1b19
 SIMPLE: Mapping[str, type] = {c.name: c for c in (Identity, Bicubic, Unsharp, Levels)}

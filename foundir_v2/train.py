@@ -552,7 +552,7 @@ def parser() -> argparse.ArgumentParser:
 
 def read_config(
     path: str | Path, # YAML file
-    stage: int | None = None, # 1, 2: a parameter file; None: the fields of `TrainConfig`
+    stage: int | None = None, # 0, 1, 2: a parameter file; None: the fields of `TrainConfig`
     settings: Sequence[str] = (), # KEY=VALUE, the value in YAML
 ) -> TrainConfig:
     "Configuration from a file and the command line. Raises `FoundIRError` on unknown keys or other types."

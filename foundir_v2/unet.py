@@ -140,10 +140,14 @@ class LQConditioning:
         nn.init.zeros_(self.moe_projection.weight); nn.init.zeros_(self.moe_projection.bias)
 
     @property
+    def lq_reach(self) -> int | None:
+        "Latent pixels on every side that the LQ encoder's features see; None: perhaps the whole picture."
+        return getattr(self.lq_features, "reach", None)
+
+    @property
     def lq_margin(self) -> int | None:
-        "Latent pixels on every side that an LQ embedding sees directly, not through `LQContext`; None: it may see the whole picture."
-        reach = getattr(self.lq_features, "reach", None)
-        return None if reach is None or not isinstance(self.lq_embedding.norm_in, nn.Identity) else reach + 2 # two 3×3 convolutions
+        "Latent pixels on every side that an LQ embedding sees directly, not through `LQContext`; None: perhaps the whole picture."
+        return None if self.lq_reach is None or not isinstance(self.lq_embedding.norm_in, nn.Identity) else self.lq_reach + 2 # two 3×3 convolutions
 
     def encode_lq(self, lq: Tensor, contexts: Sequence | None = None, corners: Sequence | None = None) -> Tensor:
         "(B, 3, H, W) in [−1, 1] → features (B, F, h, w). For tiles of pictures: `contexts` and `corners` as `LQContext.forward` takes them."

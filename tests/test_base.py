@@ -68,6 +68,9 @@ def test_a_base_without_its_unet_for_those_who_have_their_own(saved, tmp_path):
     again = load_base(tmp_path, prior=False)
     assert again.unet_prior is None and again.vae.config.scaling_factor == load_base(saved).vae.config.scaling_factor
     with pytest.raises(FoundIRError, match="no unet in"): load_base(tmp_path)
+    for needs_it in (lambda: build_foundir_unet(again), lambda: save_base(again, tmp_path / "half")):
+        with pytest.raises(FoundIRError, match="prior=True"): needs_it()
+    assert not (tmp_path / "half").exists()
 
 
 def test_a_restorer_is_built_in_the_precision_of_its_base(saved):

@@ -316,6 +316,31 @@ def test_every_tile_is_judged_by_the_whole_picture(base):
         for alone, together in zip((dark, lit), both): torch.testing.assert_close(run(pipe, alone, **options)[0], together, atol=1e-5, rtol=1e-4)
         assert (both[0] - both[1])[:, :32, :32].abs().max() > 1e-3   # the tile farthest from the light
 
+def test_contexts_are_the_whole_pictures_behind_a_groupnorm_too(base, monkeypatch):
+    "The embedding's GroupNorm forbids embedding in parts, but not collecting the context."
+    unet = trained_looking(build_foundir_unet(base, **SMALL_MOE | dict(lq_norm_groups=2), lq_context_width=8))
+    for block in unet.lq_features.blocks: torch.nn.init.normal_(block.conv2.weight, std=0.1, generator=seeded(2)[0])
+    pipe, seen, collect, images = assemble(base, unet), [], P.picture_contexts, [picture(100, 150), picture(97, 155, 1)]
+    monkeypatch.setattr(P, "picture_contexts", lambda *a: seen.extend(collect(*a)) or seen)
+    run(pipe, images, tile_size=48, tile_batch=2, generator=seeded(0, 1))
+    assert unet.lq_margin is None and unet.lq_reach is not None and len(seen) == 2
+    for image, context in zip(images, seen):
+        whole = P.crop(image, 0, 0, 112, 160)[None] * 2 - 1
+        (expected,) = unet.summarize_lq(unet.pool_lq(whole, slice(None), slice(None)))
+        for a, b in zip(context, expected, strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+def test_an_encoder_that_sees_everything_gets_no_slivers():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32)
+    own = new_base(vae, {**SMALL_UNET, "in_channels": 4, "out_channels": 4})
+    unet = trained_looking(build_foundir_unet(own, **SMALL_MOE, lq_context_width=8))
+    torch.nn.init.normal_(unet.lq_context.out[-1].weight, generator=seeded(1)[0])
+    sizes, pipe = set(), assemble(own, unet)
+    hook = unet.lq_features.register_forward_pre_hook(lambda m, args: sizes.add(tuple(args[0].shape[-2:])))
+    (x,) = run(pipe, picture(80, 144), tile_size=64, tile_overlap=0.25)
+    hook.remove()
+    assert unet.lq_reach is unet.lq_margin is None and sizes == {(64, 64)} and torch.isfinite(x).all()
+
 def calls_of(module, pipe, **options):
     "First dimension of the first argument, call by call."
     sizes = []
@@ -462,6 +487,23 @@ def test_sequential_offload_changes_nothing(base, unet):
     for module in (pipe.vae, pipe.unet): cpu_offload(module, torch.device("cpu"))
     assert {p.device.type for p in pipe.unet.parameters()} == {"meta"}
     for _ in range(2): torch.testing.assert_close(run(pipe, picture(16, 16))[0], expected, atol=1e-5, rtol=0)
+
+def test_offload_with_tiles_and_a_context_changes_nothing(base):
+    unet, options = trained_looking(build_foundir_unet(base, **SMALL_MOE, lq_context_width=8)), dict(tile_size=32, tile_overlap=0.25)
+    torch.nn.init.normal_(unet.lq_context.out[-1].weight, generator=seeded(1)[0])
+    expected = run(assemble(base, unet), picture(64, 96), **options)[0]
+    by_layer, by_model = (assemble(deepcopy(base), deepcopy(unet)) for _ in range(2))
+    cpu_offload(by_layer.unet, torch.device("cpu"))
+    by_model.enable_model_cpu_offload(device="cpu")
+    for pipe in (by_layer, by_model): torch.testing.assert_close(run(pipe, picture(64, 96), **options)[0], expected, atol=1e-5, rtol=0)
+
+def test_a_restorer_needs_no_unet_of_its_base(base, unet, tmp_path):
+    save_base(base, tmp_path / "base")
+    (tmp_path / "base/unet").rename(tmp_path / "elsewhere")
+    save_restorer(unet, tmp_path / "mine", Recipe(base=str(tmp_path / "base"), default_steps=1, default_start="noise"))
+    pipe = load_pipeline(tmp_path / "mine", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    assert run(pipe, picture(16, 16))[0].std() > 0.01
 
 def test_callback_sees_and_changes_the_latents(pipe):
     seen = []

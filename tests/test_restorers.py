@@ -158,12 +158,16 @@ def test_the_real_pipeline_behind_the_interface(untrained):
     assert untrained(rand(16, 20), subtask="sr_x2", seed=1).shape == (3, 32, 40)
 
 
-def test_the_output_of_a_training_stage_is_a_restorer(untrained, tmp_path):
+def test_the_output_of_a_training_stage_is_a_restorer(untrained, tmp_path, monkeypatch):
     import json
+    tmp_path = tmp_path/"tiny" # also the name of a shipped model
     untrained.pipe.unet.save_pretrained(tmp_path/"unet")
     with pytest.raises(FoundIRError, match="train_stage2"): make_restorer(f"trained:{tmp_path}")
     (tmp_path/"config.json").write_text(json.dumps({"base": "base"}))
     again = make_restorer(f"trained:{tmp_path}", {"num_inference_steps": 1, "guidance_scale": 1.0, "start": "noise"})
+    monkeypatch.chdir(tmp_path.parent)
+    named = make_restorer("trained:tiny")
+    assert torch.equal(named.pipe.unet.conv_out.weight, untrained.pipe.unet.conv_out.weight), "the folder, not the shipped model"
     torch.testing.assert_close(again(rand(), seed=3), untrained(rand(), seed=3), atol=1e-5, rtol=0)  # a matrix product picks its kernel by where the weights lie in memory
 
 

@@ -1,5 +1,5 @@
 "Training: the loss follows the noise schedule, the mixture follows the scores, and nothing that happens to the process changes the result."
-import csv, json, os, signal, subprocess, sys, time
+import csv, gc, json, os, signal, subprocess, sys, time, weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +161,22 @@ def test_stages_train_their_parameters_with_their_rates(bench, tmp_path):
     assert sum(torch.equal(first[k], second[k]) for k in first) < len(first) / 10
     assert sorted(p.name for p in two.output.iterdir()) == ["config.json", "log.jsonl", "mixture.csv", "unet"]
     assert not list((tmp_path / "runs").glob("stage*-*/step*"))  # finished runs leave no checkpoints
+
+
+def test_the_priors_memory_is_free_once_the_restorer_is_built(bench, tmp_path, monkeypatch):
+    priors = []
+    def spy(*args, **options):
+        base = load_base(*args, **options)
+        priors.append(base.unet_prior and weakref.ref(base.unet_prior))
+        return base
+    monkeypatch.setattr(tr, "load_base", spy)
+    one = config(bench, tmp_path, steps=1)
+    learner = tr.Learner(one, tr.make_accelerator(one)); gc.collect()
+    assert priors[0]() is None and learner.prompt("")[0].shape[0] == 1
+    tr.train(one)
+    two = config(bench, tmp_path, stage=2, init=one.output)
+    tr.Learner(two, tr.make_accelerator(two))
+    assert priors[-1] is None, "not read at all"
 
 
 def test_stage_zero_teaches_the_lq_encoder_and_nothing_else(bench, tmp_path):
