@@ -129,7 +129,9 @@ def plot_loss(
     for ax, (name, log) in zip(axes[0], logs.items()):
         ax.plot(log.step, log.loss, color="tab:blue", alpha=.25, lw=.6)
         ax.plot(log.step, log.loss.rolling(min(window, len(log)), min_periods=1).mean(), color="tab:blue")
-        ax.set(title=name, xlabel="step", ylabel="loss", ylim=(0, float(log.loss.quantile(.995)) * 1.1 or 1))
+        low, high = (float(log.loss.quantile(q)) for q in (.005, .995)) # a few single values may lie outside
+        bottom = 0. if low >= 0 else low - .1 * (high - low)
+        ax.set(title=name, xlabel="step", ylabel="loss", ylim=(bottom, high + .1 * (high - bottom) or 1))
         rates = log.filter(regex=r"^lr($|\.)")
         if not rates.empty:
             right = ax.twinx(); right.plot(log.step, rates.max(axis=1), color="grey", lw=.8, ls="--"); right.set_ylabel("learning rate (dashed)")

@@ -110,6 +110,9 @@ def test_the_loss_curve_is_the_running_mean(tmp_path):
     rates = [a for a in figure.axes if "learning rate" in a.get_ylabel()]
     assert len(rates) == 2 and max(rates[0].get_lines()[0].get_ydata()) == 2e-3
     with pytest.raises(FoundIRError): plot_loss({})
+    logarithm = log.assign(loss=[-1., -2., -2.5, 0.5, -3., -3.])
+    bottom, top = plot_loss({"psnr": logarithm}).axes[0].get_ylim()
+    assert bottom < -3 and top > .4 and figure.axes[0].get_ylim()[0] == 0   # a loss below zero is seen
     assert isinstance(plot_loss({"one step, no rate": pd.DataFrame([dict(step=1, loss=0.5)])}), Figure)
 
 
