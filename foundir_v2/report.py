@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_metrics', 'metrics_table', 'gains_table', 'plot_gains', 'control_table', 'before_after', 'read_steps',
-           'plot_loss', 'read_mixture', 'record_gates', 'gates_by_task', 'gate_shares', 'plot_gates', 'write_figures']
+           'read_stages', 'plot_loss', 'read_mixture', 'record_gates', 'gates_by_task', 'gate_shares', 'plot_gates',
+           'write_figures']
 
 # %% ../nbs/80_report.ipynb #1cd84e66
 import json
@@ -116,6 +117,15 @@ def read_steps(
     steps = [r for r in records if r.get("kind", "step") == "step" and "loss" in r]
     if not steps: raise FoundIRError(f"{path} holds no training step")
     return pd.json_normalize(steps)
+
+def read_stages(
+    folders: Mapping[str, str | Path], # name of the stage -> its folder
+) -> dict[str, pd.DataFrame]: # as `read_steps` returns them
+    "The logs of the stages that trained: one whose config.json says `steps: 0` only handed its model on."
+    def trained(folder: Path) -> bool:
+        try: return json.loads((folder/"config.json").read_text(encoding="utf-8"))["steps"] > 0
+        except (OSError, ValueError, KeyError, TypeError): return True  # read_steps says what is wrong
+    return {name: read_steps(folder) for name, folder in folders.items() if trained(Path(folder))}
 
 # %% ../nbs/80_report.ipynb #ecf76ecf
 def plot_loss(

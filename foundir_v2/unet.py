@@ -123,8 +123,8 @@ def _with_parent_signature(init: Callable) -> Callable:
 OWN_MODULES = ("lq_features", "lq_context", "lq_embedding", "moe_scheduler", "moe_projection") # what a FoundIRUNet has besides the plain U-Net
 
 # %% ../nbs/44_unet.ipynb #74a327f4
-class LQConditioning:
-    "The added modules of a `FoundIRUNet`, its features for the rest of the U-Net, and its parameter groups."
+class _LQBranch:
+    "The added modules of a `FoundIRUNet`, and the LQ embedding of whole pictures and of their parts."
     def _build(self, lq_encoder: Mapping | None, lq_context_width: int, lq_norm_groups: int, moe: Callable[[int], nn.Module | None]):
         conv = self.conv_in
         c0 = conv.out_channels
@@ -166,6 +166,9 @@ class LQConditioning:
         "The context of each of B pictures, from `pool_lq`'s result for whole pictures."
         return [tuple(c[i:i + 1] for c in self.lq_context.summarize(pooled)) for i in range(len(pooled[0]))]
 
+# %% ../nbs/44_unet.ipynb #a2355d6e
+class LQConditioning(_LQBranch):
+    "What a `FoundIRUNet` adds to the plain U-Net: modules, features for the rest of the U-Net, and parameter groups."
     def condition(self, sample: Tensor, lq_embedding: Tensor) -> Tensor:
         "Latents and LQ embedding → features (B, C0, h, w) for the rest of the U-Net; once per step."
         _check_condition(sample, lq_embedding, self.conv_in)

@@ -12,7 +12,7 @@ from foundir_v2.degrade import degrade
 from foundir_v2.evaluate import Pictures, compare, load_pictures, metrics_tree, write_metrics
 from foundir_v2.moe import MoEScheduler
 from foundir_v2.report import (before_after, control_table, gate_shares, gates_by_task, gains_table, metrics_table, plot_gains, plot_gates, plot_loss,
-                               read_metrics, read_mixture, read_steps, record_gates, write_figures)
+                               read_metrics, read_mixture, read_stages, read_steps, record_gates, write_figures)
 from foundir_v2.restorers import Bicubic, Levels
 
 
@@ -100,6 +100,14 @@ def test_steps_are_read_from_a_folder_or_a_file_and_other_records_left_out(tmp_p
 def test_a_missing_or_damaged_log_is_one_line(tmp_path, content, words):
     if content is not None: (tmp_path/"log.jsonl").write_text(content)
     with pytest.raises(FoundIRError, match=words): read_steps(tmp_path/"log.jsonl")
+
+
+def test_a_stage_without_steps_is_left_out_and_a_broken_one_is_not(tmp_path):
+    for name, steps in (("zero", 0), ("one", 4)):
+        (tmp_path/name).mkdir(); (tmp_path/name/"config.json").write_text(json.dumps(dict(steps=steps))); (tmp_path/name/"log.jsonl").write_text("")
+    assert read_stages({"stage 0": tmp_path/"zero"}) == {}
+    for broken in ("one", "nowhere"):
+        with pytest.raises(FoundIRError): read_stages({"stage": tmp_path/broken})
 
 
 def test_the_loss_curve_is_the_running_mean(tmp_path):
