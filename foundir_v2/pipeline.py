@@ -400,7 +400,8 @@ def picture_contexts(
     def pool(rows: Span, columns: Span) -> tuple[Tensor, ...]:
         lq = job.lq(job.everywhere(rows.first, columns.first), rows.computed, columns.computed)
         return _offloadable(unet, "pool_lq", lq.to(unet.dtype), rows.inner, columns.inner)
-    pooled = join_pooled([[pool(*part) for part in row] for row in parts], [[math.prod(s.stop - s.start for s in part) for part in row] for row in parts])
+    length = lambda span: span.stop - span.start
+    pooled = join_pooled([join_pooled([pool(*part) for part in row], [length(columns) for _, columns in row], dim=3) for row in parts], [length(row[0][0]) for row in parts], dim=2)  # row by row: thousands of small tensors at once would leave holes in the heap
     return _offloadable(unet, "summarize_lq", pooled)
 
 def embed_pictures(

@@ -56,15 +56,15 @@ def _spread(
     return near[..., top:top + size[0], left:left + size[1]]
 
 def join_pooled(
-    parts: Sequence[Sequence[tuple[Tensor, ...]]], # from `LQContext.pool`: rows of the parts that pictures are cut into, each from a multiple of the largest window
-    areas: Sequence[Sequence[int]], # their latent pixels
+    parts: Sequence[tuple[Tensor, ...]], # from `LQContext.pool`, of neighbours, each from a multiple of the largest window
+    lengths: Sequence[int], # their latent pixels in that direction
+    dim: int, # 2: they lie one below the other, 3: side by side
 ) -> tuple[Tensor, ...]:
-    "What `LQContext.pool` gives of whole pictures, from their parts."
-    flat, total = [p for row in parts for p in row], sum(n for row in areas for n in row)
-    means, maxima = zip(*(p[0].float().chunk(2, dim=1) for p in flat))
-    mean = sum(m * (n / total) for m, n in zip(means, (n for row in areas for n in row)))
-    picture = torch.cat([mean, torch.stack(maxima).amax(0)], 1).to(flat[0][0].dtype)
-    return picture, *(torch.cat([torch.cat([p[k] for p in row], 3) for row in parts], 2) for k in range(1, len(flat[0])))
+    "What `LQContext.pool` gives of pictures, or rows of them, from their parts."
+    means, maxima = zip(*(p[0].float().chunk(2, dim=1) for p in parts))
+    mean = sum(m * (n / sum(lengths)) for m, n in zip(means, lengths, strict=True))
+    picture = torch.cat([mean, torch.stack(maxima).amax(0)], 1).to(parts[0][0].dtype)
+    return picture, *(torch.cat(windows, dim) for windows in list(zip(*parts))[1:])
 
 # %% ../nbs/44_unet.ipynb #082d9849
 class LQContext(nn.Module):

@@ -120,7 +120,7 @@ def test_context_is_the_identity_until_trained_and_then_sees_the_whole_picture()
 def test_pools_of_parts_are_those_of_the_picture(size):
     context, x = LQContext(4, 8), torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
     parts = [list(rows.split(16, dim=3)) for rows in x.split(32, dim=2)]
-    joined = join_pooled([[context.pool(p) for p in row] for row in parts], [[p[0, 0].numel() for p in row] for row in parts])
+    joined = join_pooled([join_pooled([context.pool(p) for p in row], [p.shape[3] for p in row], dim=3) for row in parts], [row[0].shape[2] for row in parts], dim=2)
     for a, b in zip(joined, context.pool(x), strict=True): torch.testing.assert_close(a, b)
 
 
