@@ -178,7 +178,7 @@ def load_base(
     for part, name in names.items():
         if name not in classes: raise FoundIRError(f"{source}/{part} is a {name}: choose from {', '.join(classes)}")
     get = lambda cls, folder, **precision: cls.from_pretrained(source, subfolder=folder, variant=variant, **precision).to(device)
-    vae, unet = get(classes[names["vae"]], "vae", torch_dtype=dtype), get(UNet2DConditionModel, "unet", torch_dtype=dtype) if prior else None
+    vae, unet = get(classes[names["vae"]], "vae", dtype=dtype), get(UNet2DConditionModel, "unet", dtype=dtype) if prior else None
     return Base(vae, get(CLIPTextModel, "text_encoder").to(dtype), get(CLIPTextModelWithProjection, "text_encoder_2").to(dtype),
                 *load_tokenizers(source), unet, EulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler"))
 

@@ -6,9 +6,10 @@
 __all__ = ['STARTS', 'OUTPUT_TYPES', 'OFFSET_UNITS', 'ZERO_SNR', 'OFFLOADS', 'PRESETS', 'Settings', 'default_color_fix',
            'set_timesteps', 'make_noise_scheduler', 'signal_left', 'start_latents', 'time_ids', 'cut_off',
            'embed_texts', 'encode_image', 'decode_latents', 'Request', 'make_request', 'sort_requests', 'Job',
-           'make_job', 'predict', 'picture_contexts', 'embed_pictures', 'denoise', 'restore_job', 'per_picture',
-           'resolve_settings', 'FoundIRv2Pipeline', 'restore_requests', 'finish', 'Recipe', 'read_recipe',
-           'save_restorer', 'check_offload', 'place', 'load_pipeline', 'preset_options', 'preset_loading', 'describe']
+           'make_job', 'predict', 'picture_contexts', 'embed_pictures', 'BandedSteps', 'denoise', 'restore_job',
+           'per_picture', 'resolve_settings', 'FoundIRv2Pipeline', 'restore_requests', 'finish', 'Recipe',
+           'read_recipe', 'save_restorer', 'check_offload', 'place', 'load_pipeline', 'preset_options',
+           'preset_loading', 'describe']
 
 # %% ../nbs/54_pipeline.ipynb #d0842344
 import diffusers, functools, gc, inspect, json, logging, math
@@ -38,7 +39,7 @@ from .core import FoundIRError, ImageError, atomic_write, pick_device, pick_dtyp
 from .degrade import upsample_lq
 from .pictures import as_float, crop, padded_size, stored_images, to_integers
 from .planner import Plan, make_plan, read_skeleton
-from .tiling import Span, Tile, TileGrid, cut_spans, map_tiles, tile_grid
+from .tiling import BAND, Span, Tile, TileGrid, cut_spans, map_tiles, tile_grid
 from .unet import CONTEXT_WINDOWS, FoundIRUNet, join_pooled
 from .vae import PatchAutoencoderKL, vae_scale_factor
 
@@ -424,6 +425,38 @@ def embed_pictures(
         out[..., rows.start:rows.stop, columns.start:columns.stop] = e[..., rows.inner, columns.inner]
     return out
 
+# %% ../nbs/54_pipeline.ipynb #5f27c0ab
+class BandedSteps:
+    "Steps of a noise scheduler, taken band by band of a large canvas. The result is that of a step on the whole canvas; a noise scheduler that draws noise draws it in another order."
+    def __init__(
+        self,
+        noise_scheduler: SchedulerMixin,  # with its timesteps set; changed: its state
+        height: int,  # of the canvas
+        width: int,
+        generators: list[torch.Generator] | None = None,  # one per picture, for noise schedulers that draw noise
+        band: int = BAND,  # latent pixels at a time, in whole rows
+    ):
+        undivided = noise_scheduler.config.get("thresholding") or hasattr(noise_scheduler, "noise_sampler")  # it looks at whole pictures, or would give every band the same noise
+        self.bands = cut_spans(height, height if undivided else max(band // width, 1), margin=0)
+        self.noise_schedulers = [noise_scheduler]
+        draws_noise = "generator" in inspect.signature(noise_scheduler.step).parameters
+        self.options = dict(generator=generators) if draws_noise else {}
+
+    def __call__(
+        self,
+        output: Tensor,  # (N, C, h, w), the U-Net's
+        t: Tensor,  # the timestep
+        latents: Tensor,  # (N, C, h, w), before the step
+    ) -> Tensor:  # (N, C, h, w), after it
+        step = lambda noise_scheduler, output, latents: noise_scheduler.step(output, t, latents, return_dict=False, **self.options)[0]
+        if len(self.bands) == 1: return step(self.noise_schedulers[0], output, latents)
+        if len(self.noise_schedulers) == 1: self.noise_schedulers += [deepcopy(self.noise_schedulers[0]) for _ in self.bands[1:]]  # now that it has scaled its first input
+        after = torch.empty_like(latents)
+        for noise_scheduler, rows in zip(self.noise_schedulers, self.bands):
+            at = (..., slice(rows.start, rows.stop), slice(None))
+            after[at] = step(noise_scheduler, output[at], latents[at])
+        return after
+
 # %% ../nbs/54_pipeline.ipynb #e2c1a30d
 def denoise(
     pipe: DiffusionPipeline,
@@ -439,14 +472,13 @@ def denoise(
     latents = start_latents(noise_scheduler, noise, settings.start, lambda: tiled(lambda tiles: encode_image(pipe.vae, job.lq(tiles, *job.vae_grid.tile_shape)), job.vae_grid))
     del noise
     lq_embedding = embed_pictures(unet, job, settings.tile_batch)
-    draws_noise = "generator" in inspect.signature(noise_scheduler.step).parameters
-    options = dict(generator=job.generators) if draws_noise else {}
+    step = BandedSteps(noise_scheduler, *latents.shape[-2:], job.generators)
     begin, end = settings.guidance_interval
     for i, t in enumerate(timesteps):
         guidance = settings.guidance if job.negatives is not None and begin <= i / len(timesteps) < end else None
         scale = lambda x: noise_scheduler.scale_model_input(x, t)
         of_tiles = functools.partial(predict, unet, job, latents, lq_embedding, scale, t, guidance, settings.offset_unit)
-        latents = noise_scheduler.step(tiled(of_tiles), t, latents, return_dict=False, **options)[0]
+        latents = step(tiled(of_tiles), t, latents)
         del of_tiles  # it holds the latents before this step
         latents = on_step(i, t, latents)
     return latents
@@ -608,7 +640,7 @@ def _whole_pipeline(source: Path | str) -> bool:
 
 def _unet_folder(folder: Path, dtype: torch.dtype) -> FoundIRUNet:
     "The U-Net of a restorer's folder. Raises `FoundIRError` if it is missing or damaged."
-    try: return FoundIRUNet.from_pretrained(folder / "unet", torch_dtype=dtype)
+    try: return FoundIRUNet.from_pretrained(folder / "unet", dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e: raise FoundIRError(f"can't load the U-Net in {folder / 'unet'} ({' '.join(str(e).split())[:200]}): write it again, or get an undamaged copy") from None
 
 # %% ../nbs/54_pipeline.ipynb #9f46358f
@@ -672,7 +704,7 @@ def _settle(
 # %% ../nbs/54_pipeline.ipynb #286023bf
 def _load(source: Path | str, dtype: torch.dtype, quantization: PipelineQuantizationConfig | None = None) -> FoundIRv2Pipeline:
     "A pipeline from any kind of folder, or from the hub."
-    if _whole_pipeline(source): return FoundIRv2Pipeline.from_pretrained(source, torch_dtype=dtype, **(dict(quantization_config=quantization) if quantization else {}))
+    if _whole_pipeline(source): return FoundIRv2Pipeline.from_pretrained(source, dtype=dtype, **(dict(quantization_config=quantization) if quantization else {}))
     if quantization: raise FoundIRError(f"{source} is no whole pipeline, and only such can be quantised while it is loaded: write one with load_pipeline(...).save_pretrained(FOLDER)")
     has = lambda name: isinstance(source, Path) and (source / name).exists()
     if has("pipeline.json"):

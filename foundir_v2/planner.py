@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from .base import resolve_model
 from .core import DTYPES, FoundIRError, pick_dtype
-from .tiling import TileGrid, tile_grid
+from .tiling import BAND, TileGrid, tile_grid
 from .unet import CONTEXT_WINDOWS, OWN_MODULES, FoundIRUNet
 from .vae import PatchAutoencoderKL, lq_encoder_config, vae_scale_factor
 
@@ -188,7 +188,7 @@ def weight_bytes(
     return {name: sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for name, m in _in_precision(skeleton, dtype, fp8).items()}
 
 # %% ../nbs/51_planner.ipynb #2570d6fc
-STAGES = MappingProxyType(dict(text=("text_encoder", "text_encoder_2"), encode=("vae",), embed=("unet",), condition=("unet",), predict=("unet",), decode=("vae",), finish=()))  # stage -> models that it uses
+STAGES = MappingProxyType(dict(text=("text_encoder", "text_encoder_2"), encode=("vae",), embed=("unet",), condition=("unet",), predict=("unet",), step=("unet",), decode=("vae",), finish=()))  # stage -> models that it uses
 
 def _stage_call(models: Mapping[str, nn.Module], stage: str, height: int, width: int, dtype: torch.dtype) -> Callable[[], Any]:
     "What a stage does for one tile (text: for two texts), on meta tensors."
@@ -204,6 +204,7 @@ def _stage_call(models: Mapping[str, nn.Module], stage: str, height: int, width:
         embed=lambda: unet.embed_lq(empty(pixels)),
         condition=lambda: unet.condition(empty(latents), empty(features)),
         predict=lambda: unet(empty(latents), torch.tensor(1), empty(1, 77, c.cross_attention_dim), features=empty(features), added_cond_kwargs=added()),
+        step=lambda: None,
         decode=lambda: vae.decode(empty(latents, dtype=vae.dtype)),
         finish=lambda: None)[stage]
 
@@ -261,11 +262,13 @@ def _canvases(skeleton: Skeleton, plan: Plan, size: tuple[int, int], start: str,
     latents = 4 * c.in_channels * cells
     itemsize = DTYPES[plan.dtype].itemsize
     embedding = c.block_out_channels[0] * cells * (4 if tiles > 1 and skeleton.unet.lq_margin is None else itemsize)
-    context = 3 * c.lq_context_width * cells // CONTEXT_WINDOWS[0] ** 2 * itemsize if tiles > 1 else 0  # means, maxima and what comes of them, in the smallest windows
+    context = c.lq_context_width * cells // CONTEXT_WINDOWS[0] ** 2 * itemsize if tiles > 1 else 0  # what comes of the smallest windows; while they are collected, there is no embedding yet
     rgb = 4 * 3 * pixels  # float32
     picture = 3 * pixels if plan.device == "cpu" else 0  # as stored; only crops of it go to an accelerator
     finish = rgb + 3 * 4 * pixels + 2 * 3 * pixels if plan.device == "cpu" else rgb + 4 * pixels  # a few float planes, integers, Pillow's copy
-    used = dict(text=0, encode=2 * latents, embed=latents + embedding + context, condition=4 * latents + embedding, predict=4 * latents + embedding, decode=latents + (rgb if vae_tiles > 1 else 0), finish=finish)
+    prediction = 2 * latents + embedding  # before the step, and what the U-Net makes of it
+    step = prediction + (4 * latents if cells <= BAND else latents + 4 * 4 * c.in_channels * BAND)  # what Euler holds besides its inputs
+    used = dict(text=0, encode=2 * latents, embed=latents + embedding + context, condition=prediction, predict=prediction, step=step, decode=latents + (rgb if vae_tiles > 1 else 0), finish=finish)
     if start != "lq": del used["encode"]
     return {stage: picture + n for stage, n in used.items()}
 

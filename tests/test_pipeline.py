@@ -1,6 +1,7 @@
 "The pipeline on real classes at a tiny size with untrained weights: numbers, shapes, seeds, batches, tiles, saving, refusals."
 import json, logging, subprocess, sys, weakref
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
@@ -410,6 +411,28 @@ def test_every_noise_scheduler_by_name(base, unet, name):
     assert torch.equal(a[1], b[1]) and torch.isfinite(a[0]).all() and a[0].std() > 0.01
     torch.testing.assert_close(a[1], run(pipe, images[1], seed=2, **options)[0], atol=1e-4, rtol=0)
     assert type(pipe.scheduler) is EulerDiscreteScheduler and dict(pipe.scheduler.config) == before
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_steps_in_bands(base, unet, name, monkeypatch):
+    "A canvas stepped in bands is the canvas stepped at once; where noise is drawn, it is other noise, different in every band, but still each picture's own."
+    if name == "lms": pytest.importorskip("scipy")
+    pipe, seen = assemble(base, unet, SDXL_SCHEDULE), []
+    options = dict(num_inference_steps=12, start="lq", noise_scheduler=name)
+    images = [picture(32, 16, 0), picture(32, 16, 1)]
+    whole = run(pipe, images, generator=seeded(1, 2), tile_batch=2, **options)
+    bands = partial(P.BandedSteps, band=8)
+    monkeypatch.setattr(P, "BandedSteps", lambda *args: seen.append(bands(*args)) or seen[-1])
+    banded = run(pipe, images, generator=seeded(1, 2), tile_batch=2, **options)
+    assert [(b.start, b.stop) for b in seen[0].bands] == [(0, 2), (2, 4), (4, 6), (6, 8)] and len(seen[0].noise_schedulers) == 4
+    torch.testing.assert_close(banded[1], run(pipe, images[1], seed=2, **options)[0], atol=1e-4, rtol=0)
+    if name in ("ddpm", "eulerancestral", "kdpm2ancestral"): assert not torch.allclose(banded[0], whole[0], atol=1e-2) and abs(banded[0].std() / whole[0].std() - 1) < 0.2
+    else: torch.testing.assert_close(banded, whole, atol=1e-5, rtol=0)
+
+def test_what_looks_at_a_whole_picture_is_not_cut_into_bands(sdxl):
+    bands = lambda noise_scheduler: len(P.BandedSteps(noise_scheduler, 8, 4, band=8).bands)
+    assert bands(sdxl.scheduler) == 4 and bands(DDIMScheduler(thresholding=True)) == 1
+    sdxl.scheduler.noise_sampler = None  # as noise schedulers with a Brownian tree
+    assert bands(sdxl.scheduler) == 1
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_noise_scheduler_that_cannot_run_the_schedule_is_refused(pipe, name):
