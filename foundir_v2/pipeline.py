@@ -431,48 +431,46 @@ class BandedSteps:
     def __init__(
         self,
         noise_scheduler: SchedulerMixin,  # with its timesteps set; changed: its state
-        height: int,  # of the canvas
-        width: int,
         generators: list[torch.Generator] | None = None,  # one per picture, for noise schedulers that draw noise
         band: int = BAND,  # latent pixels at a time, in whole rows
     ):
-        undivided = noise_scheduler.config.get("thresholding") or hasattr(noise_scheduler, "noise_sampler")  # it looks at whole pictures, or would give every band the same noise
-        self.bands = cut_spans(height, height if undivided else max(band // width, 1), margin=0)
-        self.noise_schedulers = [noise_scheduler]
+        self.undivided = noise_scheduler.config.get("thresholding") or hasattr(noise_scheduler, "noise_sampler")  # it looks at whole pictures, or would give every band the same noise
         draws_noise = "generator" in inspect.signature(noise_scheduler.step).parameters
-        self.options = dict(generator=generators) if draws_noise else {}
+        self.noise_schedulers, self.options, self.band = [noise_scheduler], dict(generator=generators) if draws_noise else {}, band
 
     def __call__(
         self,
         output: Tensor,  # (N, C, h, w), the U-Net's
-        t: Tensor,  # the timestep
+        t: Tensor,  # the timestep; the noise scheduler has scaled its input for it
         latents: Tensor,  # (N, C, h, w), before the step
     ) -> Tensor:  # (N, C, h, w), after it
         step = lambda noise_scheduler, output, latents: noise_scheduler.step(output, t, latents, return_dict=False, **self.options)[0]
-        if len(self.bands) == 1: return step(self.noise_schedulers[0], output, latents)
-        if len(self.noise_schedulers) == 1: self.noise_schedulers += [deepcopy(self.noise_schedulers[0]) for _ in self.bands[1:]]  # now that it has scaled its first input
-        after = torch.empty_like(latents)
-        for noise_scheduler, rows in zip(self.noise_schedulers, self.bands):
-            at = (..., slice(rows.start, rows.stop), slice(None))
-            after[at] = step(noise_scheduler, output[at], latents[at])
+        height, width = output.shape[-2:]
+        rows = height if self.undivided else max(self.band // width, 1)
+        if rows >= height: return step(self.noise_schedulers[0], output, latents)
+        after = torch.empty_like(latents, dtype=output.dtype)
+        bands = list(zip(*(x.split(rows, dim=-2) for x in (after, output, latents))))
+        while len(self.noise_schedulers) < len(bands): self.noise_schedulers.append(deepcopy(self.noise_schedulers[0]))  # before the first step
+        for noise_scheduler, (y, *inputs) in zip(self.noise_schedulers, bands): y.copy_(step(noise_scheduler, *inputs))
         return after
 
 # %% ../nbs/54_pipeline.ipynb #e2c1a30d
 def denoise(
     pipe: DiffusionPipeline,
-    noise_scheduler: SchedulerMixin,  # changed: its timesteps and state
+    noise_scheduler: SchedulerMixin,
     job: Job,  # its noise is taken
     settings: Settings,
     on_step: Callable[[int, Tensor, Tensor], Tensor],  # (step, timestep, latents) -> latents
 ) -> Tensor:  # (N, C, h, w) float32
     "From noise to latents: embed the LQ once, then predict tile by tile and step on the whole canvas."
     unet, (noise, job.noise) = pipe.unet, (job.noise, None)
+    noise_scheduler = deepcopy(noise_scheduler)  # some remember canvases: those go with the copy
     tiled = lambda function, grid=job.grid: map_tiles(function, len(job.pictures), grid, settings.tile_batch)
     timesteps = set_timesteps(noise_scheduler, settings.steps, job.device)
     latents = start_latents(noise_scheduler, noise, settings.start, lambda: tiled(lambda tiles: encode_image(pipe.vae, job.lq(tiles, *job.vae_grid.tile_shape)), job.vae_grid))
     del noise
     lq_embedding = embed_pictures(unet, job, settings.tile_batch)
-    step = BandedSteps(noise_scheduler, *latents.shape[-2:], job.generators)
+    step = BandedSteps(noise_scheduler, job.generators)
     begin, end = settings.guidance_interval
     for i, t in enumerate(timesteps):
         guidance = settings.guidance if job.negatives is not None and begin <= i / len(timesteps) < end else None

@@ -262,7 +262,7 @@ def _canvases(skeleton: Skeleton, plan: Plan, size: tuple[int, int], start: str,
     latents = 4 * c.in_channels * cells
     itemsize = DTYPES[plan.dtype].itemsize
     embedding = c.block_out_channels[0] * cells * (4 if tiles > 1 and skeleton.unet.lq_margin is None else itemsize)
-    context = c.lq_context_width * cells // CONTEXT_WINDOWS[0] ** 2 * itemsize if tiles > 1 else 0  # what comes of the smallest windows; while they are collected, there is no embedding yet
+    context = c.lq_context_width * cells // CONTEXT_WINDOWS[0] ** 2 * itemsize if tiles > 1 else 0  # what comes of the smallest windows; collecting them takes four times that, before the wider embedding is there
     rgb = 4 * 3 * pixels  # float32
     picture = 3 * pixels if plan.device == "cpu" else 0  # as stored; only crops of it go to an accelerator
     finish = rgb + 3 * 4 * pixels + 2 * 3 * pixels if plan.device == "cpu" else rgb + 4 * pixels  # a few float planes, integers, Pillow's copy

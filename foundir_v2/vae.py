@@ -189,7 +189,7 @@ def features_to_latents(
     vae: nn.Module, # a `PatchAutoencoderKL` or an `AutoencoderKL`
     features_BFhw: Tensor, # of an LQ encoder that mirrors `vae`'s
 ) -> Tensor: # (B, latent_channels, h, w), as `vae.encode(x).latent_dist.mode()` gives them
-    "The latents that `vae`'s own output layers make of an LQ encoder's features."
+    "The latents that `vae`'s own output layers make of an LQ encoder's features, before `scaling_factor`."
     e = vae.encoder
     if isinstance(vae, AutoencoderKL): features_BFhw = e.conv_out(e.conv_act(e.conv_norm_out(features_BFhw)))
     moments = features_BFhw if vae.quant_conv is None else vae.quant_conv(features_BFhw)
