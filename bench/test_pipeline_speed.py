@@ -66,7 +66,7 @@ def plain_restore(pipe, image):
     return (total / weight)[0]
 
 def test_speed_against_the_plain_way(pipe):
-    "2048 x 2048 in tiles of 512, a prompt and guidance 5: the same picture sooner; with less overlap, and where guidance has no effect, much sooner."
+    "2048 x 2048 in tiles of 512, a prompt and guidance 5: the same picture sooner; with less overlap, and where guidance has no effect, much sooner. The largest difference comes from Euler, whose float32 sample is 4096 times the noise here: one unit in its last place is 1e-4 of the picture (with DDIM the pictures differ by 1e-6)."
     image = picture(SIDE)
     runs = {"plain": lambda: plain_restore(pipe, image), "equal overlap": lambda: restore(pipe, image, tile_overlap=0.5), "defaults": lambda: restore(pipe, image),
             "no effect of guidance": lambda: restore(pipe, image, prompt="")}

@@ -62,7 +62,7 @@ def run_name(
     module: str, # the module that does the work; its import closure is hashed
     files: Iterable[str | Path] = (), # inputs; a folder stands for all files below it
 ) -> str: # 12 hexadecimal digits
-    "The name of a run: equal names, equal results. Raises `FileNotFoundError` for an input that is not there."
+    "The name of a run: with the same libraries and hardware, equal names are equal results. Raises `FileNotFoundError` for an input that is not there."
     inputs = []
     for path in map(Path, files):
         if not path.exists(): raise FileNotFoundError(f"no input at {path}: run the stage that makes it")
@@ -89,11 +89,13 @@ def atomic_folder(
     for stale in path.parent.glob(f".{path.name}.*.partial"): shutil.rmtree(stale)  # of a killed process
     tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     tmp.mkdir()
+    old = tmp.with_name(f"{tmp.name.removesuffix('.partial')}.old.partial") # what is replaced goes at once, too
     try:
         yield tmp
         _sync(tmp)
-        if path.exists(): shutil.rmtree(path)
+        if path.exists(): os.replace(path, old)
         os.replace(tmp, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/60_checkpoint.ipynb #0842f7b0
@@ -127,7 +129,10 @@ def _save(self: Checkpoints, accelerator: Accelerator, step: int) -> Path:
         _sync(tmp)
         if self.path(step).exists(): shutil.rmtree(self.path(step))
         os.replace(tmp, self.path(step))
-        for old in self.steps()[:-self.keep]: shutil.rmtree(self.path(old))
+        for old in self.steps()[:-self.keep]:
+            gone = self.folder / f".partial-old-{old:09d}" # half a checkpoint must not look like a whole one
+            os.replace(self.path(old), gone)
+            shutil.rmtree(gone)
     return self.path(step)
 
 def _restore(self: Checkpoints, accelerator: Accelerator) -> int | None:

@@ -82,6 +82,7 @@ def light(
 class Judge(Protocol):
     "Anything that measures pictures."
     name: str
+    measures: tuple[str, ...] # what its call returns
 
     def __call__(
         self,
@@ -144,7 +145,7 @@ def make_thresholds(
     known = [m for j in judges for m in j.measures]
     if unknown := [m for m in limits if m not in known]: raise FoundIRError(f"unknown measure {', '.join(unknown)}: choose from {', '.join(known)}")
     for m, pair in limits.items():
-        if not isinstance(pair, Sequence) or len(pair) != 2: raise FoundIRError(f"threshold {m}: {pair!r} must be two numbers, [review, reject]")
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(x, (int, float)) for x in pair): raise FoundIRError(f"threshold {m}: {pair!r} must be two numbers, [review, reject]")
     return [Threshold(m, *map(float, pair)) for m, pair in limits.items()]
 
 # %% ../nbs/18_clean.ipynb #9e26de9e
@@ -163,12 +164,14 @@ def read_manual(
     path: str | Path | None, # CSV with photo, verdict, reason; None: nobody looked
     photos: Sequence[str],   # the names that exist
 ) -> dict[str, tuple[str, str]]: # photo -> verdict, reason
-    "The human's verdicts. Raises `FoundIRError` on a missing file or column, an unknown photo or verdict."
+    "The human's verdicts. Raises `FoundIRError` on a missing file or column, an unknown photo or verdict, a photo judged twice."
     if path is None: return {}
     try: table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError: raise FoundIRError(f"no manual verdicts at {path}: write a CSV with photo,verdict,reason or set `manual` to null") from None
     except (ValueError, pd.errors.ParserError): raise FoundIRError(f"{path} is no CSV with the columns photo,verdict,reason") from None
     if lacking := {"photo", "verdict", "reason"} - set(table): raise FoundIRError(f"{path} lacks the columns {', '.join(sorted(lacking))}")
+    if not isinstance(table.index, pd.RangeIndex): raise FoundIRError(f"{path} has rows of more than three fields: put a reason with a comma in quotes")
+    if twice := sorted(set(table.photo[table.photo.duplicated()])): raise FoundIRError(f"{path} judges {', '.join(twice[:3])} twice: keep one row each")
     if unknown := sorted(set(table.photo) - set(photos)): raise FoundIRError(f"{path} names unknown photos: {', '.join(unknown[:3])}")
     if wrong := sorted(set(table.verdict) - {ACCEPTED, REVIEW, REJECTED}): raise FoundIRError(f"{path}: unknown verdict {', '.join(wrong)}; choose from {ACCEPTED}, {REVIEW}, {REJECTED}")
     return {r.photo: (r.verdict, f"manual: {r.reason}") for r in table.itertuples()}
@@ -187,7 +190,8 @@ def clean(
     window: int = 1024, # pixels of a large picture that are looked at
     manual: Mapping[str, tuple[str, str]] | None = None, # as `read_manual` returns it
 ) -> pd.DataFrame: # the same rows with verdict and reason filled in, and a column per measure
-    "Judge every picture of an index."
+    "Judge every picture of an index. Raises `FoundIRError` for a window too small to measure anything."
+    if window < 16: raise FoundIRError(f"window {window}: the statistics need at least 16 pixels")
     rows = []
     for row in index.itertuples():
         measures, verdict, reason = {}, row.verdict, row.reason

@@ -5,7 +5,7 @@
 # %% ../nbs/90_cli.ipynb #7ea7fbb3
 from __future__ import annotations
 import argparse, glob, hashlib, itertools, json, logging, os, sys, time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -398,7 +398,7 @@ def limits_from(
     for text in texts:
         measure, _, numbers = text.partition("=")
         try: limits[measure] = [float(n) for n in numbers.split(",")]
-        except ValueError: raise FoundIRError(f"--limit {text}: write MEASURE=REVIEW,REJECT, for instance noise=0.02,0.05") from None
+        except ValueError: raise FoundIRError(f"--limit {text}: write MEASURE=REVIEW,REJECT, for instance noise=4,6") from None
     return limits
 
 def run_clean(args: argparse.Namespace) -> int:
@@ -425,7 +425,7 @@ def run_clean(args: argparse.Namespace) -> int:
 def add_clean(sub: Any) -> None:
     p = sub.add_parser("clean", help="measure and judge pictures that are to be ground truth", description="Measure and judge pictures that are to be ground truth.")
     p.add_argument("input", metavar="FOLDER", help="with its subfolders")
-    p.add_argument("--limit", action="append", default=[], metavar="MEASURE=REVIEW,REJECT", help="for instance noise=0.02,0.05; may be repeated (default: only measure)")
+    p.add_argument("--limit", action="append", default=[], metavar="MEASURE=REVIEW,REJECT", help="for instance noise=4,6 detail=0.52,0.48; may be repeated (default: only measure)")
     p.add_argument("--metrics", metavar="NAMES", help="also no-reference metrics, for instance piqe,niqe")
     p.add_argument("--csv", metavar="FILE", help="also write the table")
     p.set_defaults(run=run_clean)
@@ -459,13 +459,13 @@ def run_train(args: argparse.Namespace) -> int:
     quiet_libraries()
     from foundir_v2.train import read_config, train
     result = train(read_config(args.config, args.stage, args.set))
-    print(f"{result.output}: {len(result.steps)} steps, last loss {result.steps[-1]['loss']:.4f}")
+    print(f"{result.output}: {len(result.steps)} steps" + (f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""))
     return 0
 
 def add_train(sub: Any) -> None:
     p = sub.add_parser("train", help="train one stage", description="Train one stage. Killed and started again, it goes on from its last checkpoint.")
     p.add_argument("--config", required=True, metavar="FILE", help="YAML: with --stage a parameter file such as params.yaml, else the fields of TrainConfig")
-    p.add_argument("--stage", type=int, choices=(1, 2), help="which stage of the parameter file")
+    p.add_argument("--stage", type=int, choices=(0, 1, 2), help="which stage of the parameter file")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace or add fields, for instance steps=10 output=artifacts/try")
     p.set_defaults(run=run_train)
 
@@ -490,7 +490,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def add_evaluate(sub: Any) -> None:
     p = sub.add_parser("evaluate", help="compare restorers on held-out pictures", description="Compare restorers on held-out pictures with known truth, and print the means per category.")
-    p.add_argument("restorers", nargs="+", metavar="RESTORER", help="identity, bicubic, unsharp, levels, pipeline:NAME_OR_PATH, vae:BASE or folder:INPUTS,RESULTS")
+    p.add_argument("restorers", nargs="+", metavar="RESTORER", help="identity, bicubic, unsharp, levels, pipeline:NAME_OR_PATH, trained:FOLDER, vae:BASE or folder:INPUTS,RESULTS")
     p.add_argument("--manifest", default="artifacts/manifest/manifest.parquet", metavar="FILE", help="default: %(default)s")
     p.add_argument("--split", default="test", help="default: %(default)s")
     p.add_argument("--task", action="append", metavar="NAME", help="a sub-task; may be repeated (default: all)")
@@ -516,6 +516,18 @@ def add_report(sub: Any) -> None:
     p.set_defaults(run=run_report)
 
 # %% ../nbs/90_cli.ipynb #e39ebc2e
+def _recall(
+    rows: Sequence[Mapping[str, Any]], # of a mixture log, not empty
+) -> Any: # a `DataEquilibrium`; its memory is that of the run; its weights aren't
+    "What data equilibrium scheduling remembers of the scores in a log."
+    from foundir_v2.mixture import DataEquilibrium
+    steps: dict[int, dict[str, float]] = {}
+    for r in rows: steps.setdefault(r["step"], {})[r["task"]] = r["score"]
+    witness = DataEquilibrium(next(iter(steps.values())), alpha=1e-9)
+    for step, scores in steps.items():
+        if None not in scores.values(): witness.update(scores, step)
+    return witness
+
 def run_mixture_update(args: argparse.Namespace) -> int:
     "`foundir-v2 mixture update`"
     from foundir_v2.mixture import DataEquilibrium, MixtureError, mixture_rows, read_mixture, write_mixture
@@ -523,11 +535,11 @@ def run_mixture_update(args: argparse.Namespace) -> int:
     try: scores = {task: float(value) for task, _, value in pairs}
     except ValueError: raise MixtureError("scores are written as TASK=NUMBER, for instance deblur=24.1 denoise=27.3") from None
     rows = read_mixture(args.log) if Path(args.log).exists() else []
-    last = [r for r in rows if r["step"] == rows[-1]["step"]]
-    if last and args.step <= last[0]["step"]: raise MixtureError(f"--step {args.step} is not after the last one in {args.log}, {last[0]['step']}")
-    memory = dict(start={r["task"]: r["weight"] for r in last}, initial_scores={r["task"]: r["score"] for r in last}) if last else {}
+    last = {r["task"]: r["weight"] for r in rows if r["step"] == rows[-1]["step"]} or None
+    if last and args.step <= rows[-1]["step"]: raise MixtureError(f"--step {args.step} is not after the last one in {args.log}, {rows[-1]['step']}")
     options = dict(alpha=args.alpha, score_scale=args.score_scale, min_step=args.min_step, max_step=args.max_step, floor=args.floor)
-    des = DataEquilibrium(memory.get("start", scores), **options, **memory)
+    des = DataEquilibrium(last or scores, **options, start=last)
+    if last: des.load_state_dict({**_recall(rows).state_dict(), "weights": last})
     weights = des.update(scores, args.step)
     write_mixture([*rows, *mixture_rows(args.step, weights, scores)], args.log)
     print(json.dumps({task: round(weight, 6) for task, weight in weights.items()}))
@@ -574,7 +586,7 @@ def run_mixture_simulate(args: argparse.Namespace) -> int:
 
 def add_mixture_simulate(actions: Any) -> None:
     p = actions.add_parser("simulate", help="race policies on simulated learning curves", description="Race mixture policies on simulated learning curves, against the best fixed mixture.")
-    p.add_argument("curves", nargs="?", default="tiny", metavar="CURVES", help="curves (.json), the record of a run to fit them to (mixture.csv or log.jsonl), or 'tiny': those of the embedded default's training (default: %(default)s)")
+    p.add_argument("curves", nargs="?", default="tiny", metavar="CURVES", help="curves (.json), the record of a run to fit them to (mixture.csv or log.jsonl), or 'tiny': those of a training with an earlier setting of the embedded default (default: %(default)s)")
     p.add_argument("--policy", action="append", metavar="NAME[:OPTION=VALUE,...]", help="for instance des:alpha=0.3,floor=0.05; may be repeated (default: fixed, some DES and slope)")
     p.add_argument("--updates", type=int, default=30, metavar="N", help="updates of the mixture per run (default: %(default)s)")
     p.add_argument("--interval", type=float, default=160, metavar="SAMPLES", help="samples between two updates (default: %(default)s)")

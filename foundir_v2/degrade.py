@@ -9,7 +9,7 @@ __all__ = ['OPERATORS', 'srgb_to_linear', 'linear_to_srgb', 'convolve', 'motion_
            'draw_parameters', 'check_image', 'apply', 'degrade']
 
 # %% ../nbs/12_degrade.ipynb #ce4c698c
-import io, math
+import inspect, io, math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -87,6 +87,7 @@ def motion_kernel(
     points: int = 64,
 ) -> Tensor:  # (31, 31), sums to 1
     "Point spread function of a moving camera: a path of constant speed with a randomly turning heading (after Boracchi & Foi 2012)."
+    if not 0 <= length <= 2 * _RADIUS - 1: raise FoundIRError(f"motion blur of {length} px: the kernel holds 0 to {2 * _RADIUS - 1}")
     turns = torch.randn(points - 1, generator=generator("motion", seed)) * wobble / math.sqrt(points - 1)
     heading = math.radians(angle) + turns.cumsum(0)
     step = length / (points - 1)
@@ -238,7 +239,7 @@ def _drop_heights(h: int, w: int, cover: float, radius: float, g: torch.Generato
 def raindrop(
     image: Tensor,  # (3, H, W)
     cover: float,  # fraction of the lens under drops
-    radius: float,  # of the largest drops, px, at most 14
+    radius: float,  # of the largest drops, px
     defocus: float,  # radius of the blur inside drops, px
     seed: int,
 ) -> Tensor:  # (3, H, W)
@@ -332,12 +333,21 @@ def check_image(image: Tensor) -> None:
     if not (low >= -1e-3 and high <= 1 + 1e-3): raise FoundIRError(f"expected values in [0, 1], got [{low:.3g}, {high:.3g}]: rescale or clamp the image")
 
 
+def _check_call(operator: str, parameters: Mapping[str, Any]) -> None:
+    "Raise `FoundIRError` unless the operator exists and takes these parameters."
+    if operator not in OPERATORS: raise FoundIRError(f"unknown operator {operator!r}; choose one of {', '.join(OPERATORS)}")
+    signature = inspect.signature(OPERATORS[operator])
+    try: signature.bind(None, **parameters)
+    except TypeError as e: raise FoundIRError(f"operator {operator}: {e}; its parameters are {', '.join(list(signature.parameters)[1:])}") from None
+
+
 def apply(
     image: Tensor,  # (3, H, W) in [0, 1], sRGB-encoded
     applied: list[Applied],  # as `draw_parameters` returns them
-) -> Tensor:  # (3, h, w), multiples of 1/255 in [0, 1], dtype and device of `image`
-    "Run the operators in order, clamping after each, and round to 8 bits: a pure function."
+) -> Tensor:  # (3, h, w), multiples of 1/255 in [0, 1] (as near as `image`'s dtype comes), dtype and device of `image`
+    "Run the operators in order, clamping after each, and round to 8 bits: a pure function. Raises `FoundIRError` for a bad image, operator or parameter."
     check_image(image)
+    for operator, parameters in applied: _check_call(operator, parameters)
     x = image.float().clamp(0, 1)
     for operator, parameters in applied: x = OPERATORS[operator](x, **parameters).clamp(0, 1)
     return ((x * 255).round() / 255).to(image.dtype)

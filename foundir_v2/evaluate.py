@@ -96,11 +96,14 @@ def compare(
     control: str | None = None, # the system that is also run on `shuffled(items)`
     watch: Callable[[str, Any, Tensor], None] | None = None, # called with (name, item, restored picture)
 ) -> pd.DataFrame: # the systems' tables below each other
-    "Score several restorers on the same items. Raises `FoundIRError` as `evaluate` does, and if the control is none of the systems."
+    "Score several restorers on the same items. Raises `FoundIRError` as `evaluate` does, and if the control or the items can't be used."
     if control is not None and control not in systems: raise FoundIRError(f"unknown control {control!r}: choose from {', '.join(systems)}")
     if SHUFFLED in systems: raise FoundIRError(f"a system can't be called {SHUFFLED!r}: that is the control's name")
+    if control is not None and getattr(systems[control], "uses_ground_truth", False): raise FoundIRError(f"{control!r} is given the ground truth, never the wrong picture: choose another control")
+    if len({(as_subtask(i.subtask).name, i.photo, i.seed) for i in items}) < len(items): raise FoundIRError("two items have the same sub-task, photo and seed: name every sub-task once")
+    wrong = None if control is None else shuffled(items) # refuses what can't be shuffled before hours of work
     tables = [evaluate(restorer, items, metrics, name, watch) for name, restorer in systems.items()]
-    if control is not None: tables.append(evaluate(systems[control], shuffled(items), metrics, SHUFFLED, watch))
+    if control is not None: tables.append(evaluate(systems[control], wrong, metrics, SHUFFLED, watch))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/70_evaluate.ipynb #9269e87f
@@ -179,7 +182,7 @@ def metrics_tree(
     "All that is published about a comparison, as JSON-serialisable dictionaries."
     shown, wrong = scores[scores.restorer != SHUFFLED], scores[scores.restorer == SHUFFLED]
     means = _means(shown)
-    tree = {"categories": {c: v for c, v in means.items() if c != "mean"}, "mean": means["mean"],
+    tree = {"categories": {c: v for c, v in means.items() if c != "mean"}, "mean": means.get("mean", {}),
             "interval95": _nested((r.category, r.restorer, r.metric, (r.low, r.high)) for r in intervals(shown).itertuples())}
     if baseline in set(shown.restorer) and shown.restorer.nunique() > 1:
         gain = gains(shown, baseline)
@@ -192,8 +195,9 @@ def metrics_tree(
 def _control(means: dict, wrong: dict, control: str) -> dict:
     "The control's means, and how much worse they are."
     wrong = {c: systems[SHUFFLED] for c, systems in wrong.items()}
-    cost = {m: round(oriented(m, v - wrong["mean"][m]), 4) for m, v in means["mean"][control].items()}
-    return {"system": control, "categories": {c: v for c, v in wrong.items() if c != "mean"}, "mean": wrong["mean"], "cost": cost}
+    mean = wrong.get("mean", {}) # there is none if a metric had nothing to say
+    cost = {m: round(oriented(m, v - mean[m]), 4) for m, v in means.get("mean", {}).get(control, {}).items() if m in mean}
+    return {"system": control, "categories": {c: v for c, v in wrong.items() if c != "mean"}, "mean": mean, "cost": cost}
 
 # %% ../nbs/70_evaluate.ipynb #52892d25
 def write_metrics(

@@ -414,7 +414,9 @@ class ScheduledMixture(Mixture):
         steps = sorted(table)
         for step in steps: check_step(step)
         if steps[0] != 0: raise MixtureError(f"the schedule starts at step {steps[0]}, expected 0")
-        super().__init__(check_tasks(table[0]), table[0])
+        tasks = check_tasks(table[0])
+        check_weights(table[0], tasks, "weights at step 0")
+        super().__init__(tasks, table[0])
         self.table = {int(s): dict(zip(self.tasks, check_weights(table[s], self.tasks, f"weights at step {s}").tolist())) for s in steps}
 
     def at(self, step: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class Settings:
     def __post_init__(self):
         for name, choices in dict(start=STARTS, color_fix=COLOR_FIXES, offset_unit=OFFSET_UNITS, output_type=OUTPUT_TYPES).items():
             if (value := getattr(self, name)) not in choices: raise FoundIRError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
+        for name in ("steps", "guidance", "upscale", "tile_size", "tile_overlap", "tile_batch"):
+            if not isinstance(getattr(self, name), Real): raise FoundIRError(f"{name}={getattr(self, name)!r}: give a number")
         whole = lambda x, least: x >= least and x == int(x)
         for name, ok, want in (
             ("steps", whole(self.steps, 1), "a whole number from 1 (num_inference_steps)"),

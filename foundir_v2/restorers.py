@@ -84,7 +84,7 @@ class Levels:
 
 # %% ../nbs/76_restorers.ipynb #aab759be
 class VAEBound:
-    "Decodes the encoded *ground truth*: what a perfect model in this VAE's latent space would reach."
+    "Decodes the encoded *ground truth*: what a model reaches that predicts the clean picture's latents exactly."
     name = "vae"
     uses_ground_truth = True
 
@@ -133,6 +133,7 @@ def export_inputs(
     folder: str | Path,   # made if needed
 ) -> list[Path]: # one PNG per item, in the items' order
     "Write a benchmark's degraded pictures for another program to restore. Raises `FoundIRError` if two items would get one name."
+    items = list(items)
     paths = [Path(folder)/f"{i.photo.replace('/', '__')}--{as_subtask(i.subtask).name}--{i.seed}.png" for i in items]
     if len(set(paths)) < len(paths): raise FoundIRError(f"two of the {len(paths)} items have the same photo, sub-task and seed: give each a seed of its own")
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -157,6 +158,7 @@ class FolderRestorer:
             found = [p for s in self.suffixes if (p := Path(results)/f"{path.stem}{s}").is_file()]
             if len(found) != 1: raise FoundIRError(f"{results} holds {len(found)} results for {path.name}, expected one of {', '.join(path.stem + s for s in self.suffixes)}")
             self.results[_digest(load_image(path))] = found[0]
+        if not self.results: raise FoundIRError(f"no PNG files in {inputs}: export the inputs first")
 
     def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
         path = self.results.get(_digest(lq))
@@ -177,10 +179,12 @@ def load_trained(
 SIMPLE: Mapping[str, type] = {c.name: c for c in (Identity, Bicubic, Unsharp, Levels)}
 
 def _diffusion(kind: str, argument: str, options: Mapping[str, Any]) -> PipelineRestorer:
-    from foundir_v2.pipeline import load_pipeline
+    from foundir_v2.pipeline import load_pipeline, resolve_settings
     pipe = load_trained(argument) if kind == "trained" else load_pipeline(argument)
     pipe.set_progress_bar_config(disable=True)
-    return PipelineRestorer(pipe, **options)
+    restorer = PipelineRestorer(pipe, **options)
+    resolve_settings(pipe, 1, steps=restorer.options["num_inference_steps"], guidance=restorer.options["guidance_scale"], start=restorer.options["start"]) # refuses what can't be, before any system ran
+    return restorer
 
 def _bound(base: str) -> VAEBound:
     from foundir_v2.base import load_base

@@ -193,6 +193,8 @@ class SamplerState:
         "The state after `consumed` steps, with the mixture's own."
         last = self.position.step
         step = last if consumed is None else int(check_number(consumed, "consumed", self._origin.step, last))
+        updated = getattr(self.mixture, "step", None)
+        if updated is not None and updated > step: raise MixtureError(f"the mixture was updated at step {updated}: the state after step {step} is gone")
         here = self._origin.after(step - self._origin.step, self.per_step)
         return {"version": self.version, "seed": self.seed, "lengths": dict(self.lengths), "step": here.step, "sample": here.sample,
                 "tally": tally_state(self._tally, here.sample), "mixture": self.mixture.state_dict() if hasattr(self.mixture, "state_dict") else None}
@@ -240,7 +242,8 @@ class MixtureSampler(SamplerState):
     ):
         self.batch_size, self.world_size = check_count(batch_size, "batch_size"), check_count(world_size, "world_size")
         super().__init__(lengths, mixture, seed, self.batch_size * self.world_size)
-        self.rank = int(check_number(rank, "rank", 0, self.world_size - 1))
+        if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or not 0 <= rank < self.world_size: raise MixtureError(f"rank is {rank!r}, expected a whole number from 0 to {self.world_size - 1}")
+        self.rank = int(rank)
         self.interval = None if interval is None else check_count(interval, "interval")
         self.exhaustion, self.epochs = check_choice(exhaustion, EXHAUSTION, "exhaustion"), check_number(epochs, "epochs", 1e-9)
         self.decay = check_number(decay, "decay", 1e-9, 1)

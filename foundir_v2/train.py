@@ -10,7 +10,7 @@ __all__ = ['NO_INFLUENCE', 'MixtureConfig', 'ModelConfig', 'LoopConfig', 'TrainC
            'parser', 'read_config', 'main']
 
 # %% ../nbs/62_train.ipynb #9bb0cf7c
-import argparse, json, shutil, sys
+import argparse, json, os, shutil, sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,6 +26,7 @@ from accelerate.utils import gather_object
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -123,6 +124,11 @@ class TrainConfig(MixtureConfig, ModelConfig, LoopConfig):
         for name in ("steps", "crop", "batch_size", "gradient_accumulation", "checkpoint_every"):
             least = 0 if name == "steps" and self.stage == 0 else 1
             if getattr(self, name) < least: raise FoundIRError(f"{name}={getattr(self, name)}: must be at least {least}")
+        for name, least in dict(warmup_steps=0, num_workers=0, update_every=0, reference_steps=1).items():
+            if getattr(self, name) < least: raise FoundIRError(f"{name}={getattr(self, name)}: must be at least {least}")
+        for name in ("scale_range", "adam_betas"):
+            if len(getattr(self, name)) != 2: raise FoundIRError(f"{name}={getattr(self, name)}: give two numbers")
+        if self.max_grad_norm <= 0: raise FoundIRError(f"max_grad_norm={self.max_grad_norm}: must be above 0")
         for name in ("terminal_fraction", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1: raise FoundIRError(f"{name}={getattr(self, name)}: a share lies between 0 and 1")
         if self.learning_rate <= 0 or (self.lq_encoder_learning_rate or 1) <= 0: raise FoundIRError("a learning rate must be above 0")
@@ -137,8 +143,8 @@ class TrainConfig(MixtureConfig, ModelConfig, LoopConfig):
 def draw_noise(
     seeds: Sequence[int], # one per sample
     shape: Sequence[int], # (C, h, w) of the latents
-    num_timesteps: int, # of the noise schedule, T
-    terminal_fraction: float = 0.0, # share of samples at T - 1
+    num_timesteps: int, # of the noise schedule
+    terminal_fraction: float = 0.0, # share of samples at the last time step
     noise_offset: float = 0.0, # standard deviation of a constant added per channel
     caption_dropout: float = 0.0, # share of samples without caption
 ) -> tuple[Tensor, Tensor, list[bool]]: # noise (B, C, h, w), timesteps (B,), caption dropped?
@@ -365,7 +371,7 @@ class Learner(_Loss):
         self.lr_scheduler.step(); self.ema.step(self.parameters)
         which = torch.tensor([list(tasks).index(t) for t in batch["task"]], device=self.accelerator.device)
         values, which = self.accelerator.gather(torch.cat(per_sample)), self.accelerator.gather(which)
-        if not torch.isfinite(values).all(): raise FoundIRError("the loss is not finite: lower learning_rate, or train with mixed_precision: 'no'; the last checkpoint is intact")
+        if not torch.isfinite(values).all(): raise FoundIRError("the loss is not finite: lower learning_rate, or train with mixed_precision: 'no' (either begins a run of its own, from step 0)")
         by_task = {t: values[which == i] for i, t in enumerate(tasks)}
         return dict(loss=float(values.mean()), grad_norm=float(norm), lr=rates, task_loss={t: float(v.mean()) for t, v in by_task.items() if len(v)}, samples={t: len(v) for t, v in by_task.items()})
 
@@ -523,12 +529,16 @@ def train(
         accelerator.register_for_checkpointing(learner.ema, feed)
         checkpoints = Checkpoints(folder)
         resumed_from = checkpoints.restore(accelerator)
+        learner.ema.to(accelerator.device) # accelerate restores it to the CPU
         log = TrainLog(folder / "log.jsonl", resumed_from, folder / "dvclive" if config.dvclive else None) if main else None
         train_steps(config, learner, feed, log, checkpoints)
         if main:
             log.close()
             write_output(config, learner, folder / "log.jsonl")
-            shutil.rmtree(folder)  # the result is in place; started again, the run would be made anew
+            done = folder.with_name(f".{folder.name}.done") # at once: what is left of a folder would be taken for a run to go on with
+            shutil.rmtree(done, ignore_errors=True)
+            os.replace(folder, done)
+            shutil.rmtree(done) # the result is in place; started again, the run would be made anew
         accelerator.wait_for_everyone()
     return TrainResult(Path(config.output), read_log(Path(config.output) / "log.jsonl"), resumed_from)
 
@@ -560,7 +570,8 @@ def read_config(
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals: raise FoundIRError(f"--set {setting}: write KEY=VALUE")
-        values[key] = YAML(typ="safe", pure=True).load(text)
+        try: values[key] = YAML(typ="safe", pure=True).load(text)
+        except YAMLError as e: raise FoundIRError(f"--set {setting}: the value is no YAML ({' '.join(str(e).split())})") from None
     return from_dict(TrainConfig, values)
 
 # %% ../nbs/62_train.ipynb #7e4da7ba

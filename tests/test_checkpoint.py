@@ -138,3 +138,20 @@ def test_workers_of_a_killed_writer_are_waited_for(tmp_path):
     assert other.stdout.readline().strip() == "in"
     other.kill(); other.wait(); began = time.monotonic()
     with ck.only_writer(tmp_path / "run"): assert time.monotonic() - began < 15
+
+
+def test_half_removed_folders_never_look_whole(tmp_path, monkeypatch):
+    "Killed while an old checkpoint or an old result is removed."
+    run, folder = start(0), ck.Checkpoints(tmp_path / "run", keep=1)
+    folder.save(run[0], 1)
+    with ck.atomic_folder(tmp_path / "out") as tmp: (tmp / "a").write_text("old")
+    remove = ck.shutil.rmtree
+    def die(path, *args, **kwargs):
+        if Path(path).exists(): next(p for p in sorted(Path(path).rglob("*")) if p.is_file()).unlink(); raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(ck.shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt): folder.save(run[0], 2)
+        with pytest.raises(KeyboardInterrupt):
+            with ck.atomic_folder(tmp_path / "out") as tmp: (tmp / "a").write_text("new")
+    assert ck.shutil.rmtree is remove and folder.steps() == [2] and folder.restore(start(1)[0]) == 2
+    assert (tmp_path / "out/a").read_text() == "new"

@@ -152,3 +152,30 @@ def test_the_window_is_the_middle(size, window, expected):
     assert y.shape[1:] == expected
     top, left = (size[0] - expected[0]) // 2, (size[1] - expected[1]) // 2
     assert torch.equal(y, x[:, top:top + expected[0], left:left + expected[1]])
+
+
+class Haze:
+    "A judge of one's own."
+    name, measures = "haze", ("veil",)
+    def __call__(self, image): return {"veil": float(image.amin(0).mean())}
+
+
+def test_a_judge_of_ones_own(photo):
+    thresholds = make_thresholds({"veil": [.6, .75]}, [Haze()])
+    assert isinstance(Haze(), Judge) and judge(Haze()(photo), thresholds)[0] == ACCEPTED and judge(Haze()(photo * .3 + .7), thresholds)[0] == REJECTED
+
+
+@pytest.mark.parametrize("pair", ["46", ["a", "b"], [None, 6], [1]])
+def test_limits_that_are_no_pair_of_numbers_are_refused(pair):
+    with pytest.raises(FoundIRError, match="must be two numbers"): make_thresholds({"noise": pair}, [Statistics()])
+
+
+@pytest.mark.parametrize("window", [8, 0, -5])
+def test_a_window_too_small_to_measure_is_refused(window):
+    with pytest.raises(FoundIRError, match="at least 16"): clean(pd.DataFrame(columns=["photo", "path", "verdict", "reason"]), [Statistics()], [], window=window)
+
+
+@pytest.mark.parametrize("rows, words", [("a,rejected,rain\na,accepted,fine\n", "twice"), ("a,rejected,it rains, hard\n", "in quotes")])
+def test_manual_verdicts_that_contradict_or_break_are_refused(tmp_path, rows, words):
+    (tmp_path / "manual.csv").write_text("photo,verdict,reason\n" + rows)
+    with pytest.raises(FoundIRError, match=words): read_manual(tmp_path / "manual.csv", ["a"])

@@ -289,11 +289,12 @@ def test_degrade_is_the_librarys(tmp_path, capsys):
     assert not (tmp_path / 'c.png').exists()
 
 
-def test_mixture_log_is_the_whole_state(tmp_path, capsys):
+@pytest.mark.parametrize('scale', ['raw', 'relative', 'zscore'])
+def test_mixture_log_is_the_whole_state(tmp_path, capsys, scale):
     from foundir_v2.mixture import DataEquilibrium
-    des, log = DataEquilibrium(['a', 'b'], alpha=0.3, floor=0.05), tmp_path / 'log.csv'
+    des, log = DataEquilibrium(['a', 'b'], alpha=0.3, score_scale=scale, floor=0.05), tmp_path / 'log.csv'
     for step, scores in [(0, dict(a=20.0, b=30.0)), (10, dict(a=19.0, b=31.0)), (20, dict(a=21.5, b=31.0)), (30, dict(a=21.0, b=29.0))]:
-        assert run('mixture', 'update', log, *(f'{k}={v}' for k, v in scores.items()), '--step', step, '--alpha', 0.3, '--floor', 0.05) == 0
+        assert run('mixture', 'update', log, *(f'{k}={v}' for k, v in scores.items()), '--step', step, '--alpha', 0.3, '--floor', 0.05, '--score-scale', scale) == 0
         assert json.loads(capsys.readouterr().out) == pytest.approx(des.update(scores, step), abs=1e-6)
     assert run('mixture', 'show', log) == 0
     table = capsys.readouterr().out.splitlines()

@@ -194,3 +194,22 @@ def test_the_default_tasks_work(manifest, root):
     ds = RestorationDataset(manifest, "train", by_category(), crop=32, root=root)
     assert {ds[t, 0, s]["subtask"] for t in ds.tasks for s in range(40)} == set(SUBTASKS)
     assert all(subtask(n).category == t for t in ds.tasks for n in ds.tasks[t])
+
+
+def test_the_cache_is_bounded_and_changes_nothing(manifest, root, dataset, monkeypatch):
+    from foundir_v2 import data
+    monkeypatch.setattr(data, "CACHE", 20_000)  # one of the photographs
+    small = RestorationDataset(manifest, "train", TASKS, crop=32, root=root)
+    for d in DRAWS: assert same(small[d], dataset[d])
+    assert len(small.photos._kept) == 1 and sum(x.nbytes for x in small.photos._kept.values()) <= 20_000
+
+
+def test_no_pair_may_also_be_nan(manifest, root, dataset):
+    merged = RestorationDataset(manifest.assign(lq=float("nan")), "train", TASKS, crop=32, root=root)
+    assert same(merged[DRAWS[0]], dataset[DRAWS[0]])
+    assert len(reference_items(manifest.assign(lq=None), "reference", ["haze"], 2, 32, 0, root)) == 2
+
+
+def test_a_reference_pair_of_a_whole_category_is_refused(manifest, root):
+    pair = manifest.iloc[[2]].assign(lq="d.png", task="weather")
+    with pytest.raises(FoundIRError, match="is no sub-task"): reference_items(pd.concat([manifest, pair]), "reference", ["haze"], 1, 32, 0, root)

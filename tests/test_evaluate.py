@@ -224,3 +224,17 @@ def test_pictures_keep_the_first_item_of_every_sub_task_from_every_system(items,
         assert set(shown) == {"photograph", "input", "grey", SHUFFLED}
         assert (shown["photograph"] - item.gt).abs().max() < 0.5 / 255 + 1e-6 and (shown["input"] - item.input).abs().max() < 0.5 / 255 + 1e-6
     with pytest.raises(FoundIRError, match="no pictures"): load_pictures(tmp_path/"nothing")
+
+
+def test_what_cannot_be_compared_is_refused_before_any_work(items):
+    class Busy(Grey):
+        def __call__(self, lq, **kw): raise AssertionError("work was done")
+    with pytest.raises(FoundIRError, match="given the ground truth"): compare({"busy": Busy(), "oracle": Oracle()}, items, control="oracle")
+    with pytest.raises(FoundIRError, match="name every sub-task once"): compare({"busy": Busy()}, [items[0], *items])
+    with pytest.raises(FoundIRError): compare({"busy": Busy()}, [i for i in items if i.photo == "p0"], control="busy")
+
+
+def test_a_metric_without_a_word_leaves_no_mean():
+    rows = [dict(zip(ev.COLUMNS, (name, "weather", "haze", "p", 1, "niqe", float("nan")))) for name in ("input", "grey", SHUFFLED)]
+    tree = metrics_tree(pd.DataFrame(rows), "grey")
+    assert tree["mean"] == {} and tree["shuffled"]["cost"] == {}

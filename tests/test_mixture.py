@@ -2,7 +2,7 @@
 import json, math, subprocess, sys
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
-from foundir_v2.mixture import (POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, MixtureError, OnlineDataMixing, ProportionalMixture, ReplayMixture,
+from foundir_v2.mixture import (POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, MixtureError, OnlineDataMixing, ProportionalMixture, ReplayMixture, ScheduledMixture,
                                 SequentialMixture, SlopeMixture, TargetGapMixture, TemperatureMixture, make_mixture, mixture_rows, project, read_mixture, released_schedule, write_mixture)
 
 few = settings(max_examples=60, deadline=None)
@@ -414,3 +414,7 @@ def test_a_weight_that_all_but_vanished_comes_back_as_it_was():
     policy = DataEquilibrium(["a", "b", "c"], 2.0, start=start, min_step=1.0)
     for step, scores in enumerate((level, level | {"b": 16.0}, level)): policy.update(scores, step)
     assert policy.weights == pytest.approx(start, abs=1e-9)
+
+def test_a_schedule_names_the_step_of_bad_weights():
+    for step in (0, 10):
+        with pytest.raises(MixtureError, match=f"weights at step {step} sum to 0.9"): ScheduledMixture({0: dict(a=0.5, b=0.5), 10: dict(a=0.5, b=0.5), step: dict(a=0.5, b=0.4)})

@@ -185,3 +185,17 @@ def test_systems_of_a_comparison_from_params():
     for wrong, words in [({"a": {}}, "restorer"), ({"a": "bicubik"}, "system 'a'"), ({"a": {"restorer": "bicubic", "start": "lq"}}, "options"),
                          ({"a": {"restorer": "pipeline:base", "steps": 1}}, "num_inference_steps")]:
         with pytest.raises(FoundIRError, match=words): make_restorers(wrong)
+
+
+def test_inputs_of_a_generator_are_exported(tmp_path):
+    items = [SimpleNamespace(lq=rand(seed=i), subtask="haze", photo=f"p{i}", seed=i) for i in range(3)]
+    assert [p.is_file() for p in export_inputs(iter(items), tmp_path)] == [True] * 3
+
+
+def test_a_folder_without_inputs_is_refused(tmp_path):
+    with pytest.raises(FoundIRError, match="export the inputs first"): FolderRestorer(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("options", [dict(start="lr"), dict(num_inference_steps=0), dict(guidance_scale="five")])
+def test_options_that_cannot_be_are_refused_when_named(options):
+    with pytest.raises(FoundIRError, match="lr|steps|five"): make_restorer("pipeline:tiny", options)

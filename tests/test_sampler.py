@@ -235,3 +235,16 @@ def test_mixtures_without_state_or_weights():
     plain = MixtureSampler({"a": 5}, Shares({"a": 1.0}), 4, seed=1)
     plain.load_state_dict(plain.state_dict())
     with pytest.raises(MixtureError, match="holds a mixture"): plain.load_state_dict(MixtureSampler({"a": 5}, FixedMixture({"a": 1.0}), 4, seed=1).state_dict())
+
+
+def test_a_state_from_before_the_last_update_is_gone():
+    mixture = DataEquilibrium(list(LENGTHS), 0.5)
+    s = sampler(mixture=mixture); it = iter(s)
+    for _ in range(5): next(it)
+    mixture.update(dict.fromkeys(LENGTHS, 20.0), 5)
+    assert s.state_dict(consumed=5)["step"] == 5
+    with pytest.raises(MixtureError, match="updated at step 5"): s.state_dict(consumed=3)
+
+@pytest.mark.parametrize("rank", [-1, 2, 0.5, True, "0"])
+def test_a_rank_that_is_none_is_refused(rank):
+    with pytest.raises(MixtureError, match="from 0 to 1"): sampler(rank=rank, world_size=2)

@@ -135,7 +135,8 @@ def test_noise_is_a_function_of_the_sample():
     (dict(noise_offset=.02), "noise_offset"), (dict(batch_size=5, gradient_accumulation=2), "batch_size=5"), (dict(init="nowhere"), "nowhere"),
     (dict(base="nobody"), "nobody"), (dict(score={"denoise": "psnr"}), "lowlight, sr"), (dict(tasks={"denoise": ["sharpness"]}), "sharpness"), (dict(steps=0), "steps=0"),
     (dict(update_every=2, score=dict.fromkeys(TASKS, "beauty")), "beauty"), (dict(update_every=2, reference_per_task=0), "reference_per_task"),
-    (dict(manifest="gone.parquet"), "gone.parquet"), (dict(lq_encoder_learning_rate=1e-3), "stage 1"), (dict(proportions={"denoise": 1.}), "expected denoise, lowlight, sr")])
+    (dict(manifest="gone.parquet"), "gone.parquet"), (dict(lq_encoder_learning_rate=1e-3), "stage 1"), (dict(proportions={"denoise": 1.}), "expected denoise, lowlight, sr"),
+    (dict(max_grad_norm=-1.), "max_grad_norm"), (dict(warmup_steps=-3), "warmup_steps"), (dict(scale_range=[1.]), "scale_range"), (dict(adam_betas=[.9]), "adam_betas"), (dict(reference_steps=0), "reference_steps")])
 def test_bad_configurations_are_refused_in_one_line(bench, tmp_path, changes, words):
     with pytest.raises((FoundIRError, FileNotFoundError), match=words) as e: tr.train(config(bench, tmp_path, **changes))
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
@@ -355,8 +356,9 @@ def test_command_line_refuses_in_one_line(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("stage: 1\nsteps: 1\nlerning_rate: 1\n")
     assert tr.main(["--config", str(tmp_path / "c.yaml")]) == 2
     assert "lerning_rate" in capsys.readouterr().err
-    assert tr.main(["--config", str(tmp_path / "none.yaml")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for bad in (["--config", str(tmp_path / "none.yaml")], ["--config", str(tmp_path / "c.yaml"), "--set", "steps=[1"]):
+        assert tr.main(bad) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("file", ["params.yaml", "profiles/smoke.yaml", "profiles/sdxl.yaml"])
@@ -366,3 +368,19 @@ def test_parameter_files_make_configurations(file, stage):
     c = tr.read_config(ROOT / file, stage)
     assert c.stage == stage and set(c.score) >= set(c.task_table)
     if stage == 2 and file == "params.yaml": assert c.steps // c.update_every >= 5  # updates of the mixture
+
+
+def test_killed_while_the_run_is_tidied_away(bench, tmp_path, monkeypatch):
+    "The result is complete by then, and started again the run is made anew, not gone on with from what is left."
+    c = config(bench, tmp_path, steps=4)
+    want, remove = tr.train(c).steps, tr.shutil.rmtree
+    def die(path, *args, **kwargs):
+        if Path(path).exists() and Path(path).name.endswith(".done"): next(Path(path).glob("log.jsonl")).unlink(); raise Killed
+        remove(path, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(tr.shutil, "rmtree", die)
+        with pytest.raises(Killed): tr.train(c)
+    assert len(tr.read_log(tmp_path / "out/log.jsonl")) == len(want)
+    again = tr.train(c)
+    assert again.resumed_from is None and [s["loss"] for s in again.steps] == [s["loss"] for s in want]
+    assert not list((tmp_path / "runs").glob(".*.done"))
