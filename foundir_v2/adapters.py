@@ -63,8 +63,9 @@ class MixtureIterator:
         return {**draw._asdict(), "item": item}
 
     def state_dict(self) -> dict[str, Any]:
-        "The position after the samples handed out."
+        "The position after the samples handed out. Raises `MixtureError` if the mixture was updated since the current batch was drawn."
         if self._done == len(self._batch): return {"sampler": self.sampler.state_dict(), "done": 0}
+        if self._before["mixture"] != self.sampler.state_dict()["mixture"]: raise MixtureError(f"the mixture changed after {self._done} of {len(self._batch)} samples of a batch: update it, or save, between batches")
         return {"sampler": self._before, "done": self._done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -80,7 +81,10 @@ class DrawDataset:
 
     def __init__(self,
         datasets: Mapping[str, Any], # task -> dataset whose rows are mappings
-    ): self.datasets = dict(datasets)
+    ):
+        self.datasets = dict(datasets)
+        for t, d in self.datasets.items():
+            if isinstance(d, Mapping) or not (hasattr(d, "__len__") and hasattr(d, "__getitem__")): raise MixtureError(f"the dataset of {t} is a {type(d).__name__}: choose one split, map-style")
 
     @property
     def lengths(self) -> dict[str, int]:

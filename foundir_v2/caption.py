@@ -46,7 +46,8 @@ class SidecarCaptioner:
         folder: str | Path | None = None, # where the text files lie; default: beside the pictures
     ):
         if not re.fullmatch(r"\.\w+", suffix): raise FoundIRError(f"sidecar suffix {suffix!r}: expected a dot and letters, such as .txt")
-        self.suffix, self.folder, self.name = suffix, folder, f"sidecar{suffix}"
+        self.suffix, self.folder = suffix, folder
+        self.name = f"sidecar{suffix}" + (f" in {folder}" if folder else "") # equal names are equal captions
 
     def __call__(self, path: str | Path) -> str:
         path = Path(path)

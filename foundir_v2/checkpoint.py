@@ -83,10 +83,13 @@ def _sync(folder: Path) -> None:
 def atomic_folder(
     path: str | Path, # the folder to write; an existing one is replaced
 ) -> Iterator[Path]: # an empty temporary folder beside it, renamed to `path` on success, removed on failure
-    "Write a folder completely or not at all."
+    "Write a folder completely or not at all. Raises `FoundIRError` if `path` is something else."
     path = Path(path)
+    if path.is_symlink() or path.exists() and not path.is_dir(): raise FoundIRError(f"{path} is a file or a link: give a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.partial"): shutil.rmtree(stale)  # of a killed process
+    for stale in path.parent.glob(f".{path.name}.*.partial"):  # of a killed process
+        if stale.name.endswith(".old.partial") and not path.exists(): os.replace(stale, path)  # it was about to be replaced
+        else: shutil.rmtree(stale)
     tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     tmp.mkdir()
     old = tmp.with_name(f"{tmp.name.removesuffix('.partial')}.old.partial") # what is replaced goes at once, too
@@ -127,12 +130,13 @@ def _save(self: Checkpoints, accelerator: Accelerator, step: int) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _sync(tmp)
-        if self.path(step).exists(): shutil.rmtree(self.path(step))
-        os.replace(tmp, self.path(step))
-        for old in self.steps()[:-self.keep]:
-            gone = self.folder / f".partial-old-{old:09d}" # half a checkpoint must not look like a whole one
-            os.replace(self.path(old), gone)
+        def remove(k: int):
+            gone = self.folder / f".partial-old-{k:09d}" # half a checkpoint must not look like a whole one
+            os.replace(self.path(k), gone)
             shutil.rmtree(gone)
+        if self.path(step).exists(): remove(step)
+        os.replace(tmp, self.path(step))
+        for old in self.steps()[:-self.keep]: remove(old)
     return self.path(step)
 
 def _restore(self: Checkpoints, accelerator: Accelerator) -> int | None:

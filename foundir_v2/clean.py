@@ -10,6 +10,7 @@ __all__ = ['LUMINANCE', 'REVIEW', 'detail', 'noise', 'blockiness', 'light', 'Jud
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -145,7 +146,7 @@ def make_thresholds(
     known = [m for j in judges for m in j.measures]
     if unknown := [m for m in limits if m not in known]: raise FoundIRError(f"unknown measure {', '.join(unknown)}: choose from {', '.join(known)}")
     for m, pair in limits.items():
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(x, (int, float)) for x in pair): raise FoundIRError(f"threshold {m}: {pair!r} must be two numbers, [review, reject]")
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(x, Real) for x in pair): raise FoundIRError(f"threshold {m}: {pair!r} must be two numbers, [review, reject]")
     return [Threshold(m, *map(float, pair)) for m, pair in limits.items()]
 
 # %% ../nbs/18_clean.ipynb #9e26de9e

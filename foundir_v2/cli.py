@@ -4,7 +4,7 @@
 
 # %% ../nbs/90_cli.ipynb #7ea7fbb3
 from __future__ import annotations
-import argparse, glob, hashlib, itertools, json, logging, os, sys, time
+import argparse, glob, hashlib, itertools, json, logging, math, os, sys, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -523,9 +523,9 @@ def _recall(
     from foundir_v2.mixture import DataEquilibrium
     steps: dict[int, dict[str, float]] = {}
     for r in rows: steps.setdefault(r["step"], {})[r["task"]] = r["score"]
-    witness = DataEquilibrium(next(iter(steps.values())), alpha=1e-9)
-    for step, scores in steps.items():
-        if None not in scores.values(): witness.update(scores, step)
+    witness = DataEquilibrium(steps[rows[-1]["step"]], alpha=1e-9)
+    for step, scores in sorted(steps.items()):
+        if scores.keys() == set(witness.tasks) and all(s is not None and math.isfinite(s) for s in scores.values()): witness.update(scores, step)
     return witness
 
 def run_mixture_update(args: argparse.Namespace) -> int:
@@ -539,7 +539,7 @@ def run_mixture_update(args: argparse.Namespace) -> int:
     if last and args.step <= rows[-1]["step"]: raise MixtureError(f"--step {args.step} is not after the last one in {args.log}, {rows[-1]['step']}")
     options = dict(alpha=args.alpha, score_scale=args.score_scale, min_step=args.min_step, max_step=args.max_step, floor=args.floor)
     des = DataEquilibrium(last or scores, **options, start=last)
-    if last: des.load_state_dict({**_recall(rows).state_dict(), "weights": last})
+    if last: des.load_state_dict({**_recall(rows).state_dict(), "weights": des.weights})
     weights = des.update(scores, args.step)
     write_mixture([*rows, *mixture_rows(args.step, weights, scores)], args.log)
     print(json.dumps({task: round(weight, 6) for task, weight in weights.items()}))

@@ -286,8 +286,9 @@ def reference_items(
 ) -> list[Item]:
     "Fixed items, sub-task by sub-task. Stored pairs of a sub-task are used where the split has them, else photographs. Raises `FoundIRError`."
     rows, photos, items = split_rows(manifest, split, size), Photos(root), []
+    categories = {subtask(name).category for name in subtasks}
     for r in rows[rows["lq"].ne("")].itertuples() if "lq" in rows else ():
-        if r.task not in SUBTASKS: raise FoundIRError(f"the pair {r.photo} of split {split!r} is for {r.task!r}, which is no sub-task: choose from {', '.join(SUBTASKS)}")
+        if r.task in categories: raise FoundIRError(f"the pair {r.photo} of split {split!r} is for the category {r.task!r}: name its sub-task, so that it can be scored as one")
     if per_subtask < 1: raise FoundIRError(f"per_subtask must be at least 1, got {per_subtask}")
     for task in map(subtask, subtasks):
         if size % task.scale: raise FoundIRError(f"size {size} is not a multiple of {task.name}'s scale {task.scale}: choose {size // task.scale * task.scale or task.scale}")

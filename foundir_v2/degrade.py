@@ -80,14 +80,14 @@ _RADIUS = 15  # kernels are 31 × 31
 
 
 def motion_kernel(
-    length: float,  # of the path, px, at most 29
+    length: float,  # of the path, px, at most 30
     angle: float,  # heading at the start, degrees, counter-clockwise from right
     wobble: float,  # total turn of the heading, radians (standard deviation)
     seed: int,  # of the random walk
     points: int = 64,
 ) -> Tensor:  # (31, 31), sums to 1
     "Point spread function of a moving camera: a path of constant speed with a randomly turning heading (after Boracchi & Foi 2012)."
-    if not 0 <= length <= 2 * _RADIUS - 1: raise FoundIRError(f"motion blur of {length} px: the kernel holds 0 to {2 * _RADIUS - 1}")
+    if not 0 <= length <= 2 * _RADIUS: raise FoundIRError(f"motion blur of {length} px: the kernel holds 0 to {2 * _RADIUS}")
     turns = torch.randn(points - 1, generator=generator("motion", seed)) * wobble / math.sqrt(points - 1)
     heading = math.radians(angle) + turns.cumsum(0)
     step = length / (points - 1)
@@ -347,6 +347,7 @@ def apply(
 ) -> Tensor:  # (3, h, w), multiples of 1/255 in [0, 1] (as near as `image`'s dtype comes), dtype and device of `image`
     "Run the operators in order, clamping after each, and round to 8 bits: a pure function. Raises `FoundIRError` for a bad image, operator or parameter."
     check_image(image)
+    applied = list(applied)
     for operator, parameters in applied: _check_call(operator, parameters)
     x = image.float().clamp(0, 1)
     for operator, parameters in applied: x = OPERATORS[operator](x, **parameters).clamp(0, 1)

@@ -181,6 +181,7 @@ def metrics_tree(
 ) -> dict: # the layout of metrics/evaluate.json
     "All that is published about a comparison, as JSON-serialisable dictionaries."
     shown, wrong = scores[scores.restorer != SHUFFLED], scores[scores.restorer == SHUFFLED]
+    if control is not None and not (len(wrong) and control in set(shown.restorer)): raise FoundIRError(f"the scores hold no control of {control!r}: compare with control={control!r} first")
     means = _means(shown)
     tree = {"categories": {c: v for c, v in means.items() if c != "mean"}, "mean": means.get("mean", {}),
             "interval95": _nested((r.category, r.restorer, r.metric, (r.low, r.high)) for r in intervals(shown).itertuples())}

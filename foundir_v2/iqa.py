@@ -7,7 +7,7 @@ __all__ = ['HUB', 'METRICS', 'Metric', 'MetricUnavailable', 'Unscorable', 'metri
            'score']
 
 # %% ../nbs/16_iqa.ipynb #bc76de18
-import contextlib, functools, importlib.util, io, logging, math, os, socket, sys, types
+import contextlib, functools, importlib.util, io, logging, math, os, socket, sys, types, urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +102,8 @@ def _hub_reachable(timeout: float = 3.0) -> bool:
     from huggingface_hub import constants
     if constants.HF_HUB_OFFLINE: return False
     if any(os.environ.get(k) for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")): return True
-    try: socket.create_connection((constants.ENDPOINT.split("://")[-1].split("/")[0], 443), timeout).close()
+    url = urllib.parse.urlsplit(constants.ENDPOINT)
+    try: socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout).close()
     except OSError: return False
     return True
 
@@ -167,10 +168,10 @@ def _checked(m: Metric, image: Tensor, reference: Tensor | None) -> tuple[Tensor
     "Batches (B, 3, H, W) in float32, or an error that says what is wrong."
     def batch(x, what):
         x = x[None] if x.ndim == 3 else x
-        if x.ndim != 4 or x.shape[1] != 3: raise FoundIRError(f"{m.name}: {what} must be (3, H, W) or (B, 3, H, W), got {tuple(x.shape)}")
+        if x.ndim != 4 or x.shape[1] != 3 or not x.numel(): raise FoundIRError(f"{m.name}: {what} must be (3, H, W) or (B, 3, H, W), got {tuple(x.shape)}")
         x = x.detach().float()
         if not (torch.isfinite(x).all() and x.min() >= -1e-4 and x.max() <= 1 + 1e-4):
-            raise FoundIRError(f"{m.name}: {what} must lie in [0, 1], got {x.min():.3g} to {x.max():.3g}: clamp it")
+            raise FoundIRError(f"{m.name}: {what} must lie in [0, 1], got {x.min():.3g} to {x.max():.3g}: convert it (x / 255, or x / 2 + .5 from [-1, 1]); clamp only what overshoots a little")
         return x.clamp(0, 1)
     if m.full_reference and reference is None: raise FoundIRError(f"{m.name} compares with a reference: pass one")
     image, reference = batch(image, "the picture"), batch(reference, "the reference") if m.full_reference else None

@@ -37,9 +37,9 @@ class Curves:
         for name in ("top", "span", "half", "power", "forget", "spread", "wobble"):
             values = np.asarray(getattr(self, name), float)
             if values.shape != (k,) or not np.isfinite(values).all(): raise ValueError(f"{name} must be {k} finite numbers, one per task, not {getattr(self, name)!r}")
-            if name != "top" and (values < 0).any() or name in ("span", "half", "power") and (values == 0).any(): raise ValueError(f"{name} must be positive: {values.tolist()}")
+            if name != "top" and (values < 0).any() or name in ("span", "half", "power") and (values == 0).any(): raise ValueError(f"{name} must {'be positive' if name in ('span', 'half', 'power') else 'not be negative'}: {values.tolist()}")
         helps = np.asarray(self.helps, float)
-        if helps.shape != (k, k) or not np.allclose(np.diag(helps), 1): raise ValueError(f"helps must be a {k} by {k} matrix with ones on the diagonal")
+        if helps.shape != (k, k) or not np.isfinite(helps).all() or not np.allclose(np.diag(helps), 1): raise ValueError(f"helps must be a {k} by {k} matrix of finite numbers with ones on the diagonal")
 
 # %% ../nbs/28_mixsim.ipynb #b22bd303
 SHIPPED_CURVES = ("tiny",) # names of files in foundir_v2/assets/curves
@@ -183,6 +183,7 @@ def log_arrays(
     samples_per_step: float | None = None, # batch size of all ranks together; not needed where samples are counted
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]: # tasks, samples (n,), weights (n, k), scores (n, k)
     "A mixture log as arrays, from sample 0 on. Weights are what was drawn, where that was counted. Raises `ValueError` if a step lacks a task."
+    if not rows: raise ValueError("the log has no rows")
     tasks = tuple(dict.fromkeys(r["task"] for r in rows))
     table = {(int(r["step"]), r["task"]): r for r in rows}
     steps = sorted({s for s, _ in table})

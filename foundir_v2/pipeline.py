@@ -7,8 +7,8 @@ __all__ = ['STARTS', 'OUTPUT_TYPES', 'OFFSET_UNITS', 'ZERO_SNR', 'OFFLOADS', 'PR
            'set_timesteps', 'make_noise_scheduler', 'signal_left', 'start_latents', 'time_ids', 'cut_off',
            'embed_texts', 'encode_image', 'decode_latents', 'Request', 'make_request', 'sort_requests', 'Job',
            'make_job', 'predict', 'picture_contexts', 'embed_pictures', 'BandedSteps', 'denoise', 'restore_job',
-           'per_picture', 'resolve_settings', 'FoundIRv2Pipeline', 'restore_requests', 'finish', 'Recipe',
-           'read_recipe', 'save_restorer', 'check_offload', 'place', 'load_pipeline', 'preset_options',
+           'per_picture', 'check_arguments', 'resolve_settings', 'FoundIRv2Pipeline', 'restore_requests', 'finish',
+           'Recipe', 'read_recipe', 'save_restorer', 'check_offload', 'place', 'load_pipeline', 'preset_options',
            'preset_loading', 'describe']
 
 # %% ../nbs/54_pipeline.ipynb #d0842344
@@ -69,13 +69,15 @@ class Settings:
     def __post_init__(self):
         for name, choices in dict(start=STARTS, color_fix=COLOR_FIXES, offset_unit=OFFSET_UNITS, output_type=OUTPUT_TYPES).items():
             if (value := getattr(self, name)) not in choices: raise FoundIRError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
-        for name in ("steps", "guidance", "upscale", "tile_size", "tile_overlap", "tile_batch"):
-            if not isinstance(getattr(self, name), Real): raise FoundIRError(f"{name}={getattr(self, name)!r}: give a number")
-        whole = lambda x, least: x >= least and x == int(x)
+        for name in ("steps", "guidance", "upscale", "tile_size", "tile_overlap", "tile_batch", "vae_tile_size"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) and (name, value) != ("vae_tile_size", None): raise FoundIRError(f"{name}={value!r}: give a number")
+        interval = isinstance(self.guidance_interval, Sequence) and len(self.guidance_interval) == 2 and all(isinstance(x, Real) for x in self.guidance_interval)
+        whole = lambda x, least: math.isfinite(x) and x >= least and x == int(x)
         for name, ok, want in (
             ("steps", whole(self.steps, 1), "a whole number from 1 (num_inference_steps)"),
             ("guidance", math.isfinite(self.guidance) and self.guidance >= 0, "a number from 0; 1 is no guidance (guidance_scale)"),
-            ("guidance_interval", len(self.guidance_interval) == 2 and 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1, "two shares of the steps, for instance 0.1 0.8"),
+            ("guidance_interval", interval and 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1, "two shares of the steps, for instance 0.1 0.8"),
             ("upscale", math.isfinite(self.upscale) and self.upscale >= 1, "a factor from 1"),
             ("tile_overlap", 0 <= self.tile_overlap < 1, "the fraction that neighbouring tiles share, from 0 up to, not including, 1"),
             ("tile_size", whole(self.tile_size, 0), "pixels, or 0 for no tiles"),
@@ -96,8 +98,9 @@ def set_timesteps(
     steps: int,
     device: torch.device | None = None,
 ) -> Tensor:  # (steps,) descending; some noise schedulers make more
-    "Choose the timesteps of a run. Raises `FoundIRError` if they would start far from pure noise."
-    noise_scheduler.set_timesteps(steps, device=device)
+    "Choose the timesteps of a run. Raises `FoundIRError` if they would start far from pure noise, or are too many."
+    try: noise_scheduler.set_timesteps(steps, device=device)
+    except ValueError as e: raise FoundIRError(f"{steps} steps: {' '.join(str(e).split())}") from None
     first, total = float(noise_scheduler.timesteps[0]), noise_scheduler.config.num_train_timesteps
     if first < 0.9 * total - 1:
         spacing = noise_scheduler.config.get("timestep_spacing")
@@ -116,12 +119,12 @@ def make_noise_scheduler(
 ) -> SchedulerMixin:  # `like` itself, or a new one
     "A noise scheduler by name. Raises `FoundIRError` for an unknown one, naming the choices, and for one that can't run this schedule."
     if name is None: return like
+    lacks = lambda c: [key for key in ("prediction_type", "rescale_betas_zero_snr") if like.config.get(key) and key not in inspect.signature(c.__init__).parameters]
     known = {_short(c.__name__): c for c in like.compatibles if not c.__name__.startswith("EDM")}
     cls = known.get(_short(name))
-    if cls is None: raise FoundIRError(f"unknown noise scheduler {name!r}: choose from {', '.join(sorted(known))}")
+    if cls is None: raise FoundIRError(f"unknown noise scheduler {name!r}: choose from {', '.join(sorted(n for n, c in known.items() if not lacks(c)))}")
+    if missing := lacks(cls): raise FoundIRError(f"noise scheduler {name!r} doesn't know {missing[0]}={like.config[missing[0]]!r}, which this model was trained with: choose another, for instance euler or ddim")
     takes = inspect.signature(cls.__init__).parameters
-    for key in ("prediction_type", "rescale_betas_zero_snr"):
-        if like.config.get(key) and key not in takes: raise FoundIRError(f"noise scheduler {name!r} doesn't know {key}={like.config[key]!r}, which this model was trained with: choose another, for instance euler or ddim")
     latents = dict(clip_sample=False, set_alpha_to_one=True, skip_prk_steps=True)  # latents have no range; end at sigma 0, as Euler does; PNDM as it is used with latents
     try: return cls.from_config(like.config, **{k: v for k, v in latents.items() if k in takes})
     except ImportError as e: raise FoundIRError(f"noise scheduler {name!r} needs another package: {' '.join(str(e).split())}") from None
@@ -508,6 +511,15 @@ def per_picture(
     if len(values) != n: raise FoundIRError(f"{n} pictures but {len(values)} values of {name}: give one for all, or one for each")
     return values
 
+def check_arguments(
+    prompts: Sequence[Any],  # per picture, with the negative ones
+    generators: Sequence[Any],  # per picture
+) -> None:
+    "Raises `FoundIRError` for what is no text, no generator, or a generator for some pictures only."
+    if wrong := [p for p in prompts if not isinstance(p, str)]: raise FoundIRError(f"prompt {wrong[0]!r}: give a text, it may be empty")
+    if wrong := [g for g in generators if not isinstance(g, torch.Generator | None)]: raise FoundIRError(f"generator {wrong[0]!r}: give a torch.Generator")
+    if len({g is None for g in generators}) > 1: raise FoundIRError("generator: give one for every picture, or none")
+
 def resolve_settings(
     pipe: DiffusionPipeline,  # holds the defaults
     upscale: float,
@@ -516,7 +528,7 @@ def resolve_settings(
     "Fill in the defaults of the model and check that it can work so. Raises `FoundIRError`."
     stored = {f.name: pipe.config[f"default_{f.name}"] for f in fields(Settings) if f"default_{f.name}" in pipe.config}
     given = {k: v for k, v in given.items() if v is not None}
-    s = Settings(**{**stored, "color_fix": default_color_fix(upscale), **given}, upscale=upscale)
+    s = Settings(**{**stored, "color_fix": default_color_fix(upscale) if isinstance(upscale, Real) else "none", **given}, upscale=upscale)
     if pipe.unet.config.batch_axis_attention: s = replace(s, tile_batch=1)
     multiple = vae_scale_factor(pipe.vae) * pipe.latent_multiple
     for name in ("tile_size", "vae_tile_size"):
@@ -555,6 +567,7 @@ class FoundIRv2Pipeline(_Parts):
             tile_batch=tile_batch, vae_tile_size=vae_tile_size, guidance_interval=guidance_interval, noise_scheduler=noise_scheduler, offset_unit=offset_unit, output_type=output_type)
         arguments = dict(prompt=prompt, negative_prompt=negative_prompt, generator=generator)
         each = [per_picture(name, value, len(images)) for name, value in arguments.items()]
+        check_arguments(each[0] + each[1], each[2])
         return ImagePipelineOutput(images=restore_requests(self, [make_request(self, *one, settings) for one in zip(images, *each)], settings, callback_on_step_end))
 
 # %% ../nbs/54_pipeline.ipynb #c564409d
@@ -610,6 +623,7 @@ def read_recipe(folder: Path) -> Recipe:
     names = [f.name for f in fields(Recipe)]
     try: found = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
     except ValueError as e: raise FoundIRError(f"can't read {folder / 'pipeline.json'} as JSON ({e}): write it again with save_restorer") from None
+    if not isinstance(found, dict): raise FoundIRError(f"{folder / 'pipeline.json'} holds no object: expected some of {', '.join(names)}")
     if unknown := sorted(set(found) - set(names)): raise FoundIRError(f"{folder / 'pipeline.json'} has unknown keys {', '.join(unknown)}: choose from {', '.join(names)}")
     return Recipe(**found)
 

@@ -102,9 +102,9 @@ class CropPool:
     ):
         as_bytes = lambda t: (t * 255).round().to(torch.uint8)
         self.photos = [as_bytes(t) for p in photos.values() for s in scales if min((t := _scaled(p, s)).shape[1:]) >= smallest]
+        if not self.photos: raise FoundIRError(f"no photograph has a side of at least {smallest} pixels: give larger ones")
         palettes = [p.flatten(1).T[::101] for p in photos.values()]
         self.leaves = [as_bytes(dead_leaves(size, palettes[hash_seed("palette", seed, i) % len(palettes)], hash_seed("pool", seed, i))) for i in range(leaves)]
-        if not self.photos: raise FoundIRError(f"no photograph has a side of at least {smallest} pixels: give larger ones")
 
     def crops(self, rng: torch.Generator, count: int, size: int, leaf_share: float = 0.3) -> Crops:
         "Random crops, half of them mirrored; each is dead leaves with probability `leaf_share`."
@@ -134,7 +134,7 @@ def _random_crop(images: list[Tensor], size: int, rng: torch.Generator) -> tuple
 # %% ../nbs/47_pretrain.ipynb #0e504f73
 @dataclass(frozen=True)
 class PretrainConfig:
-    "How long and how to train; a checkpoint of other settings is refused."
+    "How long and how to train; a checkpoint of other settings is refused (pools are not compared)."
     steps: int
     lr: float # peak; cosine to zero
     warmup: int = 50 # steps of linear warm-up
@@ -146,6 +146,10 @@ class PretrainConfig:
     ema_decay: float = 0.99 # of the averaged weights, which are the result
     seed: int = 0
     save_every: int = 200 # steps between checkpoints
+
+    def __post_init__(self):
+        for name in ("steps", "warmup", "batch_size", "crop", "save_every"):
+            if (value := getattr(self, name)) < 1: raise FoundIRError(f"{name}={value}: give a whole number from 1")
 
     def lr_at(self, step: int) -> float:
         "Learning rate of a step, counted from 0."
@@ -159,7 +163,7 @@ def _fit(model: nn.Module, loss_of: Callable[[int], Tensor], config: PretrainCon
     optimizer = torch.optim.AdamW(params, config.lr, weight_decay=config.weight_decay)
     ema = EMAModel(params, decay=config.ema_decay)
     losses = _resume(path, config, model, optimizer, ema)
-    for step in range(len(losses), min(config.steps, stop_at or config.steps)):
+    for step in range(len(losses), config.steps if stop_at is None else min(config.steps, stop_at)):
         for group in optimizer.param_groups: group["lr"] = config.lr_at(step)
         loss = loss_of(step)
         optimizer.zero_grad()
@@ -181,10 +185,12 @@ def _save(path: Path, config: PretrainConfig, model: nn.Module, optimizer: torch
 
 def _resume(path: Path, config: PretrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> list[float]:
     if not path.is_file(): return []
-    state = torch.load(path, weights_only=True)
+    try: state = torch.load(path, weights_only=True)
+    except Exception as e: raise FoundIRError(f"can't read {path} ({type(e).__name__}): delete it to start again") from None
     changed = [k for k, v in asdict(config).items() if state["config"].get(k) != v]
     if changed: raise FoundIRError(f"{path} was made with another {', '.join(changed)}: use those settings again or choose another folder")
-    model.load_state_dict(state["model"])
+    try: model.load_state_dict(state["model"])
+    except RuntimeError: raise FoundIRError(f"{path} holds another model: use its settings again or choose another folder") from None
     optimizer.load_state_dict(state["optimizer"])
     ema.load_state_dict(state["ema"])
     return state["losses"]

@@ -75,7 +75,7 @@ def plot_gains(
     fig, ax = plt.subplots(figsize=(7, 2.4), dpi=80, layout="constrained")
     plt.close(fig)
     for i, s in enumerate(systems):
-        value, low, high = torch.tensor([tree["gain"][c][s][metric] for c in categories]).T
+        value, low, high = torch.tensor([tree["gain"].get(c, {}).get(s, {}).get(metric, [float("nan")] * 3) for c in categories]).T
         x = torch.arange(len(categories)) + (i - (len(systems) - 1) / 2) * .8 / len(systems)
         ax.bar(x, value, .8 / len(systems), yerr=torch.stack([(value - low).clamp(min=0), (high - value).clamp(min=0)]), capsize=2, label=s)
     ax.axhline(0, color="black", lw=.8)
@@ -184,6 +184,7 @@ def gates_by_task(
     for task, picture in pictures.items():
         with record_gates(model) as maps: run(picture)
         if not maps: raise FoundIRError(f"restoring {task} never used the gate: `run` must restore with `model`")
+        if len({m.shape for m in maps}) > 1: raise FoundIRError(f"the gate maps of {task} differ in size: use a picture that fits one tile")
         found[task] = torch.stack(maps).mean(0)
     return found
 

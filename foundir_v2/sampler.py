@@ -181,6 +181,7 @@ class SamplerState:
         check_weights(mixture.weights, self.tasks, "weights of the mixture")
         self.mixture, self.seed, self.per_step = mixture, check_seed(seed), per_step
         self._origin, self._taken, self._tally = Position(0, 0), 0, Tally(self.seed, len(self.tasks))
+        self._updated = getattr(mixture, "step", None) # an update from before doesn't count
 
     @property
     def position(self) -> Position:
@@ -194,7 +195,7 @@ class SamplerState:
         last = self.position.step
         step = last if consumed is None else int(check_number(consumed, "consumed", self._origin.step, last))
         updated = getattr(self.mixture, "step", None)
-        if updated is not None and updated > step: raise MixtureError(f"the mixture was updated at step {updated}: the state after step {step} is gone")
+        if step < last and updated != self._updated and updated > step: raise MixtureError(f"the mixture was updated at step {updated}: the state after step {step} is gone")
         here = self._origin.after(step - self._origin.step, self.per_step)
         return {"version": self.version, "seed": self.seed, "lengths": dict(self.lengths), "step": here.step, "sample": here.sample,
                 "tally": tally_state(self._tally, here.sample), "mixture": self.mixture.state_dict() if hasattr(self.mixture, "state_dict") else None}
@@ -204,6 +205,7 @@ class SamplerState:
         here, tally = check_sampler_state(self, state)
         if state["mixture"] is not None: self.mixture.load_state_dict(state["mixture"])
         self._origin, self._taken, self._tally = here, 0, tally
+        self._updated = getattr(self.mixture, "step", None)
 
 # %% ../nbs/32_sampler.ipynb #13d76004
 def check_sampler_state(

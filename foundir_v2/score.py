@@ -34,6 +34,7 @@ def reference_set(
     "The fixed pictures that decide about the proportions. Raises `FoundIRError` for unknown sub-tasks or too few items."
     sets = {}
     for task, names in tasks.items():
+        if not names: raise FoundIRError(f"task {task} has no sub-tasks: name at least one in mixture.tasks")
         if per_task < len(names): raise FoundIRError(f"reference_per_task={per_task} leaves sub-tasks of {task} unscored: choose at least {len(names)}")
         most = -(-per_task // len(names))
         found = reference_items(manifest, split, names, most, size, seed, root=root)  # sub-task by sub-task
@@ -82,8 +83,9 @@ def item_score(
     gt: Tensor, # the same shape
     metric: str, # a key of `foundir_v2.iqa.METRICS`
 ) -> float: # higher is better
-    "Score one picture. Raises `FoundIRError` naming the choices for an unknown metric."
+    "Score one picture. Raises `FoundIRError` naming the choices for an unknown metric, or for a picture that can't be scored."
     reference = gt if find_metric(metric).full_reference else None
+    if restored.shape != gt.shape or not torch.isfinite(restored).all(): raise FoundIRError(f"{metric}: expected finite numbers of shape {tuple(gt.shape)}, got {tuple(restored.shape)}, from {restored.min():.3g} to {restored.max():.3g}")
     return psnr(restored, gt) if metric == "psnr" else oriented(metric, score(metric, restored, reference))
 
 # %% ../nbs/58_score.ipynb #aeb14454
@@ -117,4 +119,5 @@ def score_items(
 ) -> dict[str, float]: # task -> mean score, higher is better
     "Score a model on the reference set. Raises as `item_scores`."
     values = sorted(gather(item_scores(restore_fn, items, score_metrics, batch_size, rank, world_size)))
+    if len(values) != (n := sum(map(len, items.values()))): raise FoundIRError(f"{len(values)} scores for {n} reference items: with several processes pass gather=accelerate.utils.gather_object")
     return {task: sum(v for t, _, v in values if t == task) / len(items[task]) for task in items}

@@ -537,8 +537,8 @@ def train(
             write_output(config, learner, folder / "log.jsonl")
             done = folder.with_name(f".{folder.name}.done") # at once: what is left of a folder would be taken for a run to go on with
             shutil.rmtree(done, ignore_errors=True)
-            os.replace(folder, done)
-            shutil.rmtree(done) # the result is in place; started again, the run would be made anew
+            os.replace(folder, done) # the result is in place; started again, the run would be made anew
+            for left in folder.parent.glob(".*.done"): shutil.rmtree(left, ignore_errors=True) # this one, and those of killed runs
         accelerator.wait_for_everyone()
     return TrainResult(Path(config.output), read_log(Path(config.output) / "log.jsonl"), resumed_from)
 

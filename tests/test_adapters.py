@@ -70,3 +70,12 @@ def test_hugging_face_datasets():
     with pytest.raises(MixtureError, match="unknown task c"): rows[batch[0]._replace(task="c")]
     with pytest.raises(MixtureError, match="is a str, expected a mapping"): DrawDataset(PARTS)[batch[0]]
     with pytest.raises(MixtureError, match="column seed"): DrawDataset({"a": [{"seed": 1}] * 30, "b": [{"seed": 1}] * 5})[batch[0]]
+
+def test_an_update_inside_a_batch_cannot_be_saved():
+    mixture = DataEquilibrium(list(PARTS), 0.5)
+    samples = MixtureIterator(PARTS, MixtureSampler(LENGTHS, mixture, batch_size=4, seed=2))
+    for _ in range(samples.sampler.batch_size + 1): next(samples)
+    mixture.update(dict.fromkeys(PARTS, 20.0), 1)
+    with pytest.raises(MixtureError, match="between batches"): samples.state_dict()
+    while samples._done < len(samples._batch): next(samples)
+    assert samples.state_dict()["sampler"]["mixture"]["step"] == 1

@@ -152,3 +152,11 @@ def test_captioners_by_name(tmp_path):
     assert isinstance(vlm, CachedCaptioner) and vlm.captioner.config.model == "some/model", "made without loading anything"
     for wrong in ("", "clip", "vlm:", "none:x", None):
         with pytest.raises(FoundIRError): make_captioner(wrong, tmp_path)
+
+
+def test_sidecars_of_two_folders_have_two_cache_entries(tmp_path):
+    from PIL import Image
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in "xy": (tmp_path / name).mkdir(); (tmp_path / name / "a.txt").write_text(f"text {name}")
+    texts = [CachedCaptioner(SidecarCaptioner(folder=tmp_path / name), tmp_path / "cache")(tmp_path / "a.png") for name in "xy"]
+    assert texts == ["text x", "text y"]

@@ -145,7 +145,6 @@ def test_half_removed_folders_never_look_whole(tmp_path, monkeypatch):
     run, folder = start(0), ck.Checkpoints(tmp_path / "run", keep=1)
     folder.save(run[0], 1)
     with ck.atomic_folder(tmp_path / "out") as tmp: (tmp / "a").write_text("old")
-    remove = ck.shutil.rmtree
     def die(path, *args, **kwargs):
         if Path(path).exists(): next(p for p in sorted(Path(path).rglob("*")) if p.is_file()).unlink(); raise KeyboardInterrupt
     with monkeypatch.context() as m:
@@ -153,5 +152,29 @@ def test_half_removed_folders_never_look_whole(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt): folder.save(run[0], 2)
         with pytest.raises(KeyboardInterrupt):
             with ck.atomic_folder(tmp_path / "out") as tmp: (tmp / "a").write_text("new")
-    assert ck.shutil.rmtree is remove and folder.steps() == [2] and folder.restore(start(1)[0]) == 2
+    assert folder.steps() == [2] and folder.restore(start(1)[0]) == 2
     assert (tmp_path / "out/a").read_text() == "new"
+
+
+def test_killed_between_the_two_renames(tmp_path, monkeypatch):
+    "The old folder comes back."
+    with ck.atomic_folder(tmp_path / "out") as tmp: (tmp / "a").write_text("old")
+    rename = ck.os.replace
+    def die(a, b):
+        if Path(b) == tmp_path / "out": os.kill(os.getpid(), signal.SIGKILL)
+        rename(a, b)
+    if (child := os.fork()) == 0:
+        ck.os.replace = die
+        with ck.atomic_folder(tmp_path / "out") as tmp: (tmp / "a").write_text("new")
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) and not (tmp_path / "out").exists()
+    with pytest.raises(ZeroDivisionError):
+        with ck.atomic_folder(tmp_path / "out"): 1 / 0
+    assert (tmp_path / "out/a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_or_a_file_is_no_folder_to_write(tmp_path):
+    (tmp_path / "real").mkdir(); (tmp_path / "link").symlink_to(tmp_path / "real"); (tmp_path / "file").write_text("")
+    for name in ("link", "file"):
+        with pytest.raises(FoundIRError, match="give a folder"):
+            with ck.atomic_folder(tmp_path / name): pass

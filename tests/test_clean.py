@@ -162,7 +162,10 @@ class Haze:
 
 def test_a_judge_of_ones_own(photo):
     thresholds = make_thresholds({"veil": [.6, .75]}, [Haze()])
-    assert isinstance(Haze(), Judge) and judge(Haze()(photo), thresholds)[0] == ACCEPTED and judge(Haze()(photo * .3 + .7), thresholds)[0] == REJECTED
+    class Unmeasured:
+        name = "nothing"
+        def __call__(self, image): return {}
+    assert isinstance(Haze(), Judge) and not isinstance(Unmeasured(), Judge) and judge(Haze()(photo), thresholds)[0] == ACCEPTED and judge(Haze()(photo * .3 + .7), thresholds)[0] == REJECTED
 
 
 @pytest.mark.parametrize("pair", ["46", ["a", "b"], [None, 6], [1]])

@@ -212,4 +212,5 @@ def test_no_pair_may_also_be_nan(manifest, root, dataset):
 
 def test_a_reference_pair_of_a_whole_category_is_refused(manifest, root):
     pair = manifest.iloc[[2]].assign(lq="d.png", task="weather")
-    with pytest.raises(FoundIRError, match="is no sub-task"): reference_items(pd.concat([manifest, pair]), "reference", ["haze"], 1, 32, 0, root)
+    with pytest.raises(FoundIRError, match="name its sub-task"): reference_items(pd.concat([manifest, pair]), "reference", ["haze"], 1, 32, 0, root)
+    assert len(reference_items(pd.concat([manifest, pair.assign(task="underwater")]), "reference", ["haze"], 1, 32, 0, root)) == 1  # a pair nobody asks for

@@ -238,3 +238,4 @@ def test_a_metric_without_a_word_leaves_no_mean():
     rows = [dict(zip(ev.COLUMNS, (name, "weather", "haze", "p", 1, "niqe", float("nan")))) for name in ("input", "grey", SHUFFLED)]
     tree = metrics_tree(pd.DataFrame(rows), "grey")
     assert tree["mean"] == {} and tree["shuffled"]["cost"] == {}
+    with pytest.raises(FoundIRError, match="no control of 'gray'"): metrics_tree(pd.DataFrame(rows), "gray")

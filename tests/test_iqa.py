@@ -164,3 +164,8 @@ def test_without_pyiqa_the_extra_is_named(monkeypatch):
     iqa._create.cache_clear()
     with pytest.raises(MetricUnavailable, match="metrics"): score("psnr", picture(), picture())
     iqa._create.cache_clear()
+
+
+def test_a_picture_in_another_range_is_told_how_to_convert_it():
+    with pytest.raises(FoundIRError, match="x / 2"): score("psnr", torch.rand(3, 32, 32) * 2 - 1, torch.rand(3, 32, 32))
+    with pytest.raises(FoundIRError, match="must be"): score("psnr", torch.rand(0, 3, 32, 32), torch.rand(0, 3, 32, 32))

@@ -1,4 +1,5 @@
 "The simulator: its equation, the search for the best fixed mixture, races, and the fit to a log."
+from dataclasses import replace
 import numpy as np, pytest
 from foundir_v2.mixsim import Curves, best_fixed, experience, fit_curves, load_curves, log_arrays, objective, race, regret_table, replay_experience, save_curves, score_of, shipped_file, simulate
 from foundir_v2.mixture import DataEquilibrium, FixedMixture, ReplayMixture, read_mixture
@@ -92,3 +93,10 @@ def test_bad_constants_and_logs(tmp_path):
     with pytest.raises(ValueError, match="at least 5"): fit_curves([{"step": s, "task": "a", "weight": 1.0, "score": 20.0} for s in range(3)], 16)
     with pytest.raises(ValueError, match="no row for step 1, task b"): fit_curves([{"step": 0, "task": "a", "weight": 1, "score": 1}, {"step": 0, "task": "b", "weight": 0, "score": 1}, {"step": 1, "task": "a", "weight": 1, "score": 1}], 16)
     with pytest.raises(ValueError, match="choices"): objective(curves(), np.zeros(3), "median")
+
+
+def test_numbers_that_are_none_are_refused():
+    curves = load_curves("tiny")
+    with pytest.raises(ValueError, match="finite"): replace(curves, helps=tuple(tuple(float("nan") if i != j else 1.0 for j in range(5)) for i in range(5)))
+    with pytest.raises(ValueError, match="must not be negative"): replace(curves, forget=(-1.0,) * 5)
+    with pytest.raises(ValueError, match="no rows"): log_arrays([])

@@ -554,7 +554,7 @@ def test_callback_sees_and_changes_the_latents(pipe):
 @pytest.mark.parametrize("bad, words", [
     (dict(num_inference_steps=0), "num_inference_steps"), (dict(num_inference_steps=2.5), "num_inference_steps"), (dict(guidance_scale=-1), "guidance_scale"), (dict(upscale=0), "upscale"),
     (dict(start="lr"), "lq, noise"), (dict(color_fix="lab"), "none, adain, wavelet"), (dict(tile_size=50), "multiple of 16"), (dict(tile_size=-16), "tile_size=-16"),
-    (dict(vae_tile_size=50), "multiple of 16"), (dict(tile_overlap=1.0), "tile_overlap"), (dict(guidance_interval=(0.5, 0.5)), "guidance_interval"), (dict(offset_unit="metre"), "pixel, latent"), (dict(noise_scheduler="karras"), "ddim, ddpm"), (dict(tile_batch=0), "tile_batch"), (dict(output_type="latent"), "pil, pt, np"), (dict(prompt=["a", "b"]), "prompt"), (dict(generator=seeded(1, 2)), "generator")])
+    (dict(vae_tile_size=50), "multiple of 16"), (dict(tile_overlap=1.0), "tile_overlap"), (dict(guidance_interval=(0.5, 0.5)), "guidance_interval"), (dict(guidance_interval=0.5), "guidance_interval"), (dict(prompt=None), "give a text"), (dict(negative_prompt=3), "give a text"), (dict(generator=5), "torch.Generator"), (dict(upscale="2"), "upscale"), (dict(guidance_scale="five"), "five"), (dict(vae_tile_size="512"), "vae_tile_size"), (dict(num_inference_steps=float("inf")), "steps=inf"), (dict(offset_unit="metre"), "pixel, latent"), (dict(noise_scheduler="karras"), "ddim, ddpm"), (dict(tile_batch=0), "tile_batch"), (dict(output_type="latent"), "pil, pt, np"), (dict(prompt=["a", "b"]), "prompt"), (dict(generator=seeded(1, 2)), "generator")])
 def test_bad_settings_are_one_clear_line(pipe, bad, words):
     with pytest.raises(FoundIRError, match=words) as e: pipe(picture(8, 8), **bad)
     assert "\n" not in str(e.value)
@@ -739,3 +739,18 @@ def test_tiles_of_the_shipped_restorer_do_not_show(photo, task):
         lines = sorted({c for s in tile_starts(a.shape[-1], 192, 0.25, 16) for c in (s, s + 192) if 0 < c < a.shape[-1]})
         step = lambda x: float((x[..., lines] - x[..., [c - 1 for c in lines]]).abs().mean())
         assert len(lines) >= 3 and 0.95 < step(b) / step(a) < 1.05, (step(a), step(b))
+
+def test_a_generator_for_some_pictures_only_is_refused(pipe):
+    with pytest.raises(FoundIRError, match="for every picture, or none"): pipe([picture(16, 16), picture(16, 16)], generator=[None, *seeded(1)], tile_batch=2)
+
+@pytest.mark.parametrize("content", ["[]", "null", "3"])
+def test_a_recipe_that_is_no_object_is_one_clear_line(tmp_path, content):
+    (tmp_path / "pipeline.json").write_text(content)
+    with pytest.raises(FoundIRError, match="holds no object"): P.read_recipe(tmp_path)
+
+def test_more_steps_than_the_schedule_has_are_refused(pipe):
+    with pytest.raises(FoundIRError, match="2000 steps"): pipe(picture(8, 8), num_inference_steps=2000, noise_scheduler="ddim")
+
+def test_only_noise_schedulers_that_can_run_the_model_are_offered(pipe):
+    with pytest.raises(FoundIRError) as e: P.make_noise_scheduler("karras", pipe.scheduler)
+    assert str(e.value).split("choose from ")[1].split(", ") == ZERO_SNR

@@ -1,14 +1,16 @@
 """Dead leaves, crops, and the resumable pretraining runs."""
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from hypothesis import given, settings, strategies as st
 
 from foundir_v2.base import TINY_UNET, new_base
 from foundir_v2.core import FoundIRError, generator
-from foundir_v2.pretrain import CropPool, PretrainConfig, dead_leaves, photographs, power_law, pretrain_prior, pretrain_vae
+from foundir_v2.pretrain import CropPool, PretrainConfig, _resume, dead_leaves, photographs, power_law, pretrain_prior, pretrain_vae
 from foundir_v2.vae import PatchAutoencoderKL
 
 PALETTE = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
@@ -115,6 +117,19 @@ def test_checkpoint_of_other_settings_is_refused(pool, tmp_path):
     pretrain_vae(pool, tmp_path, PretrainConfig(steps=2, **QUICK), SMALL_VAE)
     with pytest.raises(FoundIRError, match="steps, seed"):
         pretrain_vae(pool, tmp_path, PretrainConfig(steps=3, seed=5, **QUICK), SMALL_VAE)
+
+
+def test_a_checkpoint_of_another_model_or_damaged_is_refused(pool, tmp_path):
+    path, config = tmp_path / "checkpoint.pt", PretrainConfig(steps=1, lr=1e-3)
+    torch.save(dict(config=asdict(config), model=nn.Linear(2, 2).state_dict(), optimizer={}, ema={}, losses=[]), path)
+    with pytest.raises(FoundIRError, match="another model"): _resume(path, config, nn.Linear(3, 3), None, None)
+    path.write_bytes(b"nothing")
+    with pytest.raises(FoundIRError, match="delete it"): _resume(path, config, nn.Linear(2, 2), None, None)
+
+
+@pytest.mark.parametrize("name", ["steps", "warmup", "batch_size", "crop", "save_every"])
+def test_settings_that_cannot_be_are_refused(name):
+    with pytest.raises(FoundIRError, match=f"{name}=0"): PretrainConfig(**(dict(steps=1, lr=1e-3) | {name: 0}))
 
 
 def test_broken_loss_stops_the_run_and_keeps_the_checkpoint(pool, tmp_path):

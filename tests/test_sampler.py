@@ -244,6 +244,10 @@ def test_a_state_from_before_the_last_update_is_gone():
     mixture.update(dict.fromkeys(LENGTHS, 20.0), 5)
     assert s.state_dict(consumed=5)["step"] == 5
     with pytest.raises(MixtureError, match="updated at step 5"): s.state_dict(consumed=3)
+    next(it)
+    assert s.state_dict(consumed=5)["mixture"]["step"] == 5 # fetched ahead, not trained
+    again = sampler(mixture=mixture) # a policy that comes from an earlier run
+    assert again.state_dict()["step"] == 0 and next(iter(again)) and again.state_dict(consumed=0)["step"] == 0
 
 @pytest.mark.parametrize("rank", [-1, 2, 0.5, True, "0"])
 def test_a_rank_that_is_none_is_refused(rank):

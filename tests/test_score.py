@@ -55,9 +55,8 @@ def test_scores_do_not_depend_on_batches_or_ranks(items, model):
     sets, metrics = items(), {"denoise": "psnr", "sr": "psnr"}
     whole = sc.score_items(model, sets, metrics)
     assert sc.score_items(model, sets, metrics, batch_size=2) == pytest.approx(whole, abs=1e-3)
-    values = []
-    for rank in (0, 1): sc.score_items(model, sets, metrics, rank=rank, world_size=2, gather=lambda part: values.extend(part) or part)
-    assert sc.score_items(model, {t: [] or v for t, v in sets.items()}, metrics, rank=0, world_size=2, gather=lambda _: values) == pytest.approx(whole, abs=1e-3)
+    values = [v for rank in (0, 1) for v in sc.item_scores(model, sets, metrics, rank=rank, world_size=2)]
+    assert sc.score_items(model, sets, metrics, rank=0, world_size=2, gather=lambda _: values) == pytest.approx(whole, abs=1e-3)
 
 
 def test_score_is_the_mean_of_its_items(items):
@@ -76,6 +75,19 @@ def test_restoration_depends_on_picture_and_seed_only(items, model):
     assert not torch.allclose(model(x[1:2], [9]), a[1:2], atol=1e-3)
     assert not torch.allclose(model(x.flip(0), [1, 2, 3]), a, atol=1e-3)
     assert not torch.allclose(model(x, [1, 2, 3], 3), a, atol=1e-3)
+
+
+@pytest.mark.parametrize("restored", [torch.rand(1, 1, 1), torch.full((3, 64, 64), float("nan"))])
+def test_a_picture_that_cannot_be_scored_is_refused(restored):
+    with pytest.raises(FoundIRError, match="finite numbers of shape"): sc.item_score(restored, torch.rand(3, 64, 64), "psnr")
+
+
+def test_scores_of_one_rank_alone_are_no_mean(items):
+    with pytest.raises(FoundIRError, match="gather"): sc.score_items(lambda x, seeds: x, items(), dict.fromkeys(TASKS, "psnr"), rank=0, world_size=2)
+
+
+def test_a_task_without_sub_tasks_is_refused(tmp_path):
+    with pytest.raises(FoundIRError, match="no sub-tasks"): sc.reference_set(None, {"denoise": []})
 
 
 def test_missing_metric_or_items_are_refused(items):
