@@ -7,7 +7,7 @@ __all__ = ['LUMINANCE', 'REVIEW', 'detail', 'noise', 'blockiness', 'light', 'Jud
            'make_thresholds', 'judge', 'read_manual', 'centre', 'clean']
 
 # %% ../nbs/18_clean.ipynb #a9879434
-import math
+import math, sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -197,7 +197,7 @@ def clean(
     for row in index.itertuples():
         measures, verdict, reason = {}, row.verdict, row.reason
         if verdict != REJECTED:
-            image = load_image(Path(root)/row.path)
+            image = load_image(Path(root)/row.path, max_pixels=sys.maxsize) # the index has decided about sizes
             measures = {k: v for j in judges for k, v in j(centre(image, window)).items()}
             if "short_side" in measures: measures["short_side"] = float(min(image.shape[-2:])) # of the picture, not of the window
             verdict, reason = judge(measures, thresholds)

@@ -8,6 +8,7 @@ __all__ = ['CACHE', 'View', 'draw_view', 'look', 'micro_conditioning', 'recolour
            'reference_items']
 
 # %% ../nbs/22_data.ipynb #116dcee1
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,7 @@ class Photos:
     def __call__(self, path: str) -> Tensor:
         "The photograph at `path`, relative to the root: (3, H, W) uint8. Raises as `load_image` does."
         if path in self._kept: return self._kept[path]
-        x = (load_image(self.root / path) * 255).round().byte()
+        x = (load_image(self.root / path, max_pixels=sys.maxsize) * 255).round().byte()  # the manifest has decided about sizes
         if x.nbytes <= self._room: self._kept[path], self._room = x, self._room - x.nbytes
         return x
 

@@ -182,3 +182,14 @@ def test_a_window_too_small_to_measure_is_refused(window):
 def test_manual_verdicts_that_contradict_or_break_are_refused(tmp_path, rows, words):
     (tmp_path / "manual.csv").write_text("photo,verdict,reason\n" + rows)
     with pytest.raises(FoundIRError, match=words): read_manual(tmp_path / "manual.csv", ["a"])
+
+
+def test_what_the_index_admitted_is_read_whatever_its_size(tmp_path, monkeypatch):
+    from foundir_v2 import clean as cl
+    from foundir_v2.data import Photos
+    save_image(torch.rand(3, 40, 40), tmp_path / "a.png")
+    monkeypatch.setattr(cl.load_image, "__defaults__", (100, 1.0))  # as if 1600 pixels were too many
+    with pytest.raises(FoundIRError): cl.load_image(tmp_path / "a.png")
+    index = pd.DataFrame([dict(photo="a", path="a.png", verdict="", reason="")])
+    assert clean(index, [Statistics()], [], tmp_path).verdict.tolist() == [ACCEPTED]
+    assert Photos(tmp_path)("a.png").shape == (3, 40, 40)
