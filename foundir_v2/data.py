@@ -148,7 +148,7 @@ def rows_by_task(
     tasks: Mapping[str, Sequence[str]],
 ) -> dict[str, list[int]]:  # task -> positions in `rows`
     "Photographs serve every task, stored pairs the one that they name. Raises `FoundIRError` for a task without rows or a pair without a task."
-    paired = rows["lq"].fillna("").ne("") if "lq" in rows else pd.Series(False, index=rows.index)
+    paired = rows["lq"].ne("") if "lq" in rows else pd.Series(False, index=rows.index)
     owner = {name: task for task, names in tasks.items() for name in (task, *names)}
     for r in rows[paired].itertuples():
         if r.task not in owner: raise FoundIRError(f"the pair {r.photo} is for the task {r.task!r}, which is not among {', '.join(owner)}: add it to the tasks or drop the row")
