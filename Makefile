@@ -4,7 +4,7 @@ JOBS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv repro test export check-export test-notebooks smoke readme clean-notebooks lab bench measure profile hooks lock wheel
+.PHONY: help venv repro test hostile export check-export test-notebooks smoke readme clean-notebooks lab bench measure profile hooks lock wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -52,6 +52,9 @@ clean-notebooks: venv ## remove outputs from the pipeline notebooks, and editing
 
 lab: venv ## edit the notebooks
 	jupyter lab
+
+hostile: venv ## damaged files, planted code, command lines that would destroy: tried and held, as a table
+	HOSTILE=full python -m pytest tests/hostile
 
 bench: venv ## speed of the parts that have a bound, with the numbers (bench/)
 	python -m pytest -s bench

@@ -29,6 +29,8 @@ def test_format_and_ids(path):
     raw = json.loads(path.read_text(encoding='utf-8'))
     assert (raw['nbformat'], raw['nbformat_minor']) == (4, 5)
     nbformat.validate(nbformat.from_dict(raw))
+    as_jupyter_writes = nbformat.writes(nbformat.read(path, 4)) + '\n'
+    assert path.read_text(encoding='utf-8') == as_jupyter_writes, 'save it in Jupyter, or run make clean-notebooks'
     ids = [c.get('id') for c in raw['cells']]
     assert all(ids) and len(set(ids)) == len(ids)
     assert path.stat().st_size < 2**20
