@@ -259,6 +259,7 @@ class Item:
     photo: str  # name in the manifest
     seed: int  # of the restorer's random numbers
     input: Tensor  # (3, H, W): the LQ at the GT's size, by bicubic for SR
+    caption: str = ""  # of the photograph
 
 
 def _reference_item(row: dict[str, Any], photos: Photos, task: SubTask, size: int, seed: int) -> Item:
@@ -273,7 +274,8 @@ def _reference_item(row: dict[str, Any], photos: Photos, task: SubTask, size: in
     else:
         gt = look(gt, draw_view(*gt.shape[1:], size, (0.5, 1.0), 1, g))
         lq = degrade(gt, task, seed)
-    return Item(lq, gt, task, row["photo"], seed, upsample_lq(lq, gt.shape[1:]))
+    caption = row["caption"] if isinstance(row.get("caption"), str) else ""
+    return Item(lq, gt, task, row["photo"], seed, upsample_lq(lq, gt.shape[1:]), caption)
 
 # %% ../nbs/22_data.ipynb #babf0db5
 def reference_items(

@@ -779,7 +779,7 @@ def preset_loading(name: str, device: torch.device) -> dict[str, Any]:  # argume
 # %% ../nbs/54_pipeline.ipynb #7ff89c3c
 def describe(
     paths: Sequence[str | Path],  # of pictures
-    captioner: str = "none",  # as `foundir_v2.caption.make_captioner`: "none", "sidecar", "sidecar:.SUFFIX" or "vlm:MODEL"
+    captioner: str = "none",  # as `foundir_v2.caption.make_captioner`
     cache_dir: str | Path = ".cache/captions",  # captions of a model are kept there
     device: str | None = None,  # of the captioning model; None: an accelerator if there is one
 ) -> list[str | Exception]:  # one per picture; an error where the picture or its text can't be read

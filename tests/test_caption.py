@@ -1,12 +1,19 @@
-"Captioners: none, sidecar files, the shortening rule, a real vision-language model of a few kilobytes, and the cache."
+"Captioners: none, sidecar files, tables and the shipped one, the shortening rule, a real vision-language model of a few kilobytes, and the cache."
+import csv
+import hashlib
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from foundir_v2.caption import PROMPT, CachedCaptioner, Captioner, NoCaption, SidecarCaptioner, VLMCaptioner, VLMConfig, make_captioner, shorten
+from foundir_v2.caption import (CAPTIONERS, PROMPT, CachedCaptioner, Captioner, CSVCaptioner, NoCaption, SidecarCaptioner, VLMCaptioner,
+                                VLMConfig, captioner_choices, make_captioner, read_captions, shipped_captions, shorten)
 from foundir_v2.core import FoundIRError, save_image
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -31,6 +38,111 @@ def test_a_missing_or_binary_sidecar_is_an_error_not_an_empty_caption(pictures):
     (pictures/"b.txt").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(FoundIRError, match="UTF-8"): SidecarCaptioner()(pictures/"b.png")
     with pytest.raises(FoundIRError, match="suffix"): SidecarCaptioner("txt")
+
+
+sha256 = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def table(path, *rows, columns=("photo", "sha256", "caption")):
+    with open(path, "w", newline="", encoding="utf-8") as f: csv.writer(f).writerows([columns, *rows])
+    return path
+
+
+def test_a_table_goes_by_content_wherever_the_picture_lies(pictures):
+    captioner = CSVCaptioner(table(pictures/"t.csv", ("a", sha256(pictures/"a.png"), "  a Käfer,\non grass "), ("b", sha256(pictures/"b.png"), "")))
+    (pictures/"train").mkdir()
+    moved = (pictures/"a.png").rename(pictures/"train/c.png")
+    assert isinstance(captioner, Captioner) and captioner(moved) == "a Käfer, on grass" and captioner(pictures/"b.png") == ""
+
+
+def test_a_manifests_other_columns_their_order_a_mark_and_blank_lines_do_no_harm(pictures):
+    text = f"caption,split,sha256,photo\n\na cat,train,{sha256(pictures/'a.png')},a\n\n"
+    (pictures/"t.csv").write_text(text, encoding="utf-8-sig")
+    assert CSVCaptioner(pictures/"t.csv")(pictures/"a.png") == "a cat"
+
+
+def test_a_picture_without_a_row_is_an_error_or_has_the_empty_caption(pictures):
+    file = table(pictures/"t.csv", ("a", sha256(pictures/"a.png"), "a cat"))
+    with pytest.raises(FoundIRError, match="no row for .*b.png") as e: CSVCaptioner(file)(pictures/"b.png")
+    assert "\n" not in str(e.value) and sha256(pictures/"b.png") in str(e.value)
+    assert CSVCaptioner(file, strict=False)(pictures/"b.png") == ""
+
+
+@pytest.mark.parametrize("photo, stale", [("b", True), ("train/b", True), ("other/b", False), ("ab", False)])
+def test_a_stale_row_is_an_error_that_names_the_photograph(pictures, photo, stale):
+    (pictures/"train").mkdir()
+    moved = (pictures/"b.png").rename(pictures/"train/b.png")
+    captioner = CSVCaptioner(table(pictures/"t.csv", (photo, sha256(pictures/"a.png"), "a cat")), strict=False)
+    if not stale: assert captioner(moved) == ""; return
+    with pytest.raises(FoundIRError, match=f"caption of {photo} was written for another picture") as e: captioner(moved)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "lacks the column photo"), (b"photo,caption\na,b\n", "lacks the column sha256"), (b"photo,sha256,caption\na," + b"0" * 64, "row 1: 2 cells"),
+    (b"photo,sha256,caption\na," + b"0" * 64 + b",a cat, close\n", "row 1: 4 cells"), (b"photo,sha256,caption\na,12,x\n", "a: '12' is no sha256"),
+    (b"photo,sha256,caption\na," + b"0" * 64 + b",x\na," + b"1" * 64 + b",y\n", "a: a second row"),
+    (b"photo,sha256,caption\na," + b"0" * 64 + b",x\nb," + b"0" * 64 + b",y\n", "b: a second row"),
+    (b"photo,sha256,caption\na," + b"0" * 64 + b',"open', "can't read"), (b"\xff\xfe\x00\x80", "UnicodeDecodeError"),
+    (None, "FileNotFoundError"), ("folder", "IsADirectoryError")], ids=str)
+def test_a_wrong_table_is_refused_in_one_line(tmp_path, content, words):
+    if content == "folder": (tmp_path/"t.csv").mkdir()
+    elif content is not None: (tmp_path/"t.csv").write_bytes(content)
+    with pytest.raises(FoundIRError) as e: make_captioner(f"csv:{tmp_path}/t.csv", tmp_path)
+    assert words in str(e.value) and "t.csv" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_tables_with_equal_captions_have_equal_names(pictures):
+    one, two = (table(pictures/f"{n}.csv", ("a", "0" * 64, text)) for n, text in (("x", "a cat"), ("y", "a dog")))
+    same = table(pictures/"z.csv", ("a", "0" * 64, "a cat"))
+    names = [CSVCaptioner(one).name, CSVCaptioner(same).name, CSVCaptioner(two).name, CSVCaptioner(one, strict=False).name]
+    assert names[0] == names[1] and len(set(names)) == 3
+
+
+# ---------------------------------------------------------------- the shipped captions
+
+SHIPPED = read_captions(shipped_captions())
+
+
+def test_the_shipped_captions_are_those_of_the_photographs():
+    from foundir_v2.fetch import PHOTOS
+    assert {sha: photo for sha, (photo, _) in SHIPPED.items()} == {s.sha256: Path(s.file).stem for s in PHOTOS} and len(SHIPPED) == 86
+    if (ROOT/"data/SOURCES.csv").exists():
+        rows = [r for r in csv.DictReader((ROOT/"data/SOURCES.csv").open(encoding="utf-8")) if r["split"]]
+        assert {r["sha256"]: Path(r["file"]).stem for r in rows} == {sha: photo for sha, (photo, _) in SHIPPED.items()}
+
+
+def test_the_shipped_captions_are_plain_sentences():
+    captions = [caption for _, caption in SHIPPED.values()]
+    assert len(set(captions)) == len(captions)
+    for caption in captions:
+        assert 15 <= len(caption.split()) <= 35 and caption.isascii() and caption.endswith("."), caption
+        assert re.match("An? .*photograph|A light micrograph", caption), caption
+        assert not re.search(r"blur|nois[ey]|haz[ey]|fog|grain|sharp|crisp|clean|compress|quality|resolution|in focus", caption), caption
+    assert all(b"\r" not in line for line in shipped_captions().read_bytes().splitlines(keepends=True))
+
+
+def test_the_shipped_captions_fit_clips_text_encoder():
+    from foundir_v2.base import assets_path, load_tokenizers
+    for tokenizer in load_tokenizers(assets_path("base")):
+        assert max(len(ids) for ids in tokenizer([caption for _, caption in SHIPPED.values()]).input_ids) < 77
+
+
+def test_the_shipped_captions_reach_a_manifest_and_its_items():
+    from foundir_v2.core import load_image
+    from foundir_v2.data import reference_items
+    from foundir_v2.index import add_captions
+    import pandas as pd
+    path = ROOT/"data/photos/chelsea.png"
+    h, w = load_image(path).shape[1:]
+    rows = pd.DataFrame([dict(photo="chelsea", path="data/photos/chelsea.png", lq="", task="", split="reference", width=w, height=h)])
+    described = add_captions(rows, make_captioner("shipped", ROOT/"nowhere"), ROOT)
+    items = reference_items(described, "reference", ["haze", "sr_x4"], 1, 48, 0, ROOT)
+    assert [x.caption for x in items] == [SHIPPED[sha256(path)][1]] * 2 and "tabby cat" in items[0].caption
+
+
+def test_a_picture_of_ones_own_has_the_empty_caption_with_the_shipped_captioner(pictures):
+    assert make_captioner("shipped", pictures)(pictures/"a.png") == ""
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -150,8 +262,19 @@ def test_captioners_by_name(tmp_path):
     assert isinstance(make_captioner("none", tmp_path), NoCaption) and make_captioner("sidecar:.cap", tmp_path).suffix == ".cap"
     vlm = make_captioner("vlm:some/model", tmp_path)
     assert isinstance(vlm, CachedCaptioner) and vlm.captioner.config.model == "some/model", "made without loading anything"
-    for wrong in ("", "clip", "vlm:", "none:x", None):
-        with pytest.raises(FoundIRError): make_captioner(wrong, tmp_path)
+    for wrong in ("", "clip", "vlm:", "vlm", "none:x", "none:", "csv", "csv:", "shipped:x", None):
+        with pytest.raises(FoundIRError, match="unknown captioner") as e: make_captioner(wrong, tmp_path)
+        assert captioner_choices() in str(e.value)
+
+
+def test_the_choices_are_those_of_the_table_wherever_they_are_written(capsys):
+    assert all(usage.partition(":")[0] == name for name, kind in CAPTIONERS.items() for usage in kind.usages)
+    for file in (ROOT/"params.yaml", *(ROOT/"profiles").glob("*.yaml"), ROOT/"nbs/pipeline/manifest.ipynb"):
+        assert f"# {captioner_choices()}" in file.read_text(encoding="utf-8"), file.name
+    from foundir_v2 import cli
+    for command in ("restore", "caption"):
+        with pytest.raises(SystemExit): cli.main([command, "--help"])
+        assert captioner_choices() in " ".join(capsys.readouterr().out.split()), command
 
 
 def test_sidecars_of_two_folders_have_two_cache_entries(tmp_path):

@@ -171,6 +171,8 @@ def test_reference_items_are_fixed_and_independent_of_their_company(manifest, ro
     assert [x.subtask.name for x in together] == ["haze"] * 3 + ["sr_x4"] * 3 + ["jpeg"] * 3
     assert all({x.photo for x in together[i:i + 3]} == {"c", "d"} for i in (0, 3, 6)) and len({x.seed for x in together}) == 9
     assert all(x.gt.shape == x.input.shape == (3, 48, 48) and x.lq.shape == (3, 48 // x.subtask.scale, 48 // x.subtask.scale) for x in together)
+    assert all(x.caption == f"photo {x.photo}" for x in together)
+    assert reference_items(manifest.assign(caption=float("nan")), "reference", ["haze"], 1, 48, 7, root=root)[0].caption == ""
     other = reference_items(manifest, "reference", ["haze"], 1, 48, 8, root=root)[0]
     assert not torch.equal(other.gt, together[0].gt)
     for x in together: assert torch.equal(x.lq, degrade(x.gt, x.subtask, x.seed)) and torch.equal(x.input, upsample_lq(x.lq, (48, 48)))
