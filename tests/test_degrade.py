@@ -64,7 +64,7 @@ def test_bad_images_are_refused(bad, match):
 
 def test_unknown_names_are_refused():
     with pytest.raises(FoundIRError, match="motion_blur"): degrade(picture(), "fog", 0)
-    with pytest.raises(FoundIRError, match="unknown operator 'fog'.*haze"): draw_parameters(SubTask("x", "weather", (Step("fog", {}),)), 0)
+    with pytest.raises(FoundIRError, match="unknown operator 'smoke'.*haze"): draw_parameters(SubTask("x", "weather", (Step("smoke", {}),)), 0)
     with pytest.raises(FoundIRError, match="unknown range"): draw_parameters(SubTask("x", "weather", (Step("low_light", {"stops": (1, 2)}),)), 0)
 
 
@@ -176,7 +176,7 @@ def test_every_operator_is_pure():
         for operator, parameters in draw_parameters(name, 3): assert torch.equal(OPERATORS[operator](x, **parameters), OPERATORS[operator](x, **parameters)), operator
 
 
-@pytest.mark.parametrize("step, words", [(Applied("fog", {}), "choose one of"), (Applied("haze", {"betta": 1.0}), "its parameters are"), (Applied("motion_blur", dict(length=60.0, angle=0.0, wobble=0.0, seed=0)), "holds 0 to 30")])
+@pytest.mark.parametrize("step, words", [(Applied("smoke", {}), "choose one of"), (Applied("haze", {"betta": 1.0}), "its parameters are"), (Applied("motion_blur", dict(length=60.0, angle=0.0, wobble=0.0, seed=0)), "holds 0 to 30")])
 def test_an_edited_table_that_cannot_be_replayed_is_one_clear_line(step, words):
     with pytest.raises(FoundIRError, match=words) as e: apply(picture(), iter([step]))
     assert "\n" not in str(e.value)
