@@ -132,8 +132,8 @@ _SHAKE = Step("shake", {"turn": Uniform(2, 9), "zoom": Uniform(-0.06, 0.06), "y"
 _OBJECT = Step("moving_object", {"length": Uniform(6, 25), "angle": Uniform(0, 360), "wobble": Uniform(0, 1.5), "cover": Uniform(0.2, 0.8)})
 _PRIORS = Choice(("plane", "radial", "attenuation", "patches"))
 _FOCUS = Step("depth_of_field", {"radius": Uniform(2, 6), "focus": Uniform(0, 1), "depth": _PRIORS})
-_GRAIN = {"grain": Uniform(0.3, 1), "chroma": Uniform(0.3, 1.2)}
-_NOISE, _FAINT_NOISE = (Step("coloured_noise", {"sigma": LogUniform(low, high)} | _GRAIN) for low, high in ((4, 30), (1, 8)))
+_GRAIN = {"grain": Uniform(0.3, 1), "chroma": Uniform(0.2, 0.8)}
+_NOISE, _FAINT_NOISE = (Step("coloured_noise", {"sigma": LogUniform(low, high)} | _GRAIN) for low, high in ((3, 20), (0.7, 5)))
 _PHONE = Step("phone_denoise", {"strength": LogUniform(10, 60), "chroma": Uniform(0.5, 1), "sharpen": Uniform(0, 1.5)})
 _JPEG = Step("jpeg", {"quality": Integers(40, 92)})
 _SHIFT = {"scale": Uniform(1, 1), "dy": Integers(1, 7), "dx": Integers(1, 7)}
@@ -145,8 +145,8 @@ _FOG, _DENSE_FOG, _THIN_FOG = (Step("fog", ranges | {"depth": _PRIORS}) for rang
 _LAMPS = Step("lamps", {"stops": Uniform(1, 6), "count": Integers(1, 3), "size": LogUniform(0.08, 0.4), "warmth": Uniform(-0.2, 0.6)})
 _SCREENS = Step("screens", {"stops": Uniform(1, 6), "count": Integers(1, 3), "size": LogUniform(0.06, 0.3), "glow": LogUniform(0.03, 0.3)})
 _HIGHLIGHTS = Step("highlights", {"stops": Uniform(1, 5), "share": LogUniform(0.02, 0.3), "softness": Uniform(0.1, 0.5)})
-_CURVE = {"a": Uniform(-0.45, -0.25), "b": Uniform(0.9, 1.3)}
-_UNDER, _DULL = (Step("camera_exposure", {"stops": Uniform(low, high)} | _CURVE) for low, high in ((1, 5), (0.5, 2)))
+_CURVE = {"a": Uniform(-0.4, -0.25), "b": Uniform(0.9, 1.3)}
+_UNDER, _DULL = (Step("camera_exposure", {"stops": Uniform(low, high)} | _CURVE) for low, high in ((1, 4), (0.5, 2)))
 _TONE = Step("tone", {"contrast": Uniform(-0.6, 0.8), "black": Uniform(-0.06, 0.12)})
 _CAST = Step("colour_cast", {"warmth": Uniform(-0.6, 0.6), "tint": Uniform(-0.15, 0.15)})
 _HALF_SOFT, _QUARTER_SOFT = (
@@ -177,7 +177,7 @@ _MORE = (
 # %% ../nbs/10_tasks.ipynb #5a1d20e8
 _MORE_DARK = (
     _variants("low_light", lamps=(_LAMPS,), screens=(_SCREENS,), highlights=(_HIGHLIGHTS,), curve=(_UNDER, _TONE), cast=(_CAST, _UNDER)),
-    _variants("low_light_noise", lamps=(_LAMPS, _CAST, _DIM_SHOT), screens=(_SCREENS, _FAINT_NOISE, _JPEG), phone=(_UNDER, _TONE, _NOISE, _PHONE, _JPEG)),
+    _variants("low_light_noise", lamps=(_LAMPS, _CAST, _DIM_SHOT), screens=(_SCREENS, _FAINT_NOISE, _JPEG), phone=(_UNDER, _TONE, _FAINT_NOISE, _PHONE, _JPEG)),
     _variants("low_light_blur", shake=(_SHAKE, _HIGHLIGHTS), object=(_OBJECT, _LAMPS)),
     _variants("low_light_haze", lamps=(_THIN_FOG, _LAMPS), curve=(_THIN_FOG, _UNDER)),
 )
