@@ -524,13 +524,13 @@ def screens(
 def highlights(
     image: Tensor,  # (3, H, W)
     stops: float,  # of the rest under the picture's light
-    share: float,  # of the pixels that count as bright
-    softness: float,  # width of the transition, in encoded values
+    share: float,  # of the pixels that stay as bright as they are
+    softness: float,  # how far below these the transition reaches, in encoded values
 ) -> Tensor:  # (3, H, W)
     "Dark but for what is bright in the picture."
     bright = image.amax(0, keepdim=True)
     bright = guided_filter(bright, bright, 8, 1e-2, 4)
-    stays = ((bright - _top(bright, share)) / softness + 0.5).clamp(0, 1)
+    stays = ((bright - _top(bright, share)) / softness + 1).clamp(0, 1)
     return relight(image, 2.0 ** (-stops * (1 - stays * stays * (3 - 2 * stays))))
 
 # %% ../nbs/12_degrade.ipynb #6b2e30e7
