@@ -131,10 +131,10 @@ def intact(
     share: float,  # probability that a copy is given
     seed: int,
 ) -> Tensor | None:  # (3, S, S), or nothing
-    "A copy as a good file holds it: in 8 bits, every other time through a JPEG of quality 90 to 98."
+    "A copy as a good file holds it: in 8 bits, one in four through a JPEG of quality 92 to 99."
     chance, jpeg, quality = torch.rand(3, generator=generator("intact", seed)).tolist()
     if chance >= share: return None
-    return apply(gt, [Applied("jpeg", {"quality": 90 + int(9 * quality)})] if jpeg < 0.5 else [])
+    return apply(gt, [Applied("jpeg", {"quality": 92 + int(8 * quality)})] if jpeg < 0.25 else [])
 
 
 def degraded_pair(
