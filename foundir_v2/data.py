@@ -41,7 +41,7 @@ def draw_view(
     height: int,
     width: int,
     size: int,  # side of the crop
-    scale_range: tuple[float, float],  # of the shrinking; (1, 1) keeps the resolution, from 0 on means down to the largest square
+    scale_range: tuple[float, float],  # of the shrinking; (1, 1): none; from 0 on: down to the largest square
     multiple: int,  # top, left and side are multiples of this
     g: torch.Generator,
 ) -> View:
@@ -174,6 +174,16 @@ def _check_tasks(tasks: Mapping[str, Sequence[str]]) -> None:
         for name in names: subtask(name)
 
 
+def _check_sampling(crop: int, scale_range: tuple[float, float], shares: Mapping[str, float]) -> None:
+    "A crop has pixels, scales are a range from 0 to 1, and shares lie between 0 and 1."
+    low, high = scale_range
+    if crop < 1: raise FoundIRError(f"crop must be at least 1 pixel, got {crop}")
+    if not 0 <= low <= high <= 1 or high == 0:
+        raise FoundIRError(f"scale_range must be 0 <= low <= high <= 1, high above 0, got {tuple(scale_range)}")
+    for name, share in shares.items():
+        if not 0 <= share <= 1: raise FoundIRError(f"{name}={share}: a share lies between 0 and 1")
+
+
 def split_rows(
     manifest: pd.DataFrame,
     split: str,  # train, reference or test
@@ -248,7 +258,7 @@ class Photos:
         "The photograph at `path`. Raises as `load_image` does."
         if (path, halved) in self._kept: return self._kept[path, halved]
         if halved: x = halve(self(path, halved - 1))
-        else: x = (load_image(self.root / path, max_pixels=sys.maxsize) * 255).round().byte()  # the manifest has decided about sizes
+        else: x = (load_image(self.root / path, max_pixels=sys.maxsize) * 255).round().byte()  # the manifest has judged
         if x.nbytes <= self._room: self._kept[path, halved], self._room = x, self._room - x.nbytes
         return x
 
@@ -263,7 +273,7 @@ class RestorationDataset(Dataset):
         tasks: Mapping[str, Sequence[str]],  # task -> its sub-tasks
         crop: int = 128,  # side of the samples, px
         root: str | Path = ".",  # the manifest's paths are relative to it
-        scale_range: tuple[float, float] = (0.5, 1.0),  # shrinking of photographs before the crop; from 0 on: down to the whole
+        scale_range: tuple[float, float] = (0.5, 1.0),  # shrinking before the crop; from 0 on: to the whole
         cache: bool = True,  # keep decoded photographs in memory
         recoloured: float = 0.0,  # share of the samples from photographs that get other colours
         variety: float = 0.0,  # share that is degraded by a variant of its sub-task
@@ -271,14 +281,10 @@ class RestorationDataset(Dataset):
     ):
         "Raises `FoundIRError` for whatever can't work; nothing is read from disk yet."
         _check_tasks(tasks)
-        low, high = scale_range
-        if not (0 <= low <= high <= 1 and high > 0): raise FoundIRError(f"scale_range must be 0 <= low <= high <= 1, high above 0, got {tuple(scale_range)}")
         self.shares = dict(recoloured=recoloured, variety=variety, clean_share=clean_share)
-        for name, share in self.shares.items():
-            if not 0 <= share <= 1: raise FoundIRError(f"{name}={share}: a share lies between 0 and 1")
-        if crop < 1: raise FoundIRError(f"crop must be at least 1 pixel, got {crop}")
+        _check_sampling(crop, scale_range, self.shares)
         self.tasks = {task: tuple(names) for task, names in tasks.items()}
-        self.crop, self.scale_range, self.photos = crop, (low, high), Photos(root, cache)
+        self.crop, self.scale_range, self.photos = crop, tuple(scale_range), Photos(root, cache)
         largest = max(-(-crop // k) * k for names in tasks.values() for k in (subtask(n).scale for n in names))
         self.rows = split_rows(manifest, split, largest)
         self.items = rows_by_task(self.rows, self.tasks)
@@ -298,8 +304,11 @@ class RestorationDataset(Dataset):
         if not 0 <= index < len(self.items[task]): raise IndexError(f"task {task!r} has {len(self.items[task])} rows, got index {index}")
         row = self.rows.iloc[self.items[task][index]].to_dict()
         photo, caption = partial(self.photos, row["path"]), row.get("caption")
-        if row.get("lq"): (lq, gt, view), name = from_pair(photo(), self.photos(row["lq"]), self.crop, seed), row["task"]
-        else: lq, gt, name, view = from_photograph(photo, self.tasks[task], self.crop, self.scale_range, seed, **self.shares)
+        if row.get("lq"):
+            name, (lq, gt, view) = row["task"], from_pair(photo(), self.photos(row["lq"]), self.crop, seed)
+        else:
+            how = self.tasks[task], self.crop, self.scale_range
+            lq, gt, name, view = from_photograph(photo, *how, seed, **self.shares)
         sizes = micro_conditioning(row["height"], row["width"], view) | {"target_size": torch.tensor((self.crop, self.crop))}
         return dict(lq=lq, gt=gt, caption=caption if isinstance(caption, str) else "", task=task, subtask=name, **sizes)
 

@@ -197,7 +197,8 @@ def shake(
     light = srgb_to_linear(image)
     angle, growth = math.radians(turn) / 15, math.log1p(zoom) / 15
     for step in (0.5, 1, 2, 4):
-        light = (_turned(light, -step * angle, -step * growth, y, x) + _turned(light, step * angle, step * growth, y, x)) / 2
+        before, after = (_turned(light, s * angle, s * growth, y, x) for s in (-step, step))
+        light = (before + after) / 2
     return linear_to_srgb(light.clamp(0, 1))
 
 # %% ../nbs/12_degrade.ipynb #6b2e30b4
@@ -212,9 +213,9 @@ def moving_object(
     "Motion blur of a part of the picture, in linear light; the rest is sharp (as in ReLoBlur, Li et al., 2023)."
     hills = _smooth_field(*image.shape[1:], 3, generator("object", seed)).to(image.device)
     mask = ((hills - _top(hills, cover)) * 12 + 0.5).clamp(0, 1)
-    light = srgb_to_linear(image)
-    *smeared, mask = convolve(torch.cat([light, mask[None]]), motion_kernel(length, angle, wobble, seed).to(image.device))
-    return linear_to_srgb((light + mask * (torch.stack(smeared) - light)).clamp(0, 1))
+    light, kernel = srgb_to_linear(image), motion_kernel(length, angle, wobble, seed).to(image.device)
+    smeared, mask = convolve(torch.cat([light, mask[None]]), kernel).split([3, 1])
+    return linear_to_srgb((light + mask * (smeared - light)).clamp(0, 1))
 
 # %% ../nbs/12_degrade.ipynb #97d232a2
 def gaussian_noise(image: Tensor, sigma: float, seed: int) -> Tensor:
@@ -254,7 +255,8 @@ def gaussian_kernel(
     angle: float = 0.0,  # of the long axis, degrees from horizontal
 ) -> Tensor:  # (k, k), 3 σ to each side, sums to 1
     "Gaussian point spread function, longer in one direction with `stretch`. Raises `FoundIRError`."
-    if sigma <= 0 or stretch < 1: raise FoundIRError(f"Gaussian kernel of σ = {sigma} px, stretch {stretch}: σ must be above 0, stretch at least 1")
+    if sigma <= 0 or stretch < 1:
+        raise FoundIRError(f"Gaussian kernel of σ = {sigma} px, stretch {stretch}: expected σ above 0, stretch from 1 on")
     dy, dx = _grid_offsets(math.ceil(3 * sigma * stretch))
     s, c = math.sin(math.radians(angle)), math.cos(math.radians(angle))
     kernel = torch.exp(-(((dx * c - dy * s) / stretch) ** 2 + (dx * s + dy * c) ** 2) / (2 * sigma**2))
@@ -270,7 +272,8 @@ def coloured_noise(
 ) -> Tensor:  # (3, H, W)
     "Noise that neighbouring pixels share, in encoded values."
     white = torch.randn(4, *image.shape[1:], generator=generator("coloured", seed))
-    grey, colour = (convolve(n, k) / k.norm() for n, k in ((white[:1], gaussian_kernel(grain)), (white[1:], gaussian_kernel(2 * grain))))
+    fine, coarse = gaussian_kernel(grain), gaussian_kernel(2 * grain)
+    grey, colour = convolve(white[:1], fine) / fine.norm(), convolve(white[1:], coarse) / coarse.norm()
     noise = grey + chroma * (colour - colour.mean(0, keepdim=True))
     return image + noise.to(image.device) * (sigma / 255)
 
@@ -297,7 +300,7 @@ def resaved(
     dy: int,  # rows and columns by which the second grid of blocks is shifted
     dx: int,
 ) -> Tensor:  # (3, H, W): the second file, enlarged if it is smaller
-    "Compressed, shrunk or shifted, and compressed again (double JPEG as in FBCNN, Jiang et al., 2021). Raises `FoundIRError`."
+    "Compressed, shrunk or shifted, compressed again (double JPEG as in Jiang et al., 2021). Raises `FoundIRError`."
     if not 0 < scale <= 1: raise FoundIRError(f"resaved at scale {scale}: expected a factor above 0, at most 1")
     x, size = jpeg(image, first)[None], tuple(max(1, round(n * scale)) for n in image.shape[1:])
     if scale < 1: x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -358,7 +361,8 @@ def _attenuation(image: Tensor, seed: int) -> Tensor:
     return _to_unit(_to_unit(d) + 0.5 * depth_map(*image.shape[1:], seed))
 
 # %% ../nbs/12_degrade.ipynb #6b2e30d3
-DEPTHS: Mapping[str, Callable[[Tensor, int], Tensor]] = dict(plane=_plane, radial=_radial, patches=_patches, attenuation=_attenuation)
+DEPTHS: Mapping[str, Callable[[Tensor, int], Tensor]] = dict(
+    plane=_plane, radial=_radial, patches=_patches, attenuation=_attenuation)
 
 
 def scene_depth(
@@ -508,15 +512,17 @@ def screens(
     glow: float,  # distance over which their light falls to 1/e, in the same unit
     seed: int,
 ) -> Tensor:  # (3, H, W)
-    "Dark but for upright or tilted rectangles that keep their light, sharp or soft at the rim, and light their surroundings."
+    "Dark but for rectangles that keep their light, sharp or soft at the rim, and shed some around them."
     g, (y, x) = generator("screens", seed), _positions(*image.shape[1:])
     unlit = torch.ones(image.shape[1:])
     for cy, cx, tilt, tall, wide, soft, level in torch.rand(count, 7, generator=g).tolist():
         c, s = math.cos(0.7 * (tilt - 0.5)), math.sin(0.7 * (tilt - 0.5))
         dy, dx = y - (cy - 0.5), x - (cx - 0.5)
-        outside = torch.maximum((dy * c - dx * s).abs() - size * (0.3 + tall), (dy * s + dx * c).abs() - size * (0.3 + wide))
-        lit = torch.maximum(torch.sigmoid(-outside / (0.002 + 0.015 * soft**2)), 0.4 * torch.exp(-outside.clamp(min=0) / glow))
-        unlit = unlit * (1 - (0.5 + 0.5 * level) * lit)
+        above, beside = (dy * c - dx * s).abs() - size * (0.3 + tall), (dy * s + dx * c).abs() - size * (0.3 + wide)
+        outside = torch.maximum(above, beside)
+        screen = torch.sigmoid(-outside / (0.002 + 0.015 * soft**2))
+        halo = 0.4 * torch.exp(-outside.clamp(min=0) / glow)
+        unlit = unlit * (1 - (0.5 + 0.5 * level) * torch.maximum(screen, halo))
     ambient = 2.0**-stops
     return relight(image, (ambient + (1 - ambient) * (1 - unlit)).to(image.device))
 

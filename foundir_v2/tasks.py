@@ -128,29 +128,33 @@ def _variants(parent: str, **recipes: tuple[Step, ...]) -> tuple[SubTask, ...]:
     return tuple(replace(SUBTASKS[parent], name=f"{parent}:{name}", recipe=recipe) for name, recipe in recipes.items())
 
 # %% ../nbs/10_tasks.ipynb #5a1d20e4
-_SHAKE = Step("shake", {"turn": Uniform(2, 9), "zoom": Uniform(-0.06, 0.06), "y": Uniform(-0.5, 0.5), "x": Uniform(-0.5, 0.5)})
-_OBJECT = Step("moving_object", {"length": Uniform(6, 25), "angle": Uniform(0, 360), "wobble": Uniform(0, 1.5), "cover": Uniform(0.2, 0.8)})
+_TURN = {"turn": Uniform(2, 9), "zoom": Uniform(-0.06, 0.06), "y": Uniform(-0.5, 0.5), "x": Uniform(-0.5, 0.5)}
+_PATH = {"length": Uniform(6, 25), "angle": Uniform(0, 360), "wobble": Uniform(0, 1.5), "cover": Uniform(0.2, 0.8)}
+_SHAKE, _OBJECT = Step("shake", _TURN), Step("moving_object", _PATH)
 _PRIORS = Choice(("plane", "radial", "attenuation", "patches"))
 _FOCUS = Step("depth_of_field", {"radius": Uniform(2, 6), "focus": Uniform(0, 1), "depth": _PRIORS})
 _GRAIN = {"grain": Uniform(0.3, 1), "chroma": Uniform(0.2, 0.8)}
-_NOISE, _FAINT_NOISE = (Step("coloured_noise", {"sigma": LogUniform(low, high)} | _GRAIN) for low, high in ((3, 20), (0.7, 5)))
+_NOISE = Step("coloured_noise", {"sigma": LogUniform(3, 20)} | _GRAIN)
+_FAINT_NOISE = Step("coloured_noise", {"sigma": LogUniform(0.7, 5)} | _GRAIN)
 _PHONE = Step("phone_denoise", {"strength": LogUniform(10, 60), "chroma": Uniform(0.5, 1), "sharpen": Uniform(0, 1.5)})
 _JPEG = Step("jpeg", {"quality": Integers(40, 92)})
-_SHIFT = {"scale": Uniform(1, 1), "dy": Integers(1, 7), "dx": Integers(1, 7)}
-_RESIZE = {"scale": Uniform(0.5, 0.9), "dy": Integers(0, 7), "dx": Integers(0, 7)}
-_SHIFTED, _RESIZED = (Step("resaved", {"first": Integers(15, 70), "second": Integers(25, 80)} | how) for how in (_SHIFT, _RESIZE))
+_FILES = {"first": Integers(15, 70), "second": Integers(25, 80)}
+_SHIFTED = Step("resaved", _FILES | {"scale": Uniform(1, 1), "dy": Integers(1, 7), "dx": Integers(1, 7)})
+_RESIZED = Step("resaved", _FILES | {"scale": Uniform(0.5, 0.9), "dy": Integers(0, 7), "dx": Integers(0, 7)})
 _FOG, _DENSE_FOG, _THIN_FOG = (Step("fog", ranges | {"depth": _PRIORS}) for ranges in (_HAZE, _DENSE_HAZE, _THIN_HAZE))
 
 # %% ../nbs/10_tasks.ipynb #5a1d20e5
-_LAMPS = Step("lamps", {"stops": Uniform(1, 6), "count": Integers(1, 3), "size": LogUniform(0.08, 0.4), "warmth": Uniform(-0.2, 0.6)})
-_SCREENS = Step("screens", {"stops": Uniform(1, 6), "count": Integers(1, 3), "size": LogUniform(0.06, 0.3), "glow": LogUniform(0.03, 0.3)})
-_HIGHLIGHTS = Step("highlights", {"stops": Uniform(1, 5), "share": LogUniform(0.02, 0.3), "softness": Uniform(0.1, 0.5)})
+_LIGHTS = {"stops": Uniform(1, 6), "count": Integers(1, 3)}
+_LAMPS = Step("lamps", _LIGHTS | {"size": LogUniform(0.08, 0.4), "warmth": Uniform(-0.2, 0.6)})
+_SCREENS = Step("screens", _LIGHTS | {"size": LogUniform(0.06, 0.3), "glow": LogUniform(0.03, 0.3)})
+_BRIGHT = {"share": LogUniform(0.02, 0.3), "softness": Uniform(0.1, 0.5)}
+_HIGHLIGHTS = Step("highlights", {"stops": Uniform(1, 5)} | _BRIGHT)
 _CURVE = {"a": Uniform(-0.4, -0.25), "b": Uniform(0.9, 1.3)}
 _UNDER, _DULL = (Step("camera_exposure", {"stops": Uniform(low, high)} | _CURVE) for low, high in ((1, 4), (0.5, 2)))
 _TONE = Step("tone", {"contrast": Uniform(-0.6, 0.8), "black": Uniform(-0.06, 0.12)})
 _CAST = Step("colour_cast", {"warmth": Uniform(-0.6, 0.6), "tint": Uniform(-0.15, 0.15)})
-_HALF_SOFT, _QUARTER_SOFT = (
-    Step("shrink", {"scale": Integers(s, s), "width": Uniform(0.1, 0.6), "stretch": Uniform(1, 2), "angle": Uniform(0, 180)}) for s in (2, 4))
+_KERNEL = {"width": Uniform(0.1, 0.6), "stretch": Uniform(1, 2), "angle": Uniform(0, 180)}
+_HALF_SOFT, _QUARTER_SOFT = (Step("shrink", {"scale": Integers(s, s)} | _KERNEL) for s in (2, 4))
 
 # %% ../nbs/10_tasks.ipynb #5a1d20e7
 _SHOT = Step("camera_noise", {"shot": LogUniform(4e-3, 4e-2), "read_offset": Uniform(-0.5, 0.5)})
@@ -176,8 +180,10 @@ _MORE = (
 
 # %% ../nbs/10_tasks.ipynb #5a1d20e8
 _MORE_DARK = (
-    _variants("low_light", lamps=(_LAMPS,), screens=(_SCREENS,), highlights=(_HIGHLIGHTS,), curve=(_UNDER, _TONE), cast=(_CAST, _UNDER)),
-    _variants("low_light_noise", lamps=(_LAMPS, _CAST, _DIM_SHOT), screens=(_SCREENS, _FAINT_NOISE, _JPEG), phone=(_UNDER, _TONE, _FAINT_NOISE, _PHONE, _JPEG)),
+    _variants("low_light", lamps=(_LAMPS,), screens=(_SCREENS,), highlights=(_HIGHLIGHTS,), curve=(_UNDER, _TONE),
+              cast=(_CAST, _UNDER)),
+    _variants("low_light_noise", lamps=(_LAMPS, _CAST, _DIM_SHOT), screens=(_SCREENS, _FAINT_NOISE, _JPEG),
+              phone=(_UNDER, _TONE, _FAINT_NOISE, _PHONE, _JPEG)),
     _variants("low_light_blur", shake=(_SHAKE, _HIGHLIGHTS), object=(_OBJECT, _LAMPS)),
     _variants("low_light_haze", lamps=(_THIN_FOG, _LAMPS), curve=(_THIN_FOG, _UNDER)),
 )
@@ -190,7 +196,7 @@ VARIANTS: Mapping[str, tuple[SubTask, ...]] = {v[0].name.split(":")[0]: v for v 
 
 # %% ../nbs/10_tasks.ipynb #1dd6cce6
 def subtask(
-    name: "str | SubTask",  # a name of `SUBTASKS` or of a variant, or a sub-task of your own, which is returned as it is
+    name: "str | SubTask",  # a name of `SUBTASKS`, of a variant, or a sub-task of your own, which is returned as it is
 ) -> SubTask:
     "The sub-task called `name`; raises `FoundIRError` naming the choices."
     if isinstance(name, SubTask): return name

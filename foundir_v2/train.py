@@ -82,7 +82,7 @@ class ModelConfig:
 class LoopConfig:
     "Section `train`: what all stages share."
     crop: int = 512 # side of the training crops in pixels
-    scale_range: list[float] = field(default_factory=lambda: [1.0, 1.0]) # shrinking before the crop; from 0 on: to the whole
+    scale_range: list[float] = field(default_factory=lambda: [1.0, 1.0]) # shrinking before the crop; 0: to the whole
     recoloured: float = 0.0 # share of the samples from photographs that get other colours
     variety: float = 0.0 # share of the samples degraded by a variant of their sub-task
     clean_share: float = 0.0 # share of the samples that need nothing
@@ -227,8 +227,9 @@ class Feed:
     def __init__(self, config: TrainConfig, rank: int = 0, world_size: int = 1):
         self.config, self.rank, self.world_size, self.step = config, rank, world_size, 0
         manifest = load_manifest(config.manifest)
-        dataset = RestorationDataset(manifest, "train", config.task_table, crop=config.crop, root=config.root, scale_range=tuple(config.scale_range),
-                                     recoloured=config.recoloured, variety=config.variety, clean_share=config.clean_share)
+        shares = dict(recoloured=config.recoloured, variety=config.variety, clean_share=config.clean_share)
+        dataset = RestorationDataset(manifest, "train", config.task_table, crop=config.crop, root=config.root,
+                                     scale_range=tuple(config.scale_range), **shares)
         self.mixture = build_mixture(config)
         self.sampler = MixtureSampler(dataset.lengths, self.mixture, config.batch_size // world_size, config.seed, rank, world_size, interval=config.update_every or None)
         self.loader = DataLoader(SeededDataset(dataset), batch_sampler=self.sampler, num_workers=config.num_workers, collate_fn=collate, persistent_workers=config.num_workers > 0)

@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from foundir_v2.core import FoundIRError, generator, hash_seed, load_image, save_image
-from foundir_v2.data import (Photos, RestorationDataset, View, collate, draw_view, halve, halvings, look, look_at, micro_conditioning, reference_items, stored_pair)
+from foundir_v2.data import (Photos, RestorationDataset, View, collate, draw_view, halve, halvings, look, look_at,
+                             micro_conditioning, reference_items, stored_pair)
 from foundir_v2.degrade import crop_to_multiple, degrade, upsample_lq
 from foundir_v2.tasks import SUBTASKS, VARIANTS, by_category, subtask
 
@@ -66,7 +67,10 @@ def test_a_sample_is_a_pure_function_of_the_draw(dataset, manifest, root):
 def test_without_variety_samples_are_what_they_always_were(manifest, root):
     "Stored before there was any; pixels up to a rounding that another CPU may do otherwise."
     stored = np.load(Path(__file__).parent / "data/samples.npz")
-    plain, spelt = (RestorationDataset(manifest, "train", TASKS, crop=16, root=root, recoloured=0.5, **k) for k in ({}, dict(variety=0.0, clean_share=0.0, scale_range=(0.5, 1.0))))
+    options = dict(crop=16, root=root, recoloured=0.5)
+    plain = RestorationDataset(manifest, "train", TASKS, **options)
+    today = dict(variety=0.0, clean_share=0.0, scale_range=(0.5, 1.0))
+    spelt = RestorationDataset(manifest, "train", TASKS, **today, **options)
     for key in stored.files:
         task, index, seed, name, which = key.split("_")
         sample = plain[task, int(index), int(seed)]
@@ -76,7 +80,8 @@ def test_without_variety_samples_are_what_they_always_were(manifest, root):
 
 
 def test_variety_draws_variants_and_leaves_the_crop(manifest, root):
-    plain, half, full = (RestorationDataset(manifest, "train", by_category(), crop=16, root=root, variety=v) for v in (0, 0.5, 1))
+    make = lambda share: RestorationDataset(manifest, "train", by_category(), crop=16, root=root, variety=share)
+    plain, half, full = map(make, (0, 0.5, 1))
     varied = 0
     for task in plain.tasks:
         for seed in range(40):
@@ -86,24 +91,32 @@ def test_variety_draws_variants_and_leaves_the_crop(manifest, root):
             assert same(b, a) or same(b, c)
             varied += same(b, c)
     assert 70 <= varied <= 130
-    assert {full["lowlight", 0, s]["subtask"] for s in range(150)} == {v.name for n in by_category()["lowlight"] for v in VARIANTS[n]}
+    drawn = {full["lowlight", 0, s]["subtask"] for s in range(150)}
+    assert drawn == {v.name for n in by_category()["lowlight"] for v in VARIANTS[n]}
 
 
 def test_a_variant_can_be_a_task_of_its_own(manifest, root):
     own = RestorationDataset(manifest, "train", {"mist": ["haze:depths"]}, crop=16, root=root, variety=1)
     assert {own["mist", 0, s]["subtask"] for s in range(5)} == {"haze:depths"}
-    assert reference_items(manifest, "reference", ["low_light:screens"], 1, 48, 7, root=root)[0].subtask is VARIANTS["low_light"][1]
+    item = reference_items(manifest, "reference", ["low_light:screens"], 1, 48, 7, root=root)[0]
+    assert item.subtask is VARIANTS["low_light"][1]
 
 
 def test_a_share_of_the_samples_needs_nothing_in_every_task(manifest, root):
-    some, every = (RestorationDataset(manifest, "train", TASKS, crop=32, root=root, recoloured=0.5, clean_share=v) for v in (0.3, 1))
+    options = dict(crop=32, root=root, recoloured=0.5)
+    make = lambda share: RestorationDataset(manifest, "train", TASKS, clean_share=share, **options)
+    some, every = make(0.3), make(1)
     counts, exact = dict.fromkeys(TASKS, 0), 0
     for task in TASKS:
         for seed in range(60):
             s, clean = some[task, 0, seed], every[task, 0, seed]
-            assert clean["subtask"] == "clean" and clean["task"] == task and same(clean, every[task, 0, seed]) and torch.equal(s["gt"], clean["gt"])
+            assert clean["subtask"] == "clean"
+            assert clean["task"] == task
+            assert same(clean, every[task, 0, seed])
+            assert torch.equal(s["gt"], clean["gt"])
             error = (clean["lq"] - clean["gt"]).abs()
-            assert error.square().mean() < 3e-3 and torch.allclose(clean["lq"] * 255, (clean["lq"] * 255).round(), atol=1e-3), "not what a good file holds"
+            assert error.square().mean() < 3e-3
+            assert torch.allclose(clean["lq"] * 255, (clean["lq"] * 255).round(), atol=1e-3), "not what a file holds"
             exact += (error.max() <= 0.5 / 255 + 1e-6).item()
             if s["subtask"] == "clean": assert same(s, clean)
             counts[task] += s["subtask"] == "clean"
@@ -135,11 +148,14 @@ def test_shrinking_far_starts_from_a_kept_half_and_looks_the_same(manifest, root
         if k == 0: assert torch.equal(a, b)
         elif side % 2**k == 0: assert -10 * torch.log10((a - b).square().mean()) > 35
     photos, fresh = Photos(root), Photos(root, cache=False)
-    assert photos("a.png", 1) is photos("a.png", 1) and torch.equal(photos("a.png", 1), fresh("a.png", 1)) and torch.equal(photos("a.png", 1), halve(photos("a.png")))
+    assert photos("a.png", 1) is photos("a.png", 1)
+    assert torch.equal(photos("a.png", 1), fresh("a.png", 1))
+    assert torch.equal(photos("a.png", 1), halve(photos("a.png")))
 
 
 def test_whole_photographs_as_crops_do_not_depend_on_the_cache(manifest, root):
-    kept, read = (RestorationDataset(manifest, "train", TASKS, crop=16, root=root, scale_range=(0, 1), variety=0.5, clean_share=0.1, cache=c) for c in (True, False))
+    options = dict(crop=16, root=root, scale_range=(0, 1), variety=0.5, clean_share=0.1)
+    kept, read = (RestorationDataset(manifest, "train", TASKS, cache=c, **options) for c in (True, False))
     assert all(same(kept[d], read[d]) and kept[d]["lq"].shape == (3, 16, 16) for d in DRAWS)
 
 
@@ -229,7 +245,8 @@ def test_stored_pairs_serve_their_task_only(manifest, root):
 @pytest.mark.parametrize("change, match", [
     (dict(tasks={}), "no tasks"), (dict(tasks={"weather": []}), "list of sub-tasks"), (dict(tasks={"weather": "haze"}), "list of sub-tasks"), (dict(tasks={"weather": ["fog"]}), "unknown sub-task 'fog'"),
     (dict(split="validation"), "validation.*train"), (dict(crop=65), "b is 64x120.*too small"), (dict(crop=63), None), (dict(crop=0), "at least 1"),
-    (dict(scale_range=(0, 0)), "scale_range"), (dict(scale_range=(-0.1, 1)), "scale_range"), (dict(variety=-0.1), "variety=-0.1"), (dict(clean_share=2), "clean_share=2"),
+    (dict(scale_range=(0, 0)), "scale_range"), (dict(scale_range=(-0.1, 1)), "scale_range"),
+    (dict(variety=-0.1), "variety=-0.1"), (dict(clean_share=2), "clean_share=2"),
     (dict(scale_range=(0.5, 1.5)), "scale_range"), (dict(scale_range=(1, 0.5)), "scale_range"), (dict(recoloured=1.1), "recoloured=1.1")])
 def test_what_cannot_work_is_refused_at_once(manifest, root, change, match):
     options = dict(split="train", tasks=TASKS, crop=32, root=root) | change

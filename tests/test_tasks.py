@@ -4,7 +4,8 @@ import pytest
 
 from foundir_v2.core import FoundIRError
 from foundir_v2.degrade import OPERATORS
-from foundir_v2.tasks import CATEGORIES, SUBTASKS, VARIANTS, Choice, Integers, LogUniform, Step, SubTask, Uniform, by_category, subtask
+from foundir_v2.tasks import (CATEGORIES, SUBTASKS, VARIANTS, Choice, Integers, LogUniform, Step, SubTask, Uniform,
+                              by_category, subtask)
 
 REQUIRED = """motion_blur defocus_blur gaussian_noise camera_noise jpeg haze rain snow raindrop low_light low_light_noise
 sr_x2 sr_x4 blur_noise noise_jpeg rain_haze""".split()
@@ -33,7 +34,8 @@ EVERY_VARIANT = [v for several in VARIANTS.values() for v in several]
 
 def proper(r):
     if isinstance(r, Choice): return len(r.options) > 1 and all(isinstance(o, str) for o in r.options)
-    return isinstance(r, (Uniform, LogUniform, Integers)) and r.low <= r.high and (r.low > 0 or not isinstance(r, LogUniform))
+    if isinstance(r, LogUniform) and r.low <= 0: return False
+    return isinstance(r, (Uniform, LogUniform, Integers)) and r.low <= r.high
 
 
 @pytest.mark.parametrize("s", [*SUBTASKS.values(), *EVERY_VARIANT], ids=lambda s: s.name)
@@ -50,7 +52,9 @@ def test_every_subtask_has_variants_of_its_own_kind():
     for parent, several in VARIANTS.items():
         for v in several:
             one = SUBTASKS[parent]
-            assert v.name.startswith(parent + ":") and (v.category, v.metric, v.scale) == (one.category, one.metric, one.scale) and v.recipe != one.recipe
+            assert v.name.startswith(parent + ":")
+            assert (v.category, v.metric, v.scale) == (one.category, one.metric, one.scale)
+            assert v.recipe != one.recipe
 
 
 def test_a_variant_is_found_by_its_name_and_is_no_task_of_the_benchmark():
