@@ -82,8 +82,10 @@ class ModelConfig:
 class LoopConfig:
     "Section `train`: what all stages share."
     crop: int = 512 # side of the training crops in pixels
-    scale_range: list[float] = field(default_factory=lambda: [1.0, 1.0]) # photographs are shrunk by a factor in this range before the crop; 1: full resolution
+    scale_range: list[float] = field(default_factory=lambda: [1.0, 1.0]) # shrinking before the crop; 0: to the whole
     recoloured: float = 0.0 # share of the samples from photographs that get other colours
+    variety: float = 0.0 # share of the samples degraded by a variant of their sub-task
+    clean_share: float = 0.0 # share of the samples that need nothing
     batch_size: int = 32 # samples per step, of all processes together
     gradient_accumulation: int = 1 # micro-batches that a step's samples are split into
     terminal_fraction: float = 0.0 # share of samples at the last time step; the others are uniform over all time steps
@@ -225,7 +227,9 @@ class Feed:
     def __init__(self, config: TrainConfig, rank: int = 0, world_size: int = 1):
         self.config, self.rank, self.world_size, self.step = config, rank, world_size, 0
         manifest = load_manifest(config.manifest)
-        dataset = RestorationDataset(manifest, "train", config.task_table, crop=config.crop, root=config.root, scale_range=tuple(config.scale_range), recoloured=config.recoloured)
+        shares = dict(recoloured=config.recoloured, variety=config.variety, clean_share=config.clean_share)
+        dataset = RestorationDataset(manifest, "train", config.task_table, crop=config.crop, root=config.root,
+                                     scale_range=tuple(config.scale_range), **shares)
         self.mixture = build_mixture(config)
         self.sampler = MixtureSampler(dataset.lengths, self.mixture, config.batch_size // world_size, config.seed, rank, world_size, interval=config.update_every or None)
         self.loader = DataLoader(SeededDataset(dataset), batch_sampler=self.sampler, num_workers=config.num_workers, collate_fn=collate, persistent_workers=config.num_workers > 0)

@@ -1,14 +1,17 @@
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from foundir_v2.core import FoundIRError, generator, hash_seed, load_image, save_image
-from foundir_v2.data import RestorationDataset, View, collate, draw_view, look, micro_conditioning, reference_items, stored_pair
+from foundir_v2.data import (Photos, RestorationDataset, View, collate, draw_view, halve, halvings, look, look_at,
+                             micro_conditioning, reference_items, stored_pair)
 from foundir_v2.degrade import crop_to_multiple, degrade, upsample_lq
-from foundir_v2.tasks import SUBTASKS, by_category, subtask
+from foundir_v2.tasks import SUBTASKS, VARIANTS, by_category, subtask
 
 TASKS = {"denoise": ["gaussian_noise", "jpeg"], "weather": ["haze"], "sr": ["sr_x2", "sr_x4"]}
 SIZES = dict(a=(70, 90), b=(120, 64), c=(66, 66), d=(80, 100))
@@ -59,6 +62,101 @@ def test_a_sample_is_a_pure_function_of_the_draw(dataset, manifest, root):
     assert all(same(a, fresh[d]) for a, d in reversed(list(zip(first, DRAWS))))
     assert all(same(a, pickle.loads(pickle.dumps(dataset))[d]) for a, d in zip(first[:3], DRAWS))
     assert len({a["gt"].sum().item() for a in first}) == len(first), "draws repeat each other"
+
+
+def test_without_variety_samples_are_what_they_always_were(manifest, root):
+    "Stored before there was any; pixels up to a rounding that another CPU may do otherwise."
+    stored = np.load(Path(__file__).parent / "data/samples.npz")
+    options = dict(crop=16, root=root, recoloured=0.5)
+    plain = RestorationDataset(manifest, "train", TASKS, **options)
+    today = dict(variety=0.0, clean_share=0.0, scale_range=(0.5, 1.0))
+    spelt = RestorationDataset(manifest, "train", TASKS, **today, **options)
+    for key in stored.files:
+        task, index, seed, name, which = key.split("_")
+        sample = plain[task, int(index), int(seed)]
+        changed = np.abs((sample[which] * 255).round().numpy() - stored[key].astype(float))
+        assert sample["subtask"].replace("_", "-") == name and changed.max() <= 1 and (changed > 0).mean() < 0.01, key
+        assert same(sample, spelt[task, int(index), int(seed)])
+
+
+def test_variety_draws_variants_and_leaves_the_crop(manifest, root):
+    make = lambda share: RestorationDataset(manifest, "train", by_category(), crop=16, root=root, variety=share)
+    plain, half, full = map(make, (0, 0.5, 1))
+    varied = 0
+    for task in plain.tasks:
+        for seed in range(40):
+            a, b, c = (ds[task, 0, seed] for ds in (plain, half, full))
+            assert torch.equal(a["gt"], c["gt"]) and not torch.equal(a["lq"], c["lq"]) and same(c, full[task, 0, seed])
+            assert c["subtask"] in {v.name for v in VARIANTS[a["subtask"]]} and c["task"] == task
+            assert same(b, a) or same(b, c)
+            varied += same(b, c)
+    assert 70 <= varied <= 130
+    drawn = {full["lowlight", 0, s]["subtask"] for s in range(150)}
+    assert drawn == {v.name for n in by_category()["lowlight"] for v in VARIANTS[n]}
+
+
+def test_a_variant_can_be_a_task_of_its_own(manifest, root):
+    own = RestorationDataset(manifest, "train", {"mist": ["haze:depths"]}, crop=16, root=root, variety=1)
+    assert {own["mist", 0, s]["subtask"] for s in range(5)} == {"haze:depths"}
+    item = reference_items(manifest, "reference", ["low_light:screens"], 1, 48, 7, root=root)[0]
+    assert item.subtask is VARIANTS["low_light"][1]
+
+
+def test_a_share_of_the_samples_needs_nothing_in_every_task(manifest, root):
+    options = dict(crop=32, root=root, recoloured=0.5)
+    make = lambda share: RestorationDataset(manifest, "train", TASKS, clean_share=share, **options)
+    some, every = make(0.3), make(1)
+    counts, exact = dict.fromkeys(TASKS, 0), 0
+    for task in TASKS:
+        for seed in range(60):
+            s, clean = some[task, 0, seed], every[task, 0, seed]
+            assert clean["subtask"] == "clean"
+            assert clean["task"] == task
+            assert same(clean, every[task, 0, seed])
+            assert torch.equal(s["gt"], clean["gt"])
+            error = (clean["lq"] - clean["gt"]).abs()
+            assert error.square().mean() < 3e-3
+            assert torch.allclose(clean["lq"] * 255, (clean["lq"] * 255).round(), atol=1e-3), "not what a file holds"
+            exact += (error.max() <= 0.5 / 255 + 1e-6).item()
+            if s["subtask"] == "clean": assert same(s, clean)
+            counts[task] += s["subtask"] == "clean"
+    assert all(8 <= n <= 30 for n in counts.values()) and 110 <= exact <= 160
+
+
+def test_all_scales_from_the_whole_photograph_to_the_pixel():
+    sides = torch.tensor([draw_view(1600, 1200, 128, (0, 1.0), 1, generator("scale", i)).side for i in range(2000)])
+    assert sides.min() < 130 and sides.max() > 1190 and sides.max() <= 1200
+    octaves = [((sides >= low) & (sides < 2 * low)).float().mean() for low in (128, 256, 512)]
+    assert all(0.27 < share < 0.35 for share in octaves), "scales are not alike"
+    assert all(draw_view(100, 90, 90, (0, 1.0), 1, generator("s", i)).side == 90 for i in range(5))
+    assert max(draw_view(600, 600, 128, (0, 0.5), 1, generator("s", i)).side for i in range(50)) > 500
+    assert min(draw_view(600, 600, 128, (0, 0.5), 1, generator("s", i)).side for i in range(50)) >= 255
+
+
+def test_shrinking_far_starts_from_a_kept_half_and_looks_the_same(manifest, root):
+    coarse = torch.rand(1, 3, 40, 40, generator=generator("large"))
+    photo = (torch.nn.functional.interpolate(coarse, (640, 640), mode="bicubic")[0].clamp(0, 1) * 255).round().byte()
+    halves = [photo]
+    while len(halves) < 5: halves.append(halve(halves[-1]))
+    assert [h.shape[1] for h in halves] == [640, 320, 160, 80, 40] and halve(photo[:, :5, :7]).shape == (3, 2, 3)
+    used = []
+    def level(k): used.append(k); return halves[k]
+    for side, k in ((64, 0), (128, 0), (129, 1), (256, 1), (257, 2), (640, 3)):
+        view = View(640 - side, 0, side, 64, side % 2 == 0)
+        a, b = look_at(level, view), look(photo, view)
+        assert used[-1] == k == halvings(view) and a.shape == (3, 64, 64)
+        if k == 0: assert torch.equal(a, b)
+        elif side % 2**k == 0: assert -10 * torch.log10((a - b).square().mean()) > 35
+    photos, fresh = Photos(root), Photos(root, cache=False)
+    assert photos("a.png", 1) is photos("a.png", 1)
+    assert torch.equal(photos("a.png", 1), fresh("a.png", 1))
+    assert torch.equal(photos("a.png", 1), halve(photos("a.png")))
+
+
+def test_whole_photographs_as_crops_do_not_depend_on_the_cache(manifest, root):
+    options = dict(crop=16, root=root, scale_range=(0, 1), variety=0.5, clean_share=0.1)
+    kept, read = (RestorationDataset(manifest, "train", TASKS, cache=c, **options) for c in (True, False))
+    assert all(same(kept[d], read[d]) and kept[d]["lq"].shape == (3, 16, 16) for d in DRAWS)
 
 
 def test_workers_give_what_the_main_process_gives(dataset):
@@ -147,6 +245,8 @@ def test_stored_pairs_serve_their_task_only(manifest, root):
 @pytest.mark.parametrize("change, match", [
     (dict(tasks={}), "no tasks"), (dict(tasks={"weather": []}), "list of sub-tasks"), (dict(tasks={"weather": "haze"}), "list of sub-tasks"), (dict(tasks={"weather": ["fog"]}), "unknown sub-task 'fog'"),
     (dict(split="validation"), "validation.*train"), (dict(crop=65), "b is 64x120.*too small"), (dict(crop=63), None), (dict(crop=0), "at least 1"),
+    (dict(scale_range=(0, 0)), "scale_range"), (dict(scale_range=(-0.1, 1)), "scale_range"),
+    (dict(variety=-0.1), "variety=-0.1"), (dict(clean_share=2), "clean_share=2"),
     (dict(scale_range=(0.5, 1.5)), "scale_range"), (dict(scale_range=(1, 0.5)), "scale_range"), (dict(recoloured=1.1), "recoloured=1.1")])
 def test_what_cannot_work_is_refused_at_once(manifest, root, change, match):
     options = dict(split="train", tasks=TASKS, crop=32, root=root) | change

@@ -1,14 +1,22 @@
 import hashlib, json, subprocess, sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foundir_v2.core import FoundIRError, generator, repo_root
-from foundir_v2.degrade import (OPERATORS, Applied, apply, camera_noise, convolve, crop_to_multiple, defocus_blur, degrade, depth_map, disc_kernel, downscale,
-                                draw_parameters, gaussian_noise, haze, linear_to_srgb, low_light, motion_blur, motion_kernel, rain, snow, srgb_to_linear, upsample_lq)
-from foundir_v2.tasks import SUBTASKS, Integers, LogUniform, Step, SubTask, Uniform
+from foundir_v2.degrade import (DEPTHS, OPERATORS, Applied, apply, camera_exposure, camera_noise, coloured_noise,
+                                colour_cast, convolve, crop_to_multiple, defocus_blur, degrade, depth_map,
+                                depth_of_field, disc_kernel, downscale, draw_parameters, fog, gaussian_kernel,
+                                gaussian_noise, guided_filter, haze, highlights, lamps, linear_to_srgb, low_light,
+                                luma, motion_blur, motion_kernel, moving_object, phone_denoise, rain, resaved,
+                                scatter, scene_depth, screens, shake, shrink, snow, srgb_to_linear, tone, upsample_lq)
+from foundir_v2.tasks import SUBTASKS, VARIANTS, Choice, Integers, LogUniform, Step, SubTask, Uniform
+
+EVERY_VARIANT = [v for several in VARIANTS.values() for v in several]
 
 
 def picture(h=48, w=56):
@@ -33,6 +41,43 @@ def test_contract(name):
     if k == 1: assert 4 < psnr(a, x) < 40
 
 
+@pytest.mark.parametrize("task", EVERY_VARIANT, ids=lambda v: v.name)
+def test_variants_hold_to_the_contract_and_are_damage(task):
+    x, k = picture(), task.scale
+    before, state = x.clone(), torch.get_rng_state()
+    made = [degrade(x, task, s) for s in range(8)]
+    assert torch.equal(made[1], degrade(x, task.name, 1))
+    assert torch.equal(x, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(torch.equal(made[0], y) for y in made[1:]), "the seed does nothing"
+    for y in made:
+        assert y.shape == (3, 48 // k, 56 // k)
+        assert 0 <= y.min()
+        assert y.max() <= 1
+        assert torch.allclose(y * 255, (y * 255).round(), atol=1e-3)
+        assert 4 < psnr(upsample_lq(y, (48, 56)), x) < 40
+
+
+def test_version_1_of_the_benchmark_never_changes():
+    "Parameters exactly; pixels up to a rounding that another CPU may do otherwise."
+    plain = lambda step: (step.operator, {k: v if k == "seed" else f"{v:.9g}" for k, v in step.parameters.items()})
+    drawn = [(n, [plain(step) for step in draw_parameters(n, s)]) for n in SUBTASKS for s in range(20)]
+    digest = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
+    assert digest == "ef24a7485cbd6b404c6bbebdd016e66d3aee17e883106e6102d3cd86b5b01bbf"
+    stored = np.load(Path(__file__).parent / "data/version1.npz")
+    assert stored.files == list(SUBTASKS)
+    for name in SUBTASKS:
+        changed = np.abs((degrade(picture(24, 28), name, 7) * 255).round().numpy() - stored[name].astype(float))
+        assert changed.max() <= 1 and (changed > 0).mean() < 0.01, name
+
+
+def test_no_recipe_is_made_by_the_library_that_tests_out_of_distribution():
+    assert {f.__module__ for f in OPERATORS.values()} == {"foundir_v2.degrade"}
+    code = "import sys, foundir_v2.data; print([m for m in sys.modules if m.split('.')[0] == 'albumentations'])"
+    other = subprocess.run([sys.executable, "-c", code], cwd=repo_root(), capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == "[]"
+
+
 def digest():
     h = hashlib.sha256()
     for name in SUBTASKS: h.update((degrade(picture(), name, 7) * 255).round().byte().numpy().tobytes())
@@ -45,10 +90,11 @@ def test_another_process_makes_the_same_pixels():
     assert other.stdout.strip() == digest()
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.sampled_from(list(SUBTASKS)), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**63 - 1))
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from([*SUBTASKS, *(v.name for v in EVERY_VARIANT)]), st.integers(1, 40), st.integers(1, 40),
+       st.integers(0, 2**63 - 1))
 def test_any_size_works_or_is_refused_in_one_line(name, h, w, seed):
-    x, k = picture(h, w), SUBTASKS[name].scale
+    x, k = picture(h, w), SUBTASKS[name.split(":")[0]].scale
     if min(h, w) < k:
         with pytest.raises(FoundIRError, match="at least"): degrade(x, name, seed)
         return
@@ -64,16 +110,18 @@ def test_bad_images_are_refused(bad, match):
 
 def test_unknown_names_are_refused():
     with pytest.raises(FoundIRError, match="motion_blur"): degrade(picture(), "fog", 0)
-    with pytest.raises(FoundIRError, match="unknown operator 'fog'.*haze"): draw_parameters(SubTask("x", "weather", (Step("fog", {}),)), 0)
+    smoke = SubTask("x", "weather", (Step("smoke", {}),))
+    with pytest.raises(FoundIRError, match="unknown operator 'smoke'.*haze"): draw_parameters(smoke, 0)
     with pytest.raises(FoundIRError, match="unknown range"): draw_parameters(SubTask("x", "weather", (Step("low_light", {"stops": (1, 2)}),)), 0)
 
 
 def test_parameters_stay_in_their_ranges_and_cover_them():
-    ranges = dict(a=Uniform(2, 4), b=LogUniform(0.01, 1), c=Integers(3, 5))
+    ranges = dict(a=Uniform(2, 4), b=LogUniform(0.01, 1), c=Integers(3, 5), d=Choice(("x", "y", "z")))
     task = SubTask("x", "weather", (Step("jpeg", ranges),))
     drawn = [draw_parameters(task, s)[0].parameters for s in range(300)]
-    for k, r in ranges.items():
-        v = [d[k] for d in drawn]
+    assert {d.pop("d") for d in drawn} == {"x", "y", "z"}
+    for k in "abc":
+        r, v = ranges[k], [d[k] for d in drawn]
         assert r.low <= min(v) and max(v) <= r.high
     assert {d["c"] for d in drawn} == {3, 4, 5} and all(isinstance(d["c"], int) for d in drawn)
     assert abs(sum(d["b"] < 0.1 for d in drawn) / 300 - 0.5) < 0.12, "not even in the exponent"
@@ -81,8 +129,9 @@ def test_parameters_stay_in_their_ranges_and_cover_them():
 
 
 def test_parameters_replay_from_json():
-    stored = json.loads(json.dumps(draw_parameters("rain_haze", 5)))
-    assert torch.equal(apply(picture(), [Applied(*s) for s in stored]), degrade(picture(), "rain_haze", 5))
+    for name in ("rain_haze", "haze:phone"):
+        stored = json.loads(json.dumps(draw_parameters(name, 5)))
+        assert torch.equal(apply(picture(), [Applied(*s) for s in stored]), degrade(picture(), name, 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -172,11 +221,157 @@ def test_upsampling_draws_all_three_modes_and_defaults_to_bicubic():
 
 def test_every_operator_is_pure():
     x = picture()
-    for name in SUBTASKS:
-        for operator, parameters in draw_parameters(name, 3): assert torch.equal(OPERATORS[operator](x, **parameters), OPERATORS[operator](x, **parameters)), operator
+    for task in (*SUBTASKS.values(), *EVERY_VARIANT):
+        for operator, parameters in draw_parameters(task, 3):
+            a, b = (OPERATORS[operator](x, **parameters) for _ in range(2))
+            assert torch.equal(a, b), operator
 
 
-@pytest.mark.parametrize("step, words", [(Applied("fog", {}), "choose one of"), (Applied("haze", {"betta": 1.0}), "its parameters are"), (Applied("motion_blur", dict(length=60.0, angle=0.0, wobble=0.0, seed=0)), "holds 0 to 30")])
+@pytest.mark.parametrize("step, words", [
+    (Applied("smoke", {}), "choose one of"), (Applied("haze", {"betta": 1.0}), "its parameters are"),
+    (Applied("motion_blur", dict(length=60.0, angle=0.0, wobble=0.0, seed=0)), "holds 0 to 30"),
+    (Applied("fog", dict(beta=1.0, airlight=0.9, tint=0.0, depth="stereo", seed=0)), "'stereo'; choose one of plane"),
+    (Applied("resaved", dict(first=30, second=30, scale=1.5, dy=0, dx=0)), "scale 1.5"),
+    (Applied("coloured_noise", dict(sigma=9.0, grain=0.0, chroma=0.5, seed=0)), "above 0")])
 def test_an_edited_table_that_cannot_be_replayed_is_one_clear_line(step, words):
     with pytest.raises(FoundIRError, match=words) as e: apply(picture(), iter([step]))
     assert "\n" not in str(e.value)
+
+
+def test_a_guided_filter_keeps_edges_and_smooths_the_rest():
+    step = (torch.arange(64) >= 32).float().expand(1, 64, 64) * 0.8
+    noisy = step + 0.05 * torch.randn(1, 64, 64, generator=generator("guided"))
+    for shrunk in (1, 4):
+        y = guided_filter(step, noisy, 8, 1e-3, shrunk)
+        assert (y - step).std() < 0.25 * (noisy - step).std() and y[:, :, 33:36].mean() - y[:, :, 28:31].mean() > 0.75
+
+
+def test_shake_leaves_its_centre_and_smears_the_rim_around_it():
+    stripes = picture(96, 96)
+    y = shake(stripes, 9, 0, 0, 0)
+    loss = (y - stripes).square().mean(0)
+    assert loss[44:52, 44:52].mean() < 0.3 * loss[:12, :12].mean()
+    flat = torch.full((3, 30, 40), 0.4)
+    assert torch.allclose(shake(flat, 9, 0.06, 0.5, -0.5), flat, atol=1e-4)
+    dot = torch.zeros(3, 65, 65)
+    dot[:, 32, 52] = 1
+    light = srgb_to_linear(shake(dot, 9, 0, 0, 0))[0]
+    rows, columns, at = light.sum(1) / light.sum(), light.sum(0) / light.sum(), torch.arange(65.0) - 32
+    assert abs((rows * at).sum()) < 0.1 and abs((columns * at).sum() - 20) < 0.3, "the picture is shifted"
+    assert (rows * at**2).sum() > 3 * (columns * (at - 20) ** 2).sum(), "not smeared along the circle"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_moving_object_leaves_the_rest_sharp(seed):
+    x = picture(96, 96)
+    changed = (moving_object(x, 20, 30, 1, 0.3, seed) - x).abs().amax(0) > 0.02
+    assert 0.1 < changed.float().mean() < 0.65
+
+
+def test_depth_of_field_is_sharp_at_the_focus():
+    x = picture(96, 96)
+    for prior in DEPTHS:
+        d, y = scene_depth(x, prior, 1), depth_of_field(x, 5, 0, prior, 1)
+        loss = (y - x).square().mean(0)
+        assert loss[d < d.quantile(0.05)].mean() < 0.4 * loss[d > d.quantile(0.5)].mean(), prior
+
+
+def test_depths_differ_and_one_follows_the_picture():
+    x = picture()
+    for prior in DEPTHS:
+        d = scene_depth(x, prior, 1)
+        assert d.shape == (48, 56)
+        assert d.min() == 0
+        assert abs(d.max() - 1) < 1e-6
+        assert torch.equal(d, scene_depth(x, prior, 1))
+        assert not torch.equal(d, scene_depth(x, prior, 2))
+    sky = torch.stack([torch.full((80, 80), v) for v in (0.1, 0.3, 0.1)])
+    sky[:, :, 40:] = 0.9  # pale and bright
+    for s in range(5):
+        d = scene_depth(sky, "attenuation", s)
+        assert d[:, 44:].mean() > d[:, :36].mean() + 0.2
+    d = scene_depth(x, "patches", 4)
+    assert torch.equal(fog(x, 1.2, 0.9, 0.0, "patches", 4), scatter(x, d, 1.2, 0.9, 0.0))
+    assert torch.equal(haze(x, 1.2, 0.9, 0.0, 3), scatter(x, depth_map(48, 56, 3), 1.2, 0.9, 0.0))
+
+
+def test_correlated_noise_has_the_asked_deviation_and_is_shared_by_neighbours():
+    grey = torch.full((3, 200, 200), 0.5)
+    for grain in (0.3, 1.0):
+        assert abs((coloured_noise(grey, 12, grain, 0, 3) - grey)[:, 10:-10, 10:-10].std() * 255 - 12) < 0.4
+    shared = lambda n: (n[..., 1:] * n[..., :-1]).mean() / n.square().mean()
+    n = coloured_noise(grey, 12, 1, 0.8, 3) - grey
+    assert shared(n) > 0.5 > abs(shared(coloured_noise(grey, 12, 0.3, 0, 3) - grey))
+    assert shared(n - luma(n)) > shared(luma(n))
+
+
+def test_a_phone_leaves_less_noise_in_coarser_patches():
+    grey = torch.full((3, 200, 200), 0.5)
+    noise = gaussian_noise(grey, 10, 1) - grey
+    left = phone_denoise(grey + noise, 40, 1, 0) - grey
+    assert left.std() < 0.4 * noise.std() and (left[..., 2:] * left[..., :-2]).mean() > 0.4 * left.square().mean()
+    step = (torch.arange(64) >= 32).float().expand(3, 64, 64) * 0.5 + 0.2
+    assert phone_denoise(step, 20, 1, 1.5).max() > 0.7 + 0.02, "no bright rim from sharpening"
+    assert torch.allclose(phone_denoise(grey, 30, 1, 1.5), grey, atol=1e-4)
+
+
+def test_a_file_saved_twice_is_worse_than_once_and_not_shifted():
+    x = picture()
+    once, shifted, small = (resaved(x, 30, 95, *how) for how in ((1, 0, 0), (1, 3, 4), (0.6, 0, 0)))
+    assert once.shape == shifted.shape == small.shape == x.shape
+    for y in (shifted, small): assert all(psnr(y, x) > psnr(y.roll(1, d), x) for d in (1, 2))
+    assert psnr(resaved(x, 30, 30, 1, 3, 4), x) < psnr(once, x)
+    assert small.diff(dim=2).abs().mean() < once.diff(dim=2).abs().mean()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_local_light_stays_in_the_dark(seed):
+    "Something keeps its brightness, most of the picture is dark: what a darkened crop never shows."
+    x = torch.full((3, 64, 64), 0.7)
+    dark = low_light(x, 5).max()
+    for y in (lamps(x, 5, 1, 0.1, 0.0, seed), screens(x, 5, 1, 0.08, 0.04, seed)):
+        assert y.median() < 0.45 and y.min() >= dark - 1e-3 and y.max() > 1.8 * y.median() and y.max() <= 0.7 + 1e-3
+    warm = lamps(x, 5, 1, 0.2, 0.6, seed)
+    assert (warm[0] >= warm[2] - 1e-4).all() and (warm[0] - warm[2]).max() > 0.05
+
+
+def test_highlights_keep_what_is_bright():
+    x = torch.full((3, 64, 64), 0.4)
+    x[:, 20:40, 20:40] = 0.9
+    y = highlights(x, 4, 0.08, 0.2)
+    assert abs(y[:, 26:34, 26:34].mean() - 0.9) < 0.02
+    assert torch.allclose(y[:, :8, :8], low_light(x, 4)[:, :8, :8], atol=1e-3)
+
+
+def test_curves_and_casts_do_what_they_say():
+    x, ramp = picture(), torch.linspace(0, 1, 256).expand(3, 1, 256)
+    for a, b in ((-0.25, 0.9), (-0.4, 1.3)):
+        levels = [camera_exposure(x, s, a, b).mean() for s in (0, 1, 2, 4)]
+        assert levels == sorted(levels, reverse=True) and abs(levels[0] - x.mean()) < 1e-5
+        assert (camera_exposure(ramp, 2, a, b).diff() >= 0).all()
+    for lifted in (tone(ramp, -0.6, 0.1), tone(ramp, 0.8, 0.1)):
+        assert (lifted.diff() >= -1e-6).all() and abs(lifted[0, 0, 0] - 0.1) < 1e-6
+    steep, plain, flat = ((tone(ramp, c, 0) - 0.5).abs().mean() for c in (0.8, 0, -0.6))
+    assert steep > plain > flat
+    grey = torch.full((3, 4, 4), 0.4)
+    warm, cold = colour_cast(grey, 0.5, 0)[:, 0, 0], colour_cast(grey, -0.5, 0)[:, 0, 0]
+    assert warm[0] > warm[1] > warm[2]
+    assert cold[0] < cold[1] < cold[2]
+    assert abs(srgb_to_linear(warm).mean() - srgb_to_linear(grey).mean()) < 1e-4
+
+
+def test_other_kernels_are_aligned_and_range_from_aliased_to_soft():
+    ramp, pairs = torch.linspace(0, 1, 64).expand(3, 64, 64), torch.arange(32) // 2
+    board = (pairs[:, None] + pairs[None, :]).remainder(2).float().expand(3, -1, -1)
+    for scale in (2, 4):
+        error = shrink(ramp, scale, 0.4, 1.5, 30) - downscale(ramp, scale)
+        assert error[:, :, 3:-3].abs().max() < 2e-3
+    assert shrink(board, 2, 0.1, 1, 0).std() > 0.4 > 0.2 > shrink(board, 2, 0.6, 1, 0).std()
+    with pytest.raises(FoundIRError, match="at least 4"): shrink(picture(3, 8), 4, 0.4, 1, 0)
+    k = gaussian_kernel(1.0, 2.0, 0.0)
+    at = torch.arange(-(k.shape[0] // 2), k.shape[0] // 2 + 1.0)
+    assert abs(k.sum() - 1) < 1e-5
+    assert abs((k.sum(0) * at**2).sum() - 4) < 0.1
+    assert abs((k.sum(1) * at**2).sum() - 1) < 0.05
+    for sigma, stretch in ((0, 1), (1, 0.5)):
+        with pytest.raises(FoundIRError, match="Gaussian kernel"): gaussian_kernel(sigma, stretch)

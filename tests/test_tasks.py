@@ -4,7 +4,8 @@ import pytest
 
 from foundir_v2.core import FoundIRError
 from foundir_v2.degrade import OPERATORS
-from foundir_v2.tasks import CATEGORIES, SUBTASKS, Integers, LogUniform, Step, SubTask, Uniform, by_category, subtask
+from foundir_v2.tasks import (CATEGORIES, SUBTASKS, VARIANTS, Choice, Integers, LogUniform, Step, SubTask, Uniform,
+                              by_category, subtask)
 
 REQUIRED = """motion_blur defocus_blur gaussian_noise camera_noise jpeg haze rain snow raindrop low_light low_light_noise
 sr_x2 sr_x4 blur_noise noise_jpeg rain_haze""".split()
@@ -28,18 +29,44 @@ def test_categories_partition_the_catalogue_and_are_balanced():
     assert min(map(len, table.values())) >= 3 and max(map(len, table.values())) <= 2.5 * min(map(len, table.values()))
 
 
-def test_recipes_name_real_operators_and_their_parameters():
-    for s in SUBTASKS.values():
-        for operator, ranges in s.recipe:
-            code = OPERATORS[operator].__code__
-            arguments = set(code.co_varnames[1:code.co_argcount]) - {"seed"}
-            assert set(ranges) == arguments, (s.name, operator)
-            assert all(isinstance(r, (Uniform, LogUniform, Integers)) and r.low <= r.high for r in ranges.values())
+EVERY_VARIANT = [v for several in VARIANTS.values() for v in several]
+
+
+def proper(r):
+    if isinstance(r, Choice): return len(r.options) > 1 and all(isinstance(o, str) for o in r.options)
+    if isinstance(r, LogUniform) and r.low <= 0: return False
+    return isinstance(r, (Uniform, LogUniform, Integers)) and r.low <= r.high
+
+
+@pytest.mark.parametrize("s", [*SUBTASKS.values(), *EVERY_VARIANT], ids=lambda s: s.name)
+def test_recipes_name_real_operators_and_their_parameters(s):
+    for operator, ranges in s.recipe:
+        code = OPERATORS[operator].__code__
+        arguments = set(code.co_varnames[1:code.co_argcount]) - {"seed"}
+        assert set(ranges) == arguments, (s.name, operator)
+        assert all(proper(r) for r in ranges.values())
+
+
+def test_every_subtask_has_variants_of_its_own_kind():
+    assert list(VARIANTS) == list(SUBTASKS) and len({v.name for v in EVERY_VARIANT}) == len(EVERY_VARIANT) >= 30
+    for parent, several in VARIANTS.items():
+        for v in several:
+            one = SUBTASKS[parent]
+            assert v.name.startswith(parent + ":")
+            assert (v.category, v.metric, v.scale) == (one.category, one.metric, one.scale)
+            assert v.recipe != one.recipe
+
+
+def test_a_variant_is_found_by_its_name_and_is_no_task_of_the_benchmark():
+    for v in EVERY_VARIANT: assert subtask(v.name) is v
+    assert not {v.name for v in EVERY_VARIANT} & {n for names in by_category().values() for n in names}
+    with pytest.raises(FoundIRError, match="'haze:mist'; choose one of haze, haze:depths") as e: subtask("haze:mist")
+    assert "rain" not in str(e.value)
 
 
 def test_super_resolution_is_what_changes_the_size():
-    for s in SUBTASKS.values():
-        scales = [r["scale"] for operator, r in s.recipe if operator == "downscale"]
+    for s in (*SUBTASKS.values(), *EVERY_VARIANT):
+        scales = [r["scale"] for operator, r in s.recipe if operator in ("downscale", "shrink")]
         assert s.is_sr == bool(scales) == (s.scale > 1) and all(r == Integers(s.scale, s.scale) for r in scales)
 
 
@@ -55,6 +82,6 @@ def test_bad_definitions_are_refused():
 
 
 def test_subtasks_are_plain_values():
-    for s in SUBTASKS.values():
+    for s in (*SUBTASKS.values(), *EVERY_VARIANT):
         assert pickle.loads(pickle.dumps(s)) == s and hash(s) == hash(pickle.loads(pickle.dumps(s)))
         with pytest.raises(AttributeError): s.name = "other"
