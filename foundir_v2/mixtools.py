@@ -19,7 +19,7 @@ import numpy as np
 from .core import FoundIRError, atomic_write
 from .mixlaw import MixLaw, fit_law, recommend
 from .mixsim import OBJECTIVES, SHIPPED_CURVES, Curves, fit_curves, load_curves, race, regret_table, save_curves
-from .mixture import DataEquilibrium, Mixture, ReplayMixture, make_mixture, read_mixture, write_mixture
+from .mixture import DataEquilibrium, Mixture, ReplayMixture, check_tasks, make_mixture, read_mixture, write_mixture
 from .viz import plot_mixture
 
 # %% ../nbs/36_mixtools.ipynb #cd336577
@@ -74,7 +74,7 @@ def parse_policy(
     "A policy from the command line. Raises `FoundIRError` naming the choices."
     name, _, rest = text.partition(":")
     try: options = json.loads("{" + rest_as_json(rest) + "}")
-    except json.JSONDecodeError: raise FoundIRError(f"can't read the options of policy {text!r}: expected name:option=value,option=value; values are JSON or bare words") from None
+    except ValueError: raise FoundIRError(f"can't read the options of policy {text[:80]!r}: expected name:option=value,option=value; values are JSON or bare words") from None
     if name == "fixed" and not options: options = {"weights": {t: 1 / len(tasks) for t in tasks}}
     elif name not in ("fixed", "proportional", "temperature", "replay"): options.setdefault("tasks", list(tasks))
     with one_line(f"policy {text}"): policy = make_mixture(name, **options)
@@ -189,8 +189,9 @@ def load_law(
     "Read a mixing law back."
     try:
         data = json.loads(Path(path).read_text())
-        return MixLaw(tuple(data.pop("tasks")), tuple(data.pop("names")), **{k: np.array(v, float) for k, v in data.items()})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as e: raise FoundIRError(f"{path} holds no mixing law ({e}): make one with mixture fit") from None
+        return MixLaw(check_tasks(data.pop("tasks")), check_tasks(data.pop("names")), **{k: np.array(v, float) for k, v in data.items()})
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise FoundIRError(f"{path} holds no mixing law ({' '.join(str(e).split())[:300]}): make one with mixture fit") from None
 
 # %% ../nbs/36_mixtools.ipynb #5bdc807f
 def parse_objective(

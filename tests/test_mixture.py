@@ -1,8 +1,8 @@
 "Mixture policies: Eq. 3 and its limits as properties, states, schedules, bad input."
-import json, math, subprocess, sys
+import json, math, os, subprocess, sys, time
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
-from foundir_v2.mixture import (POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, MixtureError, OnlineDataMixing, ProportionalMixture, ReplayMixture, ScheduledMixture,
+from foundir_v2.mixture import (LARGEST, POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, MixtureError, OnlineDataMixing, ProportionalMixture, ReplayMixture, ScheduledMixture,
                                 SequentialMixture, SlopeMixture, TargetGapMixture, TemperatureMixture, make_mixture, mixture_rows, project, read_mixture, released_schedule, write_mixture)
 
 few = settings(max_examples=60, deadline=None)
@@ -68,13 +68,33 @@ def test_limits_hold(run, options, lists):
     for step, scores in enumerate(rounds):
         if not lists: scores = {t: v[0] for t, v in scores.items()}
         before = policy.weights
-        try: after = policy.update(scores, step)
-        except MixtureError as e:
-            assert ("no spread" in str(e) or "float" in str(e)) and policy.weights == before
-            return
+        after = policy.update(scores, step)
         assert abs(math.fsum(after.values()) - 1) < 1e-12
         assert min(after.values()) >= options["floor"] and max(after.values()) <= options["ceiling"] + 1e-15
         if options["max_step"]: assert max(abs(after[t] - before[t]) for t in tasks) <= options["max_step"] / 100 + 1e-12
+
+admitted = st.floats(-LARGEST, LARGEST) | st.sampled_from([0.0, 9.66e-308, -9.66e-308, 5e-324, 1e-100, 1.0, LARGEST, -LARGEST])
+
+@few
+@given(st.lists(st.lists(st.lists(admitted, min_size=2, max_size=2), min_size=3, max_size=3), min_size=2, max_size=4), st.booleans(), limits(), st.floats(1e-6, LARGEST))
+def test_no_admitted_score_overflows_a_policy(rounds, lists, options, rate):
+    ends = dict(zip("abc", (LARGEST, 0.0, -LARGEST)))
+    policies = [DataEquilibrium(list("abc"), **options), DataEquilibrium(list("abc"), rate, options["score_scale"], targets=ends, gap=rate, min_unit=1 / LARGEST),
+                DataEquilibrium(list("abc"), rate, "zscore", noise=dict.fromkeys("abc", 1 / LARGEST)), ExcessLossMixture(list("abc"), ends, rate), TargetGapMixture(list("abc"), ends, rate),
+                OnlineDataMixing(list("abc"), LARGEST, -LARGEST), SlopeMixture(list("abc"))]
+    for step, rows in enumerate(rounds):
+        for policy in policies:
+            weights = policy.update({t: v if lists else v[0] for t, v in zip("abc", rows)}, step)
+            assert all(0 <= w <= 1 + 1e-12 for w in weights.values()) and abs(math.fsum(weights.values()) - 1) < 1e-9
+            assert json.loads(json.dumps(policy.state_dict(), allow_nan=False)) == policy.state_dict()
+
+def test_next_to_nothing_is_no_unit():
+    for score_scale in ("relative", "zscore"): # the scores on which a property test once failed
+        policy = DataEquilibrium(["a", "b"], 2.0, score_scale)
+        for step, score in enumerate((9.66e-308, -9.0)): policy.update({"a": score, "b": 20.0}, step)
+        assert policy.weights["a"] > 0.5
+    one = lambda **options: DataEquilibrium(["a", "b"], 1.0, "relative", initial_scores={"a": 0.01, "b": 20.0}, **options).update({"a": 0.02, "b": 20.0}, 1)["a"]
+    assert one() == pytest.approx(1 / (1 + math.e)) and one(min_unit=0.1) == one(min_unit={"a": 0.1, "b": 1}) == pytest.approx(1 / (1 + math.exp(0.1)))
 
 @few
 @given(runs(), limits(), st.randoms())
@@ -85,11 +105,7 @@ def test_permuting_tasks_permutes_weights(run, options, rng):
     options |= dict(floor=0.0, ceiling=1.0)
     a, b = DataEquilibrium(tasks, start=start, **options), DataEquilibrium(other, start={t: start[t] for t in other}, **options)
     for step, scores in enumerate(rounds):
-        try: x = a.update(scores, step)
-        except MixtureError: # a change of a score that was next to nothing, measured by that score
-            with pytest.raises(MixtureError): b.update({t: scores[t] for t in other}, step)
-            return
-        assert x == pytest.approx(b.update({t: scores[t] for t in other}, step), abs=1e-9)
+        assert a.update(scores, step) == pytest.approx(b.update({t: scores[t] for t in other}, step), abs=1e-9)
 
 def test_limits_come_in_the_documented_order():
     def step(delta, **options):
@@ -168,7 +184,7 @@ def test_foreign_states_are_refused(change):
     assert policy.state_dict() == state
 
 @pytest.mark.parametrize("options", [dict(alpha=0), dict(alpha=math.nan), dict(alpha=-1), dict(floor=0.4), dict(ceiling=0.2), dict(score_scale="db"), dict(min_step=0), dict(max_step=-1), dict(min_step=9, max_step=3),
-                                     dict(dead_band=1.0), dict(gap=1.0), dict(gap=1.0, targets={"a": 1.0}), dict(start={"a": 0.5, "b": 0.4, "c": 0.0}), dict(start={"a": 0.9, "b": 0.1, "c": 0.0}, floor=0.1), dict(noise={"a": 1, "b": 0, "c": 1}), dict(noise={"a": [1.0, 2.0], "b": 1, "c": 1}), dict(noise={"a": 1}), dict(targets=dict.fromkeys("abc", [1.0, 2.0]), gap=1.0), dict(targets=[1, 2, 3]), dict(protect_falling="yes"), dict(min_step=True), dict(alpha="0.1"), dict(warmup=-1)])
+                                     dict(dead_band=1.0), dict(gap=1.0), dict(gap=1.0, targets={"a": 1.0}), dict(start={"a": 0.5, "b": 0.4, "c": 0.0}), dict(start={"a": 0.9, "b": 0.1, "c": 0.0}, floor=0.1), dict(noise={"a": 1, "b": 0, "c": 1}), dict(noise={"a": [1.0, 2.0], "b": 1, "c": 1}), dict(noise={"a": 1}), dict(targets=dict.fromkeys("abc", [1.0, 2.0]), gap=1.0), dict(targets=[1, 2, 3]), dict(protect_falling="yes"), dict(min_step=True), dict(alpha="0.1"), dict(warmup=-1), dict(min_unit=0), dict(min_unit={"a": 1.0}), dict(noise=dict.fromkeys("abc", 1e-320)), dict(alpha=1e200)])
 def test_bad_options_are_refused(options):
     with pytest.raises(MixtureError): DataEquilibrium(["a", "b", "c"], **{"alpha": 1.0, **options})
 
@@ -251,6 +267,27 @@ def test_record_and_replay(tmp_path):
     assert ReplayMixture(pandas.DataFrame(rows)).table == replay.table
     recomputed = DataEquilibrium(["a", "b"], 0.7)
     for step in (100, 200, 300): assert recomputed.update({r["task"]: r["score"] for r in rows if r["step"] == step}, step) == {r["task"]: r["weight"] for r in rows if r["step"] == step}
+
+def test_a_log_is_written_whole_or_not_at_all(tmp_path):
+    path, row = tmp_path / ("雪" * 80 + ".csv"), {"step": 0, "task": "a", "weight": 1.0, "score": None}
+    def dies():
+        yield row
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): write_mixture(dies(), path)
+    assert list(tmp_path.iterdir()) == []
+    write_mixture([row], path)
+    with pytest.raises(KeyboardInterrupt): write_mixture(dies(), path)
+    assert list(tmp_path.iterdir()) == [path] and [r["task"] for r in read_mixture(path)] == ["a"]
+
+def test_what_a_killed_writer_left_is_tidied_up(tmp_path):
+    kill = "import os, signal\nfrom foundir_v2.mixture import write_mixture\ndef rows():\n    yield {}\n    os.kill(os.getpid(), signal.SIGKILL)\nwrite_mixture(rows(), 'log.csv')"
+    for _ in range(2): subprocess.run([sys.executable, "-c", kill], cwd=tmp_path, check=False)
+    old, recent = sorted(tmp_path.iterdir())
+    os.utime(old, (time.time() - 7200,) * 2)
+    foreign = tmp_path / ".log.csv-mine.partial"
+    foreign.touch(); os.utime(foreign, (0, 0))
+    write_mixture([], tmp_path / "log.csv")
+    assert set(tmp_path.iterdir()) == {recent, foreign, tmp_path / "log.csv"} # the recent one may be somebody's who is writing
 
 @pytest.mark.parametrize("text, says", [("", "no rows"), ("step,task\n1,a\n", "column weight is missing"), ("step,task,weight\n0,a,x\n", "line 2"), ("step,task,weight\n0,a,0.5\n0,b,0.4\n", "sum to 0.9"),
                                         ("step,task,weight\n0,a,1\n0,a,1\n", "two rows"), ("step,task,weight\n0,a,1\n5,b,1\n", "unknown task")])
@@ -396,9 +433,8 @@ def test_replay_of_odd_tables(tmp_path):
         with pytest.raises(MixtureError, match="samples_per_step"): released_schedule(list("abcde"), bad)
 
 def test_import_is_light():
-    code = "import sys, numpy, time; t = time.process_time(); import foundir_v2.mixture; d = time.process_time() - t; assert 'torch' not in sys.modules and 'pandas' not in sys.modules; print(d)"
-    took = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
-    assert took < 0.15, f"importing foundir_v2.mixture took {took:.3f} s more than numpy"
+    code = "import sys, foundir_v2.mixture; sys.exit(bool({'torch', 'pandas', 'scipy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_rounding_survives_a_replay():
