@@ -24,10 +24,10 @@ MAKERS = {
     'fixed': lambda: FixedMixture({'a': 0.5, 'b': 0.25, 'c': 0.25}), 'proportional': lambda: ProportionalMixture({'a': 5, 'b': 10, 'c': 1}),
     'temperature': lambda: TemperatureMixture({'a': 5, 'b': 10, 'c': 1}, 3), 'sequential': lambda: SequentialMixture(TASKS, [10, 35]),
     'incremental': lambda: IncrementalMixture(TASKS, [10, 35]), 'replay': lambda: ReplayMixture({0: {'a': 0.2, 'b': 0.3, 'c': 0.5}, 20: {'a': 1.0, 'b': 0.0, 'c': 0.0}}),
-    'des': lambda: DataEquilibrium(TASKS, 0.5, 'zscore', min_step=2, max_step=8, floor=0.05),
+    'des': lambda: DataEquilibrium(TASKS, 0.5, 'zscore', min_step=2, max_step=8, floor=0.05, dead_band=1.8),
     'excess_loss': lambda: ExcessLossMixture(TASKS, ENDS), 'target_gap': lambda: TargetGapMixture(TASKS, ENDS, rate=0.2),
     'odm': lambda: OnlineDataMixing(TASKS, best=30, worst=10), 'slope': lambda: SlopeMixture(TASKS)}
-MORE = {'des raw': lambda: DataEquilibrium(TASKS, 0.5, initial_scores=ENDS), 'des relative': lambda: DataEquilibrium(TASKS, 2.0, 'relative', targets=ENDS, gap=1.0)}
+MORE = {'des zscore': lambda: DataEquilibrium(TASKS, 0.5, 'zscore', protect_falling=True), 'des raw': lambda: DataEquilibrium(TASKS, 0.5, initial_scores=ENDS), 'des relative': lambda: DataEquilibrium(TASKS, 2.0, 'relative', targets=ENDS, gap=1.0)}
 HOSTILE = [None, True, False, 0, 1, -1, 3, 10**400, 10**5000, -10**400, 2**63, 2**64, 0.0, -0.0, 0.5, -0.5, 1e308, -1e308, 5e-324, 1e100, math.nan, math.inf, -math.inf, '', 'a', 'zz', '1', 'NaN',
            'x' * 10_000, 'two\nlines', b'a', [], {}, (), [[]], [1, 2], ['a', 'b', 'c'], ['a', 'b'], ['a', 'a', 'b'], {'a': 1}, {'a': 1.0, 'b': 0.0, 'c': 0.0}, {'a': 2.0, 'b': -1.0, 'c': 0.0},
            {'zz': 1}, {1: 2}, {None: None}, [None] * 50, {'scores': {}}, object, {1, 2}, 1j]
