@@ -1,10 +1,11 @@
 # Two commands matter: `make repro` (photographs -> metrics) and `make test`. Both build .venv from requirements.lock when it is missing or the lock has changed.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 JOBS ?= 2
+SECONDS ?= 300
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv repro test hostile export check-export test-notebooks smoke readme clean-notebooks lab bench measure profile hooks lock wheel
+.PHONY: help venv repro test hostile fuzz export check-export test-notebooks smoke readme clean-notebooks lab bench measure profile hooks lock wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -55,6 +56,9 @@ lab: venv ## edit the notebooks
 
 hostile: venv ## damaged files, planted code, command lines that would destroy: tried and held, as a table
 	HOSTILE=full python -m pytest tests/hostile
+
+fuzz: venv ## property tests from random seeds, for SECONDS=300; prints the example that fails and its seed (SEED=N: that one again)
+	@.ci/fuzz $(SECONDS) $(SEED)
 
 bench: venv ## speed of the parts that have a bound, with the numbers (bench/)
 	python -m pytest -s bench

@@ -1,5 +1,5 @@
 "Speed of the mixture library, by CPU time of one process: `python -m pytest -s bench`. Bounds are the project's; -s shows the numbers."
-import time
+import subprocess, sys, time
 import numpy as np, pytest
 from foundir_v2.mixsim import load_curves, race
 from foundir_v2.mixture import DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, OnlineDataMixing, SequentialMixture, SlopeMixture, TargetGapMixture
@@ -41,3 +41,9 @@ def test_race_of_ten_policies():
     took = seconds(lambda: race(curves, policies, updates=150, interval=100, seeds=100), repeat=1)
     print(f"\n{took:.1f} s for 10 policies x 100 seeds x 150 updates")
     assert took < 60
+
+def test_import():
+    code = "import numpy, time; t = time.process_time(); import foundir_v2.mixture; print(time.process_time() - t)"
+    took = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(3))
+    print(f"\nimporting the mixture library takes {1e3 * took:.0f} ms more than NumPy")
+    assert took < 0.15

@@ -7,10 +7,11 @@ __all__ = ['FlatBatchSampler', 'MixtureIterator', 'DrawDataset']
 
 # %% ../nbs/33_adapters.ipynb #9c1dfa2c
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 # %% ../nbs/33_adapters.ipynb #1b29151e
-from .mixture import MixtureError, check_names, check_tasks
+from .mixture import MixtureError, check_names, check_tasks, check_whole, record
 try: from torch.utils.data import Sampler # only for isinstance
 except ModuleNotFoundError: Sampler = object
 from .sampler import Draw, MixtureSampler
@@ -70,10 +71,15 @@ class MixtureIterator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on after the last sample handed out."
-        if not isinstance(state, Mapping) or set(state) != {"sampler", "done"} or not isinstance(state["done"], int) or not 0 <= state["done"] < self.sampler.batch_size: raise MixtureError("not a state of a MixtureIterator: expected sampler and done")
-        self.sampler.load_state_dict(state["sampler"])
-        self._before, self._batch, self._done = state["sampler"], [], 0
-        if state["done"]: self._batch, self._done = next(iter(self.sampler)), state["done"]
+        done = partial(check_whole, high=self.sampler.batch_size - 1)
+        good = record(sampler=lambda value, what: value, done=done)(state, "the state of the iterator")
+        before = self.sampler.state_dict()
+        self.sampler.load_state_dict(good["sampler"])
+        batch = next(iter(self.sampler), None) if good["done"] else []
+        if batch is None:
+            self.sampler.load_state_dict(before)
+            raise MixtureError(f"the state of the iterator is in the middle of a batch, but {', '.join(self.sampler.exhausted)} is used up")
+        self._before, self._batch, self._done = good["sampler"], batch, good["done"]
 
 # %% ../nbs/33_adapters.ipynb #4fc4f1b1
 class DrawDataset:

@@ -534,6 +534,7 @@ def run_mixture_update(args: argparse.Namespace) -> int:
     pairs = [s.partition("=") for s in args.scores]
     try: scores = {task: float(value) for task, _, value in pairs}
     except ValueError: raise MixtureError("scores are written as TASK=NUMBER, for instance deblur=24.1 denoise=27.3") from None
+    if len(scores) < len(pairs): raise MixtureError(f"a task is named twice: {' '.join(args.scores)}")
     rows = read_mixture(args.log) if Path(args.log).exists() else []
     last = {r["task"]: r["weight"] for r in rows if r["step"] == rows[-1]["step"]} or None
     if last and args.step <= rows[-1]["step"]: raise MixtureError(f"--step {args.step} is not after the last one in {args.log}, {rows[-1]['step']}")

@@ -9,11 +9,12 @@ __all__ = ['PRIOR_NOISE', 'spread_mixtures', 'MixLaw', 'predict', 'misfit', 'fit
 # %% ../nbs/34_mixlaw.ipynb #f5d08b3c
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 # %% ../nbs/34_mixlaw.ipynb #6f486579
 import numpy as np
-from .mixture import MixtureError, check_names, check_number, check_tasks, check_weights
+from .mixture import LARGEST, MixtureError, check_names, check_number, check_tasks, check_weights, per_task, shown
 
 # %% ../nbs/34_mixlaw.ipynb #f590bcd9
 def spread_mixtures(
@@ -44,6 +45,16 @@ class MixLaw:
     covariance: np.ndarray # (m, n_tasks + 1, n_tasks + 1) of (c, exponents with log |k| added)
     noise: np.ndarray # (m,) standard deviation of one run around the law
     left_out: np.ndarray # (m,) root mean square error on runs that were left out of the fit
+
+    def __post_init__(self):
+        m, n = len(check_tasks(self.names)), len(check_tasks(self.tasks))
+        shapes = {"c": (m,), "k": (m,), "t": (m, n), "covariance": (m, n + 1, n + 1), "noise": (m,), "left_out": (m,)}
+        for name, shape in shapes.items():
+            values = np.asarray(getattr(self, name))
+            if values.shape != shape or values.dtype.kind not in "fi" or not (np.abs(values) <= LARGEST).all():
+                raise MixtureError(f"{name} of the law is {shown(values.tolist())}, expected finite numbers of shape {shape}")
+        with np.errstate(over="ignore"): largest = np.abs(self.k * np.exp(np.max(self.t, axis=1)))
+        if not (largest <= LARGEST).all(): raise MixtureError(f"t of the law reaches {np.max(self.t):.4g}: its scores are beyond floats")
 
 def predict(
     law: MixLaw, # fitted
@@ -162,11 +173,12 @@ def recommend(
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]: # mixture, its predicted scores, their standard errors
     "The mixture that the law likes best (needs scipy). Starts from the uniform one and from the best of 2000 random ones."
     from scipy.optimize import minimize
-    n, given = len(law.tasks), lambda m, default: np.array([float(m[x]) if m else default for x in law.names])
-    for what, mapping in (("reference", reference), ("unit", unit)):
-        if mapping is not None: check_names(mapping, law.names, what)
+    n = len(law.tasks)
+    def given(values: Mapping[str, float] | None, what: str, default: float, low: float) -> np.ndarray:
+        values = dict.fromkeys(law.names, default) if values is None else values
+        return np.array(list(per_task(law.names, partial(check_number, low=low, high=LARGEST))(values, what).values()))
     check_number(floor, "floor", 0, 1 / n)
-    args = (objective, given(reference, 0.0), given(unit, 1.0))
+    args = (objective, given(reference, "reference", 0.0, -LARGEST), given(unit, "unit", 1.0, 1e-12))
     pool = floor + (1 - n * floor) * np.random.Generator(np.random.Philox(key=0)).dirichlet(np.ones(n), 2000)
     pool[0] = 1 / n
     starts = [pool[0], pool[np.argmax(goal(law, pool, *args))]]

@@ -8,7 +8,7 @@ __all__ = ['SHIPPED_CURVES', 'OBJECTIVES', 'Curves', 'shipped_file', 'save_curve
            'fit_curves']
 
 # %% ../nbs/28_mixsim.ipynb #6351e140
-import json
+import json, reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -34,12 +34,17 @@ class Curves:
 
     def __post_init__(self):
         k = len(self.tasks)
+        if not k or len(set(self.tasks)) < k or any(not isinstance(t, str) for t in self.tasks): raise ValueError(f"tasks must be different names, not {reprlib.repr(self.tasks)}")
+        def numbers(name: str, *shape: int) -> np.ndarray:
+            values = np.asarray(getattr(self, name))
+            if values.shape != shape or values.dtype.kind not in "fi" or not np.isfinite(values).all():
+                raise ValueError(f"{name} must be finite numbers of shape {shape}, not {reprlib.repr(getattr(self, name))}")
+            return values
         for name in ("top", "span", "half", "power", "forget", "spread", "wobble"):
-            values = np.asarray(getattr(self, name), float)
-            if values.shape != (k,) or not np.isfinite(values).all(): raise ValueError(f"{name} must be {k} finite numbers, one per task, not {getattr(self, name)!r}")
-            if name != "top" and (values < 0).any() or name in ("span", "half", "power") and (values == 0).any(): raise ValueError(f"{name} must {'be positive' if name in ('span', 'half', 'power') else 'not be negative'}: {values.tolist()}")
-        helps = np.asarray(self.helps, float)
-        if helps.shape != (k, k) or not np.isfinite(helps).all() or not np.allclose(np.diag(helps), 1): raise ValueError(f"helps must be a {k} by {k} matrix of finite numbers with ones on the diagonal")
+            values, positive = numbers(name, k), name in ("span", "half", "power")
+            if name != "top" and (values < 0).any() or positive and (values == 0).any():
+                raise ValueError(f"{name} must {'be positive' if positive else 'not be negative'}: {values.tolist()}")
+        if not np.allclose(np.diag(numbers("helps", k, k)), 1): raise ValueError("helps must have ones on its diagonal")
 
 # %% ../nbs/28_mixsim.ipynb #b22bd303
 SHIPPED_CURVES = ("tiny",) # names of files in foundir_v2/assets/curves
@@ -67,7 +72,8 @@ def load_curves(
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         data.pop("source", None)
         return Curves(**{k: tuple(tuple(r) if isinstance(r, list) else r for r in v) for k, v in data.items()})
-    except (json.JSONDecodeError, TypeError, AttributeError, ValueError) as e: raise ValueError(f"{path} holds no learning curves: {e}") from None
+    except (TypeError, AttributeError, ValueError, OverflowError) as e:
+        raise ValueError(f"{path} holds no learning curves: {' '.join(str(e).split())[:300]}") from None
 
 # %% ../nbs/28_mixsim.ipynb #c9388b45
 def experience(

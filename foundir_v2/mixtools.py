@@ -19,7 +19,7 @@ import numpy as np
 from .core import FoundIRError, atomic_write
 from .mixlaw import MixLaw, fit_law, recommend
 from .mixsim import OBJECTIVES, SHIPPED_CURVES, Curves, fit_curves, load_curves, race, regret_table, save_curves
-from .mixture import DataEquilibrium, Mixture, ReplayMixture, make_mixture, read_mixture, write_mixture
+from .mixture import DataEquilibrium, Mixture, ReplayMixture, check_scores, check_tasks, make_mixture, mixture_rows, read_mixture, write_mixture
 from .viz import plot_mixture
 
 # %% ../nbs/36_mixtools.ipynb #cd336577
@@ -74,7 +74,7 @@ def parse_policy(
     "A policy from the command line. Raises `FoundIRError` naming the choices."
     name, _, rest = text.partition(":")
     try: options = json.loads("{" + rest_as_json(rest) + "}")
-    except json.JSONDecodeError: raise FoundIRError(f"can't read the options of policy {text!r}: expected name:option=value,option=value; values are JSON or bare words") from None
+    except ValueError: raise FoundIRError(f"can't read the options of policy {text[:80]!r}: expected name:option=value,option=value; values are JSON or bare words") from None
     if name == "fixed" and not options: options = {"weights": {t: 1 / len(tasks) for t in tasks}}
     elif name not in ("fixed", "proportional", "temperature", "replay"): options.setdefault("tasks", list(tasks))
     with one_line(f"policy {text}"): policy = make_mixture(name, **options)
@@ -108,7 +108,7 @@ def read_training_log(
         try:
             record = json.loads(line)
             if record["kind"] == "mixture":
-                rows += [{"step": int(record["step"]), "task": t, "weight": float(w), "score": float(record["scores"][t]), "samples": drawn.get(t, 0)} for t, w in record["weights"].items()]
+                rows += [{**row, "samples": drawn.get(row["task"], 0)} for row in mixture_rows(int(record["step"]), record["weights"], check_scores(record["scores"], list(record["weights"])))]
                 drawn = {}
             else: drawn = {t: drawn.get(t, 0) + int(c) for t, c in record["samples"].items()}
         except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -129,7 +129,8 @@ def curves_of_file(
         return fit_curves(read_training_log(path) if kind == ".jsonl" else read_mixture(path), samples_per_step, images)
 
 # %% ../nbs/36_mixtools.ipynb #645bac54
-DEFAULT_RACE = ("fixed", "des:alpha=0.1", "des:alpha=0.3", "des:alpha=1.0", "des:alpha=0.1,score_scale=zscore", "des:alpha=0.3,min_step=5,max_step=10,floor=0.05", "slope")
+DEFAULT_RACE = ("fixed", "des:alpha=0.1", "des:alpha=0.3", "des:alpha=1.0", "des:alpha=0.1,score_scale=zscore",
+                "des:alpha=0.3,min_step=5,max_step=10,floor=0.05", "des:alpha=0.3,score_scale=zscore,dead_band=1.8,min_step=5,max_step=10,floor=0.05", "slope")
 
 def simulate_file(
     path: str | Path = "tiny", # as `curves_of_file`
@@ -189,8 +190,9 @@ def load_law(
     "Read a mixing law back."
     try:
         data = json.loads(Path(path).read_text())
-        return MixLaw(tuple(data.pop("tasks")), tuple(data.pop("names")), **{k: np.array(v, float) for k, v in data.items()})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as e: raise FoundIRError(f"{path} holds no mixing law ({e}): make one with mixture fit") from None
+        return MixLaw(check_tasks(data.pop("tasks")), check_tasks(data.pop("names")), **{k: np.array(v, float) for k, v in data.items()})
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise FoundIRError(f"{path} holds no mixing law ({' '.join(str(e).split())[:300]}): make one with mixture fit") from None
 
 # %% ../nbs/36_mixtools.ipynb #5bdc807f
 def parse_objective(

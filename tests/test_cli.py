@@ -300,7 +300,7 @@ def test_mixture_log_is_the_whole_state(tmp_path, capsys, scale):
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 5 and '(19.00)' in table[2]
     before = log.read_bytes()
-    for bad in [['a=1', 'b=2', '--step', 30], ['a=1', '--step', 40], ['a=x', 'b=1', '--step', 40], ['a=1', 'c=1', '--step', 40]]:
+    for bad in [['a=1', 'b=2', '--step', 30], ['a=1', '--step', 40], ['a=x', 'b=1', '--step', 40], ['a=1', 'c=1', '--step', 40], ['a=1', 'a=2', 'b=3', '--step', 40]]:
         assert run('mixture', 'update', log, *bad, '--alpha', 0.3) == 2
         assert capsys.readouterr().err.count('\n') == 1
     assert log.read_bytes() == before

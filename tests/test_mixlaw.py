@@ -1,5 +1,5 @@
 "The mixing law: recovery from noisy runs, uncertainty, recommendations, bad input."
-import math
+import dataclasses, math
 import numpy as np, pytest
 from foundir_v2.mixlaw import MixLaw, fit_law, predict, recommend, spread_mixtures
 from foundir_v2.mixsim import Curves, best_fixed, experience, objective, score_of
@@ -73,8 +73,16 @@ def test_bad_runs_are_refused():
     for mixtures, rows in (([], []), (plan[:7], scores), (plan[:6], scores[:6]), (plan, [{**s, "a": math.nan} for s in scores]), (plan, [{**s, "a": 5.0} for s in scores]), ([{**w, "a": 0.9} for w in plan], scores), (plan, [*scores[:7], {"a": 1.0}])):
         with pytest.raises(MixtureError): fit_law(mixtures, rows)
     law = law_of(np.random.default_rng(0))
-    for bad in (dict(objective="median"), dict(objective={"a": 1}), dict(objective={t: 0 for t in TASKS}), dict(floor=0.3), dict(reference={"a": 1.0})):
+    for bad in (dict(objective="median"), dict(objective={"a": 1}), dict(objective={t: 0 for t in TASKS}), dict(floor=0.3), dict(reference={"a": 1.0}), dict(unit=dict.fromkeys(TASKS, 0.0)), dict(reference=dict.fromkeys(TASKS, math.nan))):
         with pytest.raises(MixtureError): recommend(law, **bad)
+
+@pytest.mark.parametrize("name", ["c", "k", "t", "covariance", "noise", "left_out"])
+def test_a_law_holds_finite_numbers_of_its_shape(name):
+    law = law_of(np.random.default_rng(0))
+    spoilt = np.array(getattr(law, name))
+    spoilt.flat[-1] = math.nan
+    for bad in (spoilt, getattr(law, name)[:-1], np.array(["x"])):
+        with pytest.raises(MixtureError, match=f"{name} of the law"): dataclasses.replace(law, **{name: bad})
 
 def test_designs_are_apart():
     plan = np.array([value(w) for w in spread_mixtures(TASKS, 24)])

@@ -28,7 +28,7 @@ def test_best_fixed_beats_a_grid(kind):
 def test_races_are_reproducible_and_a_perfect_mixture_has_no_regret():
     c = curves()
     best, _ = best_fixed(c, 20_000)
-    policies = {"best": lambda: FixedMixture(best), "des": lambda: DataEquilibrium(c.tasks, 0.3), "banded": lambda: DataEquilibrium(c.tasks, 0.3, dead_band=0.9)}
+    policies = {"best": lambda: FixedMixture(best), "des": lambda: DataEquilibrium(c.tasks, 0.3), "banded": lambda: DataEquilibrium(c.tasks, 0.3, dead_band=2)}
     rows = race(c, policies, updates=20, interval=1000, seeds=3, as_list=["banded"])
     assert rows == race(c, policies, updates=20, interval=1000, seeds=3, as_list=["banded"])
     table = {r["policy"]: r for r in regret_table(rows)}

@@ -32,7 +32,7 @@ def test_simulate(tmp_path, log):
     save_curves(CURVES, tmp_path / "curves.json")
     rows = simulate_file(tmp_path / "curves.json", tmp_path / "out" / "regret.csv", ("fixed", "des:alpha=1.0"), interval=1000, seeds=2, kind="worst")
     assert [r["policy"] for r in rows] == ["des:alpha=1.0", "fixed"] and (tmp_path / "out" / "regret.csv").read_text().startswith("policy,runs,regret,error\ndes:alpha=1.0,2,")
-    noisy = {r["policy"]: r for r in simulate_file("tiny", policies=("fixed", "des:alpha=0.1,score_scale=zscore", "des:alpha=0.1,score_scale=zscore,dead_band=0.9"), seeds=10, updates=25)} # these want the images' scores
+    noisy = {r["policy"]: r for r in simulate_file("tiny", policies=("fixed", "des:alpha=0.1,score_scale=zscore", "des:alpha=0.1,score_scale=zscore,dead_band=2"), seeds=10, updates=25)} # these want the images' scores
     assert all(r["regret"] + 2 * r["error"] < noisy["fixed"]["regret"] for name, r in noisy.items() if name != "fixed")
     fitted = simulate_file(log, policies=("fixed",), seeds=2, samples_per_step=16, curves_output=tmp_path / "fitted.json")
     assert fitted == simulate_file(tmp_path / "fitted.json", policies=("fixed",), seeds=2)

@@ -1,9 +1,10 @@
 "Mixture policies: Eq. 3 and its limits as properties, states, schedules, bad input."
-import json, math, subprocess, sys
+import json, math, os, subprocess, sys, time
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
-from foundir_v2.mixture import (POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, MixtureError, OnlineDataMixing, ProportionalMixture, ReplayMixture, ScheduledMixture,
-                                SequentialMixture, SlopeMixture, TargetGapMixture, TemperatureMixture, make_mixture, mixture_rows, project, read_mixture, released_schedule, write_mixture)
+from foundir_v2.mixture import (LARGEST, POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, MixtureError, OnlineDataMixing, ProportionalMixture, ReplayMixture, ScheduledMixture,
+                                SequentialMixture, SlopeMixture, TargetGapMixture, TemperatureMixture, dead_band,
+                                make_mixture, mixture_rows, project, read_mixture, released_schedule, replay_scores, round_scores, write_mixture)
 
 few = settings(max_examples=60, deadline=None)
 score = st.floats(-60, 60)
@@ -68,13 +69,33 @@ def test_limits_hold(run, options, lists):
     for step, scores in enumerate(rounds):
         if not lists: scores = {t: v[0] for t, v in scores.items()}
         before = policy.weights
-        try: after = policy.update(scores, step)
-        except MixtureError as e:
-            assert ("no spread" in str(e) or "float" in str(e)) and policy.weights == before
-            return
+        after = policy.update(scores, step)
         assert abs(math.fsum(after.values()) - 1) < 1e-12
         assert min(after.values()) >= options["floor"] and max(after.values()) <= options["ceiling"] + 1e-15
         if options["max_step"]: assert max(abs(after[t] - before[t]) for t in tasks) <= options["max_step"] / 100 + 1e-12
+
+admitted = st.floats(-LARGEST, LARGEST) | st.sampled_from([0.0, 9.66e-308, -9.66e-308, 5e-324, 1e-100, 1.0, LARGEST, -LARGEST])
+
+@few
+@given(st.lists(st.lists(st.lists(admitted, min_size=2, max_size=2), min_size=3, max_size=3), min_size=2, max_size=4), st.booleans(), limits(), st.floats(1e-6, LARGEST))
+def test_no_admitted_score_overflows_a_policy(rounds, lists, options, rate):
+    ends = dict(zip("abc", (LARGEST, 0.0, -LARGEST)))
+    policies = [DataEquilibrium(list("abc"), **options), DataEquilibrium(list("abc"), rate, options["score_scale"], targets=ends, gap=rate, min_unit=1e-50),
+                DataEquilibrium(list("abc"), rate, "zscore", noise=dict.fromkeys("abc", 1e-50)), ExcessLossMixture(list("abc"), ends, rate), TargetGapMixture(list("abc"), ends, rate),
+                OnlineDataMixing(list("abc"), LARGEST, -LARGEST), SlopeMixture(list("abc"))]
+    for step, rows in enumerate(rounds):
+        for policy in policies:
+            weights = policy.update({t: v if lists else v[0] for t, v in zip("abc", rows)}, step)
+            assert all(0 <= w <= 1 + 1e-12 for w in weights.values()) and abs(math.fsum(weights.values()) - 1) < 1e-9
+            assert json.loads(json.dumps(policy.state_dict(), allow_nan=False)) == policy.state_dict()
+
+def test_next_to_nothing_is_no_unit():
+    for score_scale in ("relative", "zscore"): # the scores on which a property test once failed
+        policy = DataEquilibrium(["a", "b"], 2.0, score_scale)
+        for step, score in enumerate((9.66e-308, -9.0)): policy.update({"a": score, "b": 20.0}, step)
+        assert policy.weights["a"] > 0.5
+    one = lambda **options: DataEquilibrium(["a", "b"], 1.0, "relative", initial_scores={"a": 0.01, "b": 20.0}, **options).update({"a": 0.02, "b": 20.0}, 1)["a"]
+    assert one() == pytest.approx(1 / (1 + math.e)) and one(min_unit=0.1) == one(min_unit={"a": 0.1, "b": 1}) == pytest.approx(1 / (1 + math.exp(0.1)))
 
 @few
 @given(runs(), limits(), st.randoms())
@@ -85,11 +106,7 @@ def test_permuting_tasks_permutes_weights(run, options, rng):
     options |= dict(floor=0.0, ceiling=1.0)
     a, b = DataEquilibrium(tasks, start=start, **options), DataEquilibrium(other, start={t: start[t] for t in other}, **options)
     for step, scores in enumerate(rounds):
-        try: x = a.update(scores, step)
-        except MixtureError: # a change of a score that was next to nothing, measured by that score
-            with pytest.raises(MixtureError): b.update({t: scores[t] for t in other}, step)
-            return
-        assert x == pytest.approx(b.update({t: scores[t] for t in other}, step), abs=1e-9)
+        assert a.update(scores, step) == pytest.approx(b.update({t: scores[t] for t in other}, step), abs=1e-9)
 
 def test_limits_come_in_the_documented_order():
     def step(delta, **options):
@@ -131,7 +148,7 @@ def trained(make, tasks=("a", "b", "c")):
 MAKERS = {
     "fixed": lambda: FixedMixture({"a": 0.5, "b": 0.25, "c": 0.25}), "proportional": lambda: ProportionalMixture({"a": 5, "b": 10, "c": 1}), "temperature": lambda: TemperatureMixture({"a": 5, "b": 10, "c": 1}, 3),
     "sequential": lambda: SequentialMixture(["a", "b", "c"], [10, 35]), "incremental": lambda: IncrementalMixture(["a", "b", "c"], [10, 35]), "replay": lambda: ReplayMixture({0: {"a": 0.2, "b": 0.3, "c": 0.5}, 20: {"a": 1.0, "b": 0.0, "c": 0.0}}),
-    "des": lambda: DataEquilibrium(["a", "b", "c"], 0.5, "zscore", min_step=2, max_step=8, floor=0.1, dead_band=0.5), "excess_loss": lambda: ExcessLossMixture(["a", "b", "c"], dict.fromkeys("abc", 24.0)),
+    "des": lambda: DataEquilibrium(["a", "b", "c"], 0.5, "zscore", min_step=2, max_step=8, floor=0.1, dead_band=1.5), "excess_loss": lambda: ExcessLossMixture(["a", "b", "c"], dict.fromkeys("abc", 24.0)),
     "target_gap": lambda: TargetGapMixture(["a", "b", "c"], dict.fromkeys("abc", 24.0), rate=0.2), "odm": lambda: OnlineDataMixing(["a", "b", "c"], best=30, worst=10), "slope": lambda: SlopeMixture(["a", "b", "c"])}
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -168,7 +185,7 @@ def test_foreign_states_are_refused(change):
     assert policy.state_dict() == state
 
 @pytest.mark.parametrize("options", [dict(alpha=0), dict(alpha=math.nan), dict(alpha=-1), dict(floor=0.4), dict(ceiling=0.2), dict(score_scale="db"), dict(min_step=0), dict(max_step=-1), dict(min_step=9, max_step=3),
-                                     dict(dead_band=1.0), dict(gap=1.0), dict(gap=1.0, targets={"a": 1.0}), dict(start={"a": 0.5, "b": 0.4, "c": 0.0}), dict(start={"a": 0.9, "b": 0.1, "c": 0.0}, floor=0.1), dict(noise={"a": 1, "b": 0, "c": 1}), dict(noise={"a": [1.0, 2.0], "b": 1, "c": 1}), dict(noise={"a": 1}), dict(targets=dict.fromkeys("abc", [1.0, 2.0]), gap=1.0), dict(targets=[1, 2, 3]), dict(protect_falling="yes"), dict(min_step=True), dict(alpha="0.1"), dict(warmup=-1)])
+                                     dict(dead_band=0.95), dict(gap=1.0), dict(gap=1.0, targets={"a": 1.0}), dict(start={"a": 0.5, "b": 0.4, "c": 0.0}), dict(start={"a": 0.9, "b": 0.1, "c": 0.0}, floor=0.1), dict(noise={"a": 1, "b": 0, "c": 1}), dict(noise={"a": [1.0, 2.0], "b": 1, "c": 1}), dict(noise={"a": 1}), dict(targets=dict.fromkeys("abc", [1.0, 2.0]), gap=1.0), dict(targets=[1, 2, 3]), dict(protect_falling="yes"), dict(min_step=True), dict(alpha="0.1"), dict(warmup=-1), dict(min_unit=0), dict(min_unit={"a": 1.0}), dict(noise=dict.fromkeys("abc", 1e-320)), dict(alpha=1e200)])
 def test_bad_options_are_refused(options):
     with pytest.raises(MixtureError): DataEquilibrium(["a", "b", "c"], **{"alpha": 1.0, **options})
 
@@ -208,16 +225,107 @@ def test_score_scales():
 def test_dead_band_stops_noise_and_lets_changes_through():
     rng = np.random.default_rng(0)
     base = {t: (24 + 3 * rng.normal(size=10)) for t in "ab"}
-    def move(shift, dead_band):
-        policy = DataEquilibrium(["a", "b"], 1.0, dead_band=dead_band)
+    noise = np.random.default_rng(1).normal(0, 0.3, (2, 10))
+    noise -= noise.mean(1, keepdims=True) - 0.01
+    def move(a, b=0.0, dead_band=2.0, **options):
+        policy = DataEquilibrium(["a", "b"], 1.0, dead_band=dead_band, **options)
         policy.update({t: v.tolist() for t, v in base.items()}, 0)
-        noise = np.random.default_rng(1).normal(0, 0.3, (2, 10))
-        return policy.update({"a": (base["a"] + noise[0] - noise[0].mean() + 0.01 + shift).tolist(), "b": (base["b"] + noise[1] - noise[1].mean()).tolist()}, 1)
-    assert move(0.0, 0.95) == {"a": 0.5, "b": 0.5} and move(0.0, None)["a"] < 0.5 and move(2.0, 0.95)["a"] < 0.2
-    assert move(2.0, 0.95) == move(2.0, 0.95)
+        return policy.update({t: (v + n + shift).tolist() for (t, v), n, shift in zip(base.items(), noise, (a, b))}, 1)
+    assert move(0.0) == {"a": 0.5, "b": 0.5} and move(0.05, 0.0, None)["a"] < 0.5 and move(2.0)["a"] < 0.2
+    assert move(2.0, 2.0) == {"a": 0.5, "b": 0.5} # both gained the same: nothing to do, however sure it is
+    assert move(-0.05, -1.0, protect_falling=True)["a"] < 0.5 < move(-0.05, -1.0, protect_falling=True)["b"] # a fall within its noise isn't protected
+    assert move(-0.5, -1.5, protect_falling=True)["a"] == pytest.approx(0.5)
+    for first in ({"a": 1.0}, {"a": [1.0]}):
+        with pytest.raises(MixtureError, match="same D_ref images"): DataEquilibrium(["a"], 1.0, dead_band=2).update(first, 0)
     with pytest.raises(MixtureError, match="same D_ref images"):
-        policy = DataEquilibrium(["a"], 1.0, dead_band=0.9)
-        policy.update({"a": 1.0}, 0); policy.update({"a": 2.0}, 1)
+        policy = DataEquilibrium(["a"], 1.0, dead_band=2)
+        policy.update({"a": [1.0, 2.0]}, 0); policy.update({"a": [1.0, 2.0, 3.0]}, 1)
+    with pytest.raises(MixtureError, match="initial_scores"): DataEquilibrium(["a"], 1.0, dead_band=2, initial_scores={"a": 1.0})
+
+def test_the_noise_of_a_lead():
+    rng, weights, noise = np.random.default_rng(0), np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.2, 0.4])
+    changes = rng.normal(0, noise, (100_000, 3))
+    spread = (changes - (changes @ weights)[:, None]).std(0)
+    for width, kept in ((1.0, 0.3173), (2.0, 0.0455)):
+        share = np.mean([dead_band(z, noise, weights, width) != 0 for z in changes[:5000]], 0)
+        assert np.allclose(share, kept, atol=0.02) and spread.min() > 0.1
+
+def histories(gains, noise, start, updates, seed, images=10):
+    "Image scores of tasks whose true scores change by `gains` per update, with this paired noise."
+    rng, tasks = np.random.default_rng(seed), list(start)
+    base = {t: start[t] + 0.15 * abs(start[t]) * rng.normal(size=images) for t in tasks}
+    for u in range(updates): yield {t: (base[t] + sum(gains[t][:u]) + rng.normal(0, noise[t], images)).tolist() for t in tasks}
+
+# What params.yaml and profiles/sdxl.yaml ask for. Scores as the paper's: PSNR of four tasks, and MUSIQ, or negated ST-LPIPS, of super-resolution.
+ACTING = dict(alpha=0.3, score_scale="zscore", dead_band=1.8, min_step=5.0, max_step=10.0, floor=0.05)
+FIVE = ("deblur", "denoise", "weather", "lowlight", "sr")
+PSNR = dict(zip(FIVE[:4], (22.0, 25.0, 19.0, 20.0)))
+UNITS = {"musiq": (PSNR | {"sr": 45.0}, dict.fromkeys(FIVE, 0.15) | {"sr": 1.5}), "stlpips": (PSNR | {"sr": -0.25}, dict.fromkeys(FIVE, 0.15) | {"sr": 0.01})}
+
+def walk(scores):
+    policy, trail = DataEquilibrium(FIVE, **ACTING), []
+    for step, row in enumerate(scores): trail.append(policy.update(round_scores(row), step))
+    return trail
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_task_dies(seed):
+    "MUSIQ gains 5 and PSNR 0.4 per update, then super-resolution falls by 20: with raw steps of 5 to 10 points and no floor it was starved for good."
+    start, noise = UNITS["musiq"]
+    gains = {t: [0.4] * 12 for t in FIVE} | {"sr": [5.0] * 4 + [-20.0] + [0.0] * 7}
+    trail = walk(histories(gains, noise, start, 10, seed))
+    assert min(min(w.values()) for w in trail) >= 0.05
+    before = trail[4]["sr"]
+    assert before < 0.2 and max(trail[5]["sr"], trail[6]["sr"]) >= before + 0.05
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("seed", range(10))
+def test_saturating_falling_and_still(unit, seed):
+    start, noise = UNITS[unit]
+    down = {"musiq": 6.0, "stlpips": 0.03}[unit]
+    gains = {"deblur": [2.0, 1.0, 0.5, 0.2, 0.1, 0.0, 0.0], "denoise": [0.0] * 7, "weather": [0.0] * 4 + [-1.5, -1.5, 0.0], "lowlight": [0.0] * 7, "sr": [0.0] * 5 + [-down, 0.0]}
+    trail = walk(histories(gains, noise, start, 8, seed))
+    assert min(min(w.values()) for w in trail) >= 0.05
+    assert trail[1]["deblur"] < 0.2 # gains most, so it can spare some
+    assert trail[6]["weather"] > trail[4]["weather"] + 0.05 and max(trail[6]["sr"], trail[7]["sr"]) > trail[5]["sr"]
+    for last, now in zip(trail, trail[1:]): assert max(abs(now[t] - last[t]) for t in FIVE) < 0.1 + 1e-9
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_pure_noise_moves_little(unit):
+    start, noise = UNITS[unit]
+    moves = []
+    for seed in range(100):
+        trail = walk(histories({t: [0.0] * 7 for t in FIVE}, noise, start, 7, seed))
+        moves += [100 * max(abs(now[t] - last[t]) for t in FIVE) for last, now in zip(trail, trail[1:])]
+    assert np.mean(moves) < 2.0 # of the task that moves most; points per update
+
+@pytest.mark.parametrize("task", FIVE)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_change_twice_its_noise_moves_five_points(task, sign):
+    rng = np.random.default_rng(FIVE.index(task))
+    base, wobble = 20 + 3 * rng.normal(size=10), rng.normal(0, 0.4, 10)
+    wobble = (wobble - wobble.mean()) * 0.4 / wobble.std(ddof=1) # the same for all tasks: paired noise 0.4 / sqrt(10), and no change
+    def moves(change):
+        policy = DataEquilibrium(FIVE, **ACTING)
+        policy.update({t: base.tolist() for t in FIVE}, 0)
+        now = policy.update({t: (base + wobble + (change * 0.4 / 10 ** 0.5 if t == task else 0)).tolist() for t in FIVE}, 1)
+        return {t: w - 0.2 for t, w in now.items()}
+    assert max(map(abs, moves(sign * 1.9).values())) < 1e-12
+    assert 0.05 - 1e-9 <= -sign * moves(sign * 2.1)[task] <= -sign * moves(sign * 20)[task] <= 0.1 + 1e-9
+
+def test_a_log_of_image_scores_gives_the_weights_again(tmp_path):
+    start, noise = UNITS["musiq"]
+    policy, log = DataEquilibrium(FIVE, **ACTING), tmp_path / "log.jsonl"
+    with open(log, "w") as f:
+        for step, measured in enumerate(histories({t: [0.5, -0.5] * 6 for t in FIVE}, noise, start, 12, 0)):
+            scores = round_scores({t: np.float32(v) for t, v in measured.items()})
+            f.write(json.dumps({"kind": "mixture", "step": 100 * step, "weights": policy.update(scores, 100 * step), "scores": scores}) + "\n")
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    again = replay_scores(DataEquilibrium(FIVE, **ACTING), records)
+    assert [r["weights"] for r in again] == [r["weights"] for r in records] and len({json.dumps(r["weights"]) for r in again}) > 3
+    assert round_scores(records[3]["scores"]) == records[3]["scores"] and round_scores({"a": 1 / 3}) == {"a": 0.333333333}
+    rows = [row for r in records for row in mixture_rows(r["step"], r["weights"], r["scores"])]
+    write_mixture(rows, tmp_path / "mixture.csv")
+    assert read_mixture(tmp_path / "mixture.csv") == rows and rows[0]["spread"] == pytest.approx(np.std(records[0]["scores"][FIVE[0]], ddof=1))
 
 def test_remedies():
     falls = dict(zip("abc", (19.8, 17.0, 21.0)))
@@ -251,6 +359,27 @@ def test_record_and_replay(tmp_path):
     assert ReplayMixture(pandas.DataFrame(rows)).table == replay.table
     recomputed = DataEquilibrium(["a", "b"], 0.7)
     for step in (100, 200, 300): assert recomputed.update({r["task"]: r["score"] for r in rows if r["step"] == step}, step) == {r["task"]: r["weight"] for r in rows if r["step"] == step}
+
+def test_a_log_is_written_whole_or_not_at_all(tmp_path):
+    path, row = tmp_path / ("雪" * 80 + ".csv"), {"step": 0, "task": "a", "weight": 1.0, "score": None}
+    class Dies:
+        def __str__(self): raise KeyboardInterrupt
+    half = [row, row | {"score": Dies()}]
+    with pytest.raises(KeyboardInterrupt): write_mixture(half, path)
+    assert list(tmp_path.iterdir()) == []
+    write_mixture([row], path)
+    with pytest.raises(KeyboardInterrupt): write_mixture(half, path)
+    assert list(tmp_path.iterdir()) == [path] and [r["task"] for r in read_mixture(path)] == ["a"]
+
+def test_what_a_killed_writer_left_is_tidied_up(tmp_path):
+    kill = "import os, signal\nfrom foundir_v2.mixture import write_mixture\nclass Kill:\n    def __str__(self): os.kill(os.getpid(), signal.SIGKILL)\nwrite_mixture([{'step': Kill()}], 'log.csv')"
+    for _ in range(2): subprocess.run([sys.executable, "-c", kill], cwd=tmp_path, check=False)
+    old, recent = sorted(tmp_path.iterdir())
+    os.utime(old, (time.time() - 7200,) * 2)
+    foreign = tmp_path / ".log.csv-mine.partial"
+    foreign.touch(); os.utime(foreign, (0, 0))
+    write_mixture([], tmp_path / "log.csv")
+    assert set(tmp_path.iterdir()) == {recent, foreign, tmp_path / "log.csv"} # the recent one may be somebody's who is writing
 
 @pytest.mark.parametrize("text, says", [("", "no rows"), ("step,task\n1,a\n", "column weight is missing"), ("step,task,weight\n0,a,x\n", "line 2"), ("step,task,weight\n0,a,0.5\n0,b,0.4\n", "sum to 0.9"),
                                         ("step,task,weight\n0,a,1\n0,a,1\n", "two rows"), ("step,task,weight\n0,a,1\n5,b,1\n", "unknown task")])
@@ -368,8 +497,8 @@ def test_a_state_follows_the_names_not_the_order(name):
 
 @pytest.mark.parametrize("name, spoil", [("excess_loss", {"count": 1}), ("excess_loss", {"count": 1, "total": [0.1, 0.2, 0.7]}), ("excess_loss", {"count": -1, "total": dict.fromkeys("abc", 0.1)}), ("odm", {"rewards": dict.fromkeys("abc", 0.1)}),
                                          ("odm", {"count": 2, "rewards": {"a": 1.0, "b": 2.0}}), ("odm", {"count": 2, "rewards": {"a": 1.0, "b": 2.0, "c": "x"}}), ("slope", {"count": 1, "credit": dict.fromkeys("abc", 0.1), "average": dict.fromkeys("abc", 0.1)}),
-                                         ("slope", {"past": [[1]], "count": 1, "credit": dict.fromkeys("abc", 0.1), "average": dict.fromkeys("abc", 0.1)}), ("des", {"scores": dict.fromkeys("abc", [1.0]), "squares": {"a": 3}}),
-                                         ("des", {"scores": dict.fromkeys("abc", [1.0]), "squares": {"a": [1, "x"]}})])
+                                         ("slope", {"past": [[1]], "count": 1, "credit": dict.fromkeys("abc", 0.1), "average": dict.fromkeys("abc", 0.1)}), ("des", {"scores": dict.fromkeys("abc", [1.0, 2.0]), "squares": {"a": 3}}),
+                                         ("des", {"scores": dict.fromkeys("abc", [1.0, 2.0]), "squares": {"a": [1, "x"]}}), ("des", {"scores": dict.fromkeys("abc", [1.0]), "squares": {}})])
 def test_damaged_memories_are_refused(name, spoil):
     policy = MAKERS[name]()
     for i in range(3): policy.update({t: [20.0 + i, 22.0 + i * i] for t in "abc"}, i)
@@ -396,9 +525,8 @@ def test_replay_of_odd_tables(tmp_path):
         with pytest.raises(MixtureError, match="samples_per_step"): released_schedule(list("abcde"), bad)
 
 def test_import_is_light():
-    code = "import sys, numpy, time; t = time.process_time(); import foundir_v2.mixture; d = time.process_time() - t; assert 'torch' not in sys.modules and 'pandas' not in sys.modules; print(d)"
-    took = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
-    assert took < 0.15, f"importing foundir_v2.mixture took {took:.3f} s more than numpy"
+    code = "import sys, foundir_v2.mixture; sys.exit(bool({'torch', 'pandas', 'scipy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_rounding_survives_a_replay():

@@ -1,0 +1,22 @@
+"""Property tests try the same examples on every run of `make test`; `make fuzz` looks for new ones, within a budget of time."""
+import os
+import random
+import time
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile('fixed', derandomize=True, deadline=None, database=None)
+settings.register_profile('fuzz', deadline=None, database=None, print_blob=True)
+settings.load_profile('fixed')
+
+UNTIL = float(os.environ.get('FUZZ_UNTIL', 'inf'))  # set by .ci/fuzz, in seconds since 1970
+
+
+def pytest_collection_modifyitems(config, items):
+    "In another order on every round of `make fuzz`, so that a short budget reaches every test sooner or later."
+    if UNTIL < float('inf'): random.Random(config.getoption('--hypothesis-seed')).shuffle(items)
+
+
+def pytest_runtest_setup(item):
+    if time.time() > UNTIL: pytest.skip('the budget of make fuzz is spent')
