@@ -212,7 +212,7 @@ def outside_items(
     version: int = VERSION,
     per_category: int = 4,  # items; 4: every recipe once
     clean: int = 5,  # undamaged photographs
-    max_pixels: int = 131_072,  # larger photographs are shrunk, as a whole
+    max_pixels: int = 100_000,  # larger photographs are shrunk, as a whole
     split: str = "test",
 ) -> list[Item]:  # the five categories, then `lit` and `clean`
     "The out-of-distribution benchmark. Raises `FoundIRError` for a number that can't be, or if the split has no photograph."
