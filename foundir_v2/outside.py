@@ -8,7 +8,8 @@ __all__ = ['LIT', 'CLEAN', 'LINEAR', 'CUBIC', 'AREA', 'LANCZOS', 'VERSION', 'REC
 
 # %% ../nbs/71_outside.ipynb #d906cf31
 import hashlib, os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,6 +126,16 @@ def _library() -> Any:
     return albumentations
 
 
+@contextmanager
+def _portable() -> Iterator[None]:
+    "Without Intel's IPP inside OpenCV: it rounds differently, and other processors don't have it."
+    import cv2
+    used = cv2.ipp.useIPP()
+    cv2.ipp.setUseIPP(False)
+    try: yield
+    finally: cv2.ipp.setUseIPP(used)
+
+
 def damage(
     image: Tensor,  # GT, (3, H, W) in [0, 1]
     recipe: Recipe,
@@ -134,7 +145,7 @@ def damage(
     library, scale = _library(), recipe.scale
     if image.shape[1] % scale or image.shape[2] % scale: raise FoundIRError(f"a picture of {image.shape[2]}x{image.shape[1]} pixels for {recipe.name}: crop its sides to multiples of {scale}")
     steps = [getattr(library, t.name)(p=1, **t.options) for t in recipe.recipe]
-    y = library.Compose(steps, seed=seed)(image=np.array(to_pil(image)))["image"]
+    with _portable(): y = library.Compose(steps, seed=seed)(image=np.array(to_pil(image)))["image"]
     return from_pil(Image.fromarray(y))
 
 # %% ../nbs/71_outside.ipynb #e6950642
