@@ -490,7 +490,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def add_evaluate(sub: Any) -> None:
     p = sub.add_parser("evaluate", help="compare restorers on held-out pictures", description="Compare restorers on held-out pictures with known truth, and print the means per category.")
-    p.add_argument("restorers", nargs="+", metavar="RESTORER", help="identity, bicubic, unsharp, levels, pipeline:NAME_OR_PATH, trained:FOLDER, vae:BASE or folder:INPUTS,RESULTS")
+    p.add_argument("restorers", nargs="+", metavar="RESTORER", help="identity, bicubic, unsharp, levels, nlm, gamma, clahe, dehaze, pipeline:NAME_OR_PATH, trained:FOLDER, encoder:NAME_OR_PATH, vae:BASE or folder:INPUTS,RESULTS")
     p.add_argument("--manifest", default="artifacts/manifest/manifest.parquet", metavar="FILE", help="default: %(default)s")
     p.add_argument("--split", default="test", help="default: %(default)s")
     p.add_argument("--task", action="append", metavar="NAME", help="a sub-task; may be repeated (default: all)")

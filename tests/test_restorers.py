@@ -7,8 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from foundir_v2.core import FoundIRError, Restorer, save_image
 from foundir_v2.degrade import degrade
-from foundir_v2.restorers import (Bicubic, FolderRestorer, Identity, Levels, PipelineRestorer, SIMPLE, Unsharp, VAEBound, export_inputs,
-                                  make_restorer)
+from foundir_v2.restorers import (Bicubic, DarkChannel, FolderRestorer, Gamma, Identity, Levels, NonLocalMeans, PipelineRestorer, SIMPLE, Unsharp, VAEBound,
+                                  best_by_category, chosen_methods, export_inputs, make_restorer, make_restorers)
 from foundir_v2.tasks import SUBTASKS, subtask
 
 
@@ -53,6 +53,62 @@ def test_levels_undoes_a_loss_of_contrast():
     y = Levels(tail=0)(x * 0.25 + 0.5)
     assert y.min() == 0 and y.max() == 1
     for c in range(3): assert torch.corrcoef(torch.stack([x[c].flatten(), y[c].flatten()]))[0, 1] > 0.9999
+
+
+def smooth(h=96, w=80, seed=0):
+    coarse = torch.rand(1, 3, 7, 6, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, size=(h, w), mode="bicubic").clamp(0.02, 0.98)[0]
+
+
+def psnr(a, b): return -10 * (a - b).square().mean().log10().item()
+
+
+@pytest.mark.parametrize("sigma", [10, 25, 50])
+def test_non_local_means_follow_the_noise(sigma):
+    x = smooth()
+    noisy = (x + sigma / 255 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    assert psnr(NonLocalMeans()(noisy), x) > psnr(noisy, x) + 4
+    assert psnr(NonLocalMeans()(x), x) > 45, "nothing to remove"
+
+
+def test_gamma_only_brightens_and_hits_its_target():
+    x = smooth()
+    for dark in (x**3, x / 4): assert Gamma(0.4)(dark).mean() == pytest.approx(0.4, abs=1e-3)
+    bright = 0.6 + 0.3 * x
+    torch.testing.assert_close(Gamma(0.4)(bright), bright)
+    assert torch.equal(Gamma()(torch.zeros(3, 4, 4)), torch.zeros(3, 4, 4))
+
+
+def test_the_dark_channel_takes_haze_away():
+    x = smooth()
+    x[:, ::6, ::6], x[:, :24] = 0.0, 0.95  # what the prior assumes: something black nearby, and a sky
+    hazy = 0.4 * x + 0.6 * 0.95
+    assert psnr(DarkChannel()(hazy), x) > psnr(hazy, x) + 6
+
+
+def test_the_best_method_is_chosen_in_each_category_and_kept():
+    gt = smooth()
+    noisy = (gt + 0.1 * torch.randn(gt.shape, generator=torch.Generator().manual_seed(2))).clamp(0, 1)
+    items = [SimpleNamespace(lq=lq, gt=gt, subtask=t, photo="p", seed=k) for t, lq in (("low_light", gt / 8), ("gaussian_noise", noisy)) for k in (1, 2)]
+    best = make_restorers({"classical": "best:bicubic,levels,nlm,gamma"}, items)["classical"]
+    assert chosen_methods({"classical": best, "input": Bicubic()}) == {"classical": {c: m.name for c, m in best.methods.items()}}
+    assert best.methods["denoise"].name == "nlm" and best.methods["lowlight"].name in ("levels", "gamma")
+    assert torch.equal(best(noisy, subtask="jpeg"), NonLocalMeans()(noisy))
+    for task in (None, "haze"): assert torch.equal(best(noisy, subtask=task), noisy), "nothing was chosen for it"
+    assert best(rand(4, 4), subtask="sr_x2").shape == (3, 8, 8)
+    lower = best_by_category({"bicubic": Bicubic(), "nlm": NonLocalMeans()}, items[2:], metric="stlpips")
+    assert list(lower.methods) == ["denoise"], "the metric's direction counts, whatever it is"
+
+
+def test_the_encoder_alone_is_what_stage_0_trains():
+    from foundir_v2.pipeline import load_pipeline
+    from foundir_v2.train import LatentReader
+    pipe, x = load_pipeline("tiny", "cpu"), rand(40, 36)
+    alone = make_restorer("encoder:tiny")
+    with torch.no_grad(): latents = LatentReader(pipe.unet, pipe.vae)(x[None] * 2 - 1) / pipe.vae.config.scaling_factor
+    wanted = (pipe.vae.decode(latents).sample[0].detach() / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(alone(x, subtask="haze"), wanted, atol=1e-5, rtol=0)
+    assert alone(rand(10, 13), subtask="sr_x2").shape == (3, 20, 26) and not alone(x).requires_grad
 
 
 class Rounding(torch.nn.Module):
@@ -179,11 +235,11 @@ def test_the_bound_of_the_shipped_base_model():
 
 
 def test_systems_of_a_comparison_from_params():
-    from foundir_v2.restorers import make_restorers
     made = make_restorers({"input": "bicubic", "sharp": {"restorer": "unsharp"}})
     assert list(made) == ["input", "sharp"] and isinstance(made["input"], Bicubic) and isinstance(made["sharp"], Unsharp)
     for wrong, words in [({"a": {}}, "restorer"), ({"a": "bicubik"}, "system 'a'"), ({"a": {"restorer": "bicubic", "start": "lq"}}, "options"),
-                         ({"a": {"restorer": "pipeline:base", "steps": 1}}, "num_inference_steps")]:
+                         ({"a": {"restorer": "pipeline:base", "steps": 1}}, "num_inference_steps"), ({"a": "best:levels"}, "reference items"), ({"a": "best:levels,vae:base"}, "vae:base"),
+                         ({"a": "encoder:"}, "encoder:NAME_OR_PATH"), ({"a": {"restorer": "encoder:tiny", "start": "lq"}}, "options")]:
         with pytest.raises(FoundIRError, match=words): make_restorers(wrong)
 
 
