@@ -3,58 +3,24 @@ import csv, gc, json, os, signal, subprocess, sys, time, weakref
 from dataclasses import replace
 from pathlib import Path
 
-import pytest, torch
+import psutil, pytest, torch
 from diffusers import DDPMScheduler
-from safetensors.torch import load_file
 
 from foundir_v2 import train as tr
-from foundir_v2.base import TINY_UNET, load_base, new_base, save_base
-from foundir_v2.checkpoint import Checkpoints, only_writer
-from foundir_v2.core import FoundIRError, generator, save_image
-from foundir_v2.index import build_manifest, save_manifest
-from foundir_v2.vae import PatchAutoencoderKL
+from foundir_v2.base import load_base
+from foundir_v2.checkpoint import SEAL, Checkpoints, broken_seal, only_writer
+from foundir_v2.core import FoundIRError, generator
+from small_training import TASKS, config, equal, weights
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = {"denoise": ["gaussian_noise"], "lowlight": ["low_light"], "sr": ["sr_x2"]}
-
-
-@pytest.fixture(scope="session")
-def bench(tmp_path_factory):
-    "A data set of noise-like pictures, its manifest, and a very small base model."
-    folder = tmp_path_factory.mktemp("bench")
-    for split, n in dict(train=3, reference=2).items():
-        for i in range(n):
-            coarse = torch.rand(1, 3, 12, 12, generator=generator(split, i))
-            save_image(torch.nn.functional.interpolate(coarse, size=(96, 96), mode="bicubic")[0].clamp(0, 1), folder / f"photos/{split}/{split}{i}.png")
-    save_manifest(build_manifest(folder / "photos", root=folder), folder / "manifest.parquet")
-    torch.manual_seed(0)
-    unet = dict(TINY_UNET, block_out_channels=(32, 32, 48), attention_head_dim=(2, 2, 2))
-    save_base(new_base(PatchAutoencoderKL(channels=48, hidden=8, encoder_blocks=1, decoder_blocks=1), unet), folder / "base")
-    return folder
-
-
-def config(bench, out, **changes):
-    values = dict(stage=1, steps=6, tasks=TASKS, score={t: "psnr" for t in TASKS}, alpha=.5, score_scale="raw", reference_per_task=2, reference_size=32, reference_steps=1,
-                  base=str(bench / "base"), lq_norm_groups=0, moe_layers=1, moe_heads=4, crop=32, batch_size=4, terminal_fraction=.5, noise_offset=0., ema_decay=.9,
-                  mixed_precision="no", num_workers=0, checkpoint_every=2, warmup_steps=2, learning_rate=2e-3, manifest=str(bench / "manifest.parquet"), root=str(bench),
-                  checkpoints=str(out / "runs"), output=str(out / "out"))
-    return tr.TrainConfig(**(values | changes))
-
-
-def weights(folder): return load_file(next(Path(folder).glob("unet/*.safetensors")))
-
-
-def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 class Killed(Exception): pass
 
 
 def die_after(monkeypatch, step):
     "The process dies right after the checkpoint of `step`."
     class Dying(Checkpoints):
-        def save(self, accelerator, k):
-            super().save(accelerator, k)
+        def save(self, accelerator, k, *state):
+            super().save(accelerator, k, *state)
             if k == step: raise Killed
     monkeypatch.setattr(tr, "Checkpoints", Dying)
 
@@ -160,7 +126,7 @@ def test_stages_train_their_parameters_with_their_rates(bench, tmp_path):
     assert two.steps[0]["lr"] == {"lq_encoder": 1e-4, "unet": 1e-3} and two.steps[-1]["lr"]["unet"] < 1e-3
     second = weights(two.output)
     assert sum(torch.equal(first[k], second[k]) for k in first) < len(first) / 10
-    assert sorted(p.name for p in two.output.iterdir()) == ["config.json", "log.jsonl", "mixture.csv", "unet"]
+    assert sorted(p.name for p in two.output.iterdir()) == [SEAL, "config.json", "log.jsonl", "mixture.csv", "unet"] and not broken_seal(two.output)
     assert not list((tmp_path / "runs").glob("stage*-*/step*"))  # finished runs leave no checkpoints
 
 
@@ -319,11 +285,11 @@ def test_kill_9_and_again(bench, tmp_path):
     short = replace(c, steps=400)
     accelerator = tr.make_accelerator(short)
     learner, feed = tr.Learner(short, accelerator), tr.Feed(short)
-    accelerator.register_for_checkpointing(learner.ema, feed)
-    assert Checkpoints(tr.run_folder(c)).restore(accelerator) == steps[-1] == feed.step  # the newest checkpoint is whole
+    found = Checkpoints(tr.run_folder(c)).restore(accelerator, learner.ema)
+    feed.load_state_dict(found.state)
+    assert found.step == steps[-1] == feed.step  # the newest checkpoint is whole
     assert learner.ema.optimization_step == feed.step and learner.lr_scheduler.scheduler.last_epoch == feed.step
-    log = tr.TrainLog(tr.run_folder(c) / "log.jsonl", feed.step); log.close()
-    assert [r["step"] for r in tr.read_log(log.path)] == list(range(1, feed.step + 1))
+    assert [r["step"] for r in tr.read_log(found.log)] == list(range(1, feed.step + 1))
 
 
 # --- what training must not touch -------------------------------------------------------------------------------------------------------------
