@@ -371,7 +371,7 @@ class Learner(_Loss):
                 self.accelerator.backward(losses.mean())
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-                    if self.accelerator.scaler is None and not torch.isfinite(norm): raise self._not_finite(losses, norm)
+                    if self.accelerator.scaler is None and not torch.isfinite(norm): raise self._not_finite(losses.detach(), norm)
                 self.optimizer.step(); self.optimizer.zero_grad()
             per_sample.append(losses.detach())
         which = torch.tensor([list(tasks).index(t) for t in batch["task"]], device=self.accelerator.device)
@@ -516,9 +516,10 @@ def run_folder(
 def check_output(
     config: TrainConfig,
 ) -> None:
-    "Raises `FoundIRError` if the result would replace what the run needs."
-    output = Path(config.output).resolve()
-    for path in (*input_files(config), Path(config.root), Path(config.checkpoints)):
+    "Raises `FoundIRError` if the result would replace what the run needs, even with --force."
+    output, needed = Path(config.output).resolve(), [*input_files(config), Path(config.root), Path(config.checkpoints)]
+    if output.is_dir(): needed += sorted({(Path(config.root) / p).parent for p in load_manifest(config.manifest)[["path", "lq"]].to_numpy().ravel() if p})
+    for path in needed:
         if path.resolve().is_relative_to(output): raise FoundIRError(f"output={config.output!r} is, or holds, {path}, which this run needs: give the name of a folder of its own")
 
 # %% ../nbs/62_train.ipynb #3b501ae8
