@@ -458,7 +458,7 @@ def run_train(args: argparse.Namespace) -> int:
     "`foundir-v2 train`"
     quiet_libraries()
     from foundir_v2.train import read_config, train
-    result = train(read_config(args.config, args.stage, args.set))
+    result = train(read_config(args.config, args.stage, args.set), args.force)
     print(f"{result.output}: {len(result.steps)} steps" + (f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""))
     return 0
 
@@ -466,6 +466,7 @@ def add_train(sub: Any) -> None:
     p = sub.add_parser("train", help="train one stage", description="Train one stage. Killed and started again, it goes on from its last checkpoint.")
     p.add_argument("--config", required=True, metavar="FILE", help="YAML: with --stage a parameter file such as params.yaml, else the fields of TrainConfig")
     p.add_argument("--stage", type=int, choices=(0, 1, 2), help="which stage of the parameter file")
+    p.add_argument("--force", action="store_true", help="replace the output folder even if it holds something else than an earlier result")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace or add fields, for instance steps=10 output=artifacts/try")
     p.set_defaults(run=run_train)
 

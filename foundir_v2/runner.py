@@ -4,15 +4,16 @@
 
 # %% ../nbs/06_runner.ipynb #a5109b62
 from __future__ import annotations
-import argparse, ast, os, re, signal, sys, threading, time, traceback
+import argparse, ast, os, re, signal, sys, traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .process import exit_with_parent
+
 # %% auto #0
 __all__ = ['ADDRESS', 'RANDOM_ID', 'RunnerError', 'checkout', 'check_interpreter', 'notebook_parameters', 'check_parameters',
-           'read_parameters', 'strip_volatile', 'execute', 'ancestors', 'exit_with_parent', 'run_stage', 'parser',
-           'main']
+           'read_parameters', 'strip_volatile', 'execute', 'run_stage', 'parser', 'main']
 
 # %% ../nbs/06_runner.ipynb #931b2181
 class RunnerError(ValueError):
@@ -152,37 +153,6 @@ def execute(
             os.replace(tmp, failed)
         raise
     return out
-
-# %% ../nbs/06_runner.ipynb #e59efcf3
-def ancestors() -> list[tuple[int, float]]:
-    "(process id, start time) of the parent, and of the grandparent if the parent is a shell that runs one command."
-    import psutil
-    parent = psutil.Process().parent()
-    watched = [parent] if parent else []
-    if parent and "-c" in parent.cmdline()[1:] and parent.parent(): watched.append(parent.parent())
-    return [(p.pid, p.create_time()) for p in watched]
-
-def _gone(watched: list[tuple[int, float]]) -> bool:
-    "Has one of these processes ended? (A process id may have been given to another process: compare the start.)"
-    import psutil
-    for pid, started in watched:
-        try:
-            if psutil.Process(pid).create_time() != started or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE: return True
-        except psutil.NoSuchProcess: return True
-    return False
-
-# %% ../nbs/06_runner.ipynb #2e58ef06
-def exit_with_parent(
-    interval: float = 0.5, # seconds between two looks
-) -> threading.Thread: # the watching thread
-    "End this process, at once and with status 1, when its parent ends."
-    watched = ancestors()
-    def watch():
-        while not _gone(watched): time.sleep(interval)
-        os._exit(1)
-    thread = threading.Thread(target=watch, name="exit-with-parent", daemon=True)
-    thread.start()
-    return thread
 
 # %% ../nbs/06_runner.ipynb #d9f88045
 def run_stage(args: argparse.Namespace) -> None:

@@ -6,11 +6,11 @@
 __all__ = ['NO_INFLUENCE', 'MixtureConfig', 'ModelConfig', 'LoopConfig', 'TrainConfig', 'draw_noise', 'prediction_target',
            'decoder_gain', 'sample_losses', 'SeededDataset', 'build_mixture', 'Feed', 'Denoiser', 'LatentReader',
            'build_unet', 'parameter_groups', 'make_accelerator', 'Learner', 'split_batch', 'TrainLog', 'read_log',
-           'parameters', 'TrainResult', 'write_output', 'run_folder', 'train_steps', 'train', 'reference_pictures',
-           'parser', 'read_config', 'main']
+           'parameters', 'TrainResult', 'write_output', 'input_files', 'run_folder', 'check_output', 'train_steps',
+           'remove_run', 'train', 'reference_pictures', 'parser', 'read_config', 'main']
 
 # %% ../nbs/62_train.ipynb #9bb0cf7c
-import argparse, json, os, shutil, sys
+import argparse, hashlib, json, os, re, shutil, sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import pandas as pd, torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from ruamel.yaml import YAML
@@ -33,12 +33,13 @@ from tqdm import tqdm
 
 # %% ../nbs/62_train.ipynb #476fecfb
 from .base import Base, build_foundir_unet, encode_prompts, load_base, micro_conditioning, resolve_model, start_at_identity, training_scheduler
-from .checkpoint import Checkpoints, atomic_folder, averaged, make_ema, only_writer, run_name
-from .config import from_dict, load_params, load_yaml, merge_sections
+from .checkpoint import Checkpoints, atomic_folder, averaged, file_hash, make_ema, only_writer, run_name, saving
+from .config import from_dict, load_params, load_yaml, merge_sections, require_finite
 from .core import FoundIRError, atomic_write, generator, pick_device, pick_dtype
 from .data import RestorationDataset, collate
 from .index import load_manifest
 from .mixture import DataEquilibrium, FixedMixture, Mixture, MixtureError, ReplayMixture, write_mixture
+from .process import exit_with_parent
 from .sampler import Draw, MixtureSampler
 from .score import reference_set, restore_batch, score_items
 from .tasks import by_category
@@ -123,6 +124,7 @@ class TrainConfig(MixtureConfig, ModelConfig, LoopConfig):
     checkpoints: str = ".checkpoints" # folder for the runs' checkpoints
 
     def __post_init__(self):
+        require_finite(asdict(self), "TrainConfig")
         for name in ("steps", "crop", "batch_size", "gradient_accumulation", "checkpoint_every"):
             least = 0 if name == "steps" and self.stage == 0 else 1
             if getattr(self, name) < least: raise FoundIRError(f"{name}={getattr(self, name)}: must be at least {least}")
@@ -285,7 +287,7 @@ def build_unet(
     else:
         folder = Path(config.init) / "unet"
         if not folder.is_dir(): raise FileNotFoundError(f"no weights at {folder}: run the stage before")
-        unet = FoundIRUNet.from_pretrained(folder, local_files_only=True)
+        unet = FoundIRUNet.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         plain = lambda v: list(v) if isinstance(v, tuple) else v
         for k, v in options.items():
             if plain(unet.config[k]) != plain(v): raise FoundIRError(f"{k} is {unet.config[k]!r} in {folder} but {v!r} in the configuration: train the stage before again")
@@ -310,6 +312,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     precision = config.mixed_precision
     if precision == "auto": precision = "bf16" if pick_dtype("auto", pick_device()) == torch.bfloat16 else "no"
     accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=config.gradient_accumulation, step_scheduler_with_optimizer=False)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise FoundIRError(f"{accelerator.distributed_type.value} keeps its checkpoints as pickles, which can run code when they are read: launch without it, every process then holds the whole model")
     share = config.gradient_accumulation * accelerator.num_processes
     if config.batch_size % share: raise FoundIRError(f"batch_size={config.batch_size} can't be split into {share} parts (processes × gradient_accumulation): choose a multiple")
     return accelerator
@@ -362,22 +366,28 @@ class Learner(_Loss):
         batch: dict[str, Any], # as `losses`
         tasks: Sequence[str], # names of all tasks
     ) -> dict[str, Any]: # loss, grad_norm, lr per group, loss and number of samples per task
-        "One training step. Raises `FoundIRError` when the loss is no longer finite."
+        "One training step. Raises `FoundIRError`, before the weights are changed, if the gradient is not finite; with fp16, if the loss is not."
         per_sample, norm = [], None
         rates = {g["name"]: g["lr"] for g in self.optimizer.param_groups}
         for micro in split_batch(batch, self.config.gradient_accumulation):
             with self.accelerator.accumulate(self.model):
                 losses = self.losses(micro)
                 self.accelerator.backward(losses.mean())
-                if self.accelerator.sync_gradients: norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+                    if self.accelerator.scaler is None and not torch.isfinite(norm): raise self._not_finite(losses.detach(), norm)
                 self.optimizer.step(); self.optimizer.zero_grad()
             per_sample.append(losses.detach())
-        self.lr_scheduler.step(); self.ema.step(self.parameters)
         which = torch.tensor([list(tasks).index(t) for t in batch["task"]], device=self.accelerator.device)
         values, which = self.accelerator.gather(torch.cat(per_sample)), self.accelerator.gather(which)
-        if not torch.isfinite(values).all(): raise FoundIRError("the loss is not finite: lower learning_rate, or train with mixed_precision: 'no' (either begins a run of its own, from step 0)")
+        if not torch.isfinite(values).all(): raise self._not_finite(values, norm)
+        self.lr_scheduler.step(); self.ema.step(self.parameters)
         by_task = {t: values[which == i] for i, t in enumerate(tasks)}
         return dict(loss=float(values.mean()), grad_norm=float(norm), lr=rates, task_loss={t: float(v.mean()) for t, v in by_task.items() if len(v)}, samples={t: len(v) for t, v in by_task.items()})
+
+    def _not_finite(self, losses: Tensor, norm: Tensor) -> FoundIRError:
+        return FoundIRError(f"step {self.ema.optimization_step + 1} is not finite (loss {float(losses.mean()):.4g}, norm of the gradient {float(norm):.4g}): start again to go on from the last checkpoint; "
+                            "if this comes again, lower learning_rate or train with mixed_precision: 'no' (either begins a run of its own)")
 
     def restore(self, inputs: Tensor, seeds: list[int]) -> Tensor:
         "Few-step restoration with the present weights, for `score_items`; in stage 0, what the VAE decodes from the LQ encoder's features."
@@ -400,24 +410,32 @@ class TrainLog:
     "A JSONL file that agrees with the checkpoint, and DVCLive's files if wanted."
     def __init__(self,
         path: str | Path,
-        upto: int | None, # step of the checkpoint to continue from; None: start an empty log
+        start: str | Path | None, # the log up to the checkpoint to continue from; None: an empty log
         live_dir: str | Path | None = None, # folder for DVCLive; it is rebuilt from the log
     ):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [] if upto is None or not self.path.exists() else [r for r in read_log(self.path) if r["step"] <= upto]
-        with atomic_write(self.path) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        self.file, self.live = open(self.path, "a", encoding="utf-8"), None
+        self.path, self.live = Path(path), None
+        kept = b"" if start is None else Path(start).read_bytes()
+        with saving("the log", self.path.parent):
+            with atomic_write(self.path) as tmp: tmp.write_bytes(kept)
+            self.file, self._hash = open(self.path, "ab"), hashlib.sha256(kept)
         if live_dir is not None:
             from dvclive import Live
             shutil.rmtree(live_dir, ignore_errors=True)
             self.live = Live(str(live_dir), dvcyaml=False, save_dvc_exp=False, report=None)
-            for record in kept: self._live(record)
+            for record in read_log(self.path): self._live(record)
 
     def write(self, **record: Any) -> None:
         "Append a record and hand it to the system, so that a kill can't lose it."
-        self.file.write(json.dumps(record) + "\n"); self.file.flush()
-        if self.live: self._live(record)
+        line = (json.dumps(record) + "\n").encode()
+        self._hash.update(line)
+        with saving("the log", self.path.parent):
+            self.file.write(line); self.file.flush()
+            if self.live: self._live(record)
+
+    def check(self) -> None:
+        "Raises `FoundIRError` if the file is not what was written to it."
+        if self.path.is_file() and file_hash(self.path) == self._hash.hexdigest(): return
+        raise FoundIRError(f"{self.path} was changed or removed while it was written: start again to go on from the last checkpoint, which has a copy")
 
     def _live(self, record: dict[str, Any]) -> None:
         names = {"step": ("loss", "grad_norm", "lr"), "mixture": ("weights", "scores")}[record["kind"]]
@@ -473,38 +491,54 @@ class TrainResult:
 
 # %% ../nbs/62_train.ipynb #69097f1b
 def write_output(
+    folder: Path, # empty
     config: TrainConfig,
     learner: Learner,
     log: Path, # the finished log
 ) -> None:
-    "Put the averaged weights, the log and the mixture's trajectory in place, all at once."
-    result = TrainResult(Path(config.output), read_log(log), None)
-    with atomic_folder(config.output) as folder:
-        with averaged(learner.ema, learner.parameters): learner.unet.save_pretrained(folder / "unet")
-        shutil.copyfile(log, folder / "log.jsonl")
-        write_mixture(result.mixture, folder / "mixture.csv")
-        (folder / "config.json").write_text(json.dumps(parameters(config), indent=1), encoding="utf-8")
-        if config.dvclive: shutil.copytree(log.parent / "dvclive", folder / "dvclive")
+    "Write the averaged weights, the log and the mixture's trajectory."
+    with averaged(learner.ema, learner.parameters): learner.unet.save_pretrained(folder / "unet")
+    shutil.copyfile(log, folder / "log.jsonl")
+    write_mixture(TrainResult(folder, read_log(log), None).mixture, folder / "mixture.csv")
+    (folder / "config.json").write_text(json.dumps(parameters(config), indent=1), encoding="utf-8")
+    if config.dvclive: shutil.copytree(log.parent / "dvclive", folder / "dvclive")
 
 # %% ../nbs/62_train.ipynb #67a82cce
+def input_files(
+    config: TrainConfig,
+) -> list[Path]: # files and folders
+    "What the result is made from, apart from the pictures."
+    schedule = [Path(config.root) / config.schedule] if config.policy == "replay" and config.schedule else []
+    return [Path(config.manifest), *schedule, *([Path(config.init) / "unet"] if config.init else []), *(base for base in [resolve_model(config.base)] if isinstance(base, Path))]
+
 def run_folder(
     config: TrainConfig,
 ) -> Path: # below `config.checkpoints`
     "Where this run keeps its checkpoints: the name is the hash of its parameters, its code and its inputs."
-    schedule = [Path(config.root) / config.schedule] if config.policy == "replay" and config.schedule else []
-    inputs = [config.manifest, *schedule, *([Path(config.init) / "unet"] if config.init else []), *(base for base in [resolve_model(config.base)] if isinstance(base, Path))]
-    return Path(config.checkpoints) / f"stage{config.stage}-{run_name(parameters(config), 'foundir_v2.train', inputs)}"
+    return Path(config.checkpoints) / f"stage{config.stage}-{run_name(parameters(config), 'foundir_v2.train', input_files(config))}"
+
+def check_output(
+    config: TrainConfig,
+) -> None:
+    "Raises `FoundIRError` if the result would replace what the run needs, even with --force."
+    output, needed = Path(config.output).resolve(), [*input_files(config), Path(config.root), Path(config.checkpoints)]
+    if output.is_dir(): needed += sorted({(Path(config.root) / p).parent for p in load_manifest(config.manifest)[["path", "lq"]].to_numpy().ravel() if p})
+    for path in needed:
+        if path.resolve().is_relative_to(output): raise FoundIRError(f"output={config.output!r} is, or holds, {path}, which this run needs: give the name of a folder of its own")
 
 # %% ../nbs/62_train.ipynb #3b501ae8
 def train_steps(
     config: TrainConfig,
     learner: Learner,
     feed: Feed,
-    log: TrainLog,
+    log: TrainLog | None, # of the main process
     checkpoints: Checkpoints,
 ) -> None:
     "From where `feed` stands to the last step."
     main = learner.accelerator.is_main_process
+    def save():
+        if main: log.check()
+        checkpoints.save(learner.accelerator, feed.step, learner.ema, feed.state_dict(), log.path if main else None)
     def rebalance():
         with averaged(learner.ema, learner.parameters): record = feed.rebalance(learner.restore)
         if main: log.write(kind="mixture", step=feed.step, **record)
@@ -516,35 +550,44 @@ def train_steps(
                 feed.step += 1
                 if main: log.write(kind="step", step=feed.step, **record)
                 if config.update_every and feed.step % config.update_every == 0: rebalance()
-                if feed.step % config.checkpoint_every == 0 or feed.step == config.steps: checkpoints.save(learner.accelerator, feed.step)
+                if feed.step % config.checkpoint_every == 0 or feed.step == config.steps: save()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False); bar.update()
                 if feed.step == config.steps: break
+
+# %% ../nbs/62_train.ipynb #21bc20da
+def remove_run(
+    folder: Path, # of a run whose result is in place
+) -> None:
+    "Remove checkpoints that nobody needs any more, and what killed processes left of such a removal."
+    done = folder.with_name(f".{folder.name}.done") # at once: what is left of a folder would be taken for a run to go on with
+    shutil.rmtree(done, ignore_errors=True)
+    os.replace(folder, done)
+    for left in folder.parent.glob(".stage*.done"):
+        if re.fullmatch(r"\.stage[012]-[0-9a-f]{12}\.done", left.name): shutil.rmtree(left, ignore_errors=True)
 
 # %% ../nbs/62_train.ipynb #f4ecef9e
 def train(
     config: TrainConfig,
+    force: bool = False, # replace a folder at `config.output` that is not ours
 ) -> TrainResult: # on every process; the files are written by the main one
-    "One stage of training; goes on from its last checkpoint if there is one. Raises `FoundIRError` if another process trains the same."
+    "One stage of training; goes on from its last sound checkpoint. Raises `FoundIRError`, before any work, if another process trains the same or `config.output` is not for us to write."
     folder, accelerator = run_folder(config), make_accelerator(config)
     main = accelerator.is_main_process
+    check_output(config)
     with only_writer(folder) if main else nullcontext():
+        with atomic_folder(config.output, f"foundir_v2.train {folder.name}", force) if main else nullcontext() as result:
+            accelerator.wait_for_everyone()
+            learner, feed, checkpoints = Learner(config, accelerator), Feed(config, accelerator.process_index, accelerator.num_processes), Checkpoints(folder)
+            found = checkpoints.restore(accelerator, learner.ema)
+            if found: feed.load_state_dict(found.state)
+            log = TrainLog(folder / "log.jsonl", found and found.log, folder / "dvclive" if config.dvclive else None) if main else None
+            train_steps(config, learner, feed, log, checkpoints)
+            if main:
+                log.close(); log.check()
+                with saving("the result", result.parent): write_output(result, config, learner, log.path)
+        if main: remove_run(folder)
         accelerator.wait_for_everyone()
-        learner, feed = Learner(config, accelerator), Feed(config, accelerator.process_index, accelerator.num_processes)
-        accelerator.register_for_checkpointing(learner.ema, feed)
-        checkpoints = Checkpoints(folder)
-        resumed_from = checkpoints.restore(accelerator)
-        learner.ema.to(accelerator.device) # accelerate restores it to the CPU
-        log = TrainLog(folder / "log.jsonl", resumed_from, folder / "dvclive" if config.dvclive else None) if main else None
-        train_steps(config, learner, feed, log, checkpoints)
-        if main:
-            log.close()
-            write_output(config, learner, folder / "log.jsonl")
-            done = folder.with_name(f".{folder.name}.done") # at once: what is left of a folder would be taken for a run to go on with
-            shutil.rmtree(done, ignore_errors=True)
-            os.replace(folder, done) # the result is in place; started again, the run would be made anew
-            for left in folder.parent.glob(".*.done"): shutil.rmtree(left, ignore_errors=True) # this one, and those of killed runs
-        accelerator.wait_for_everyone()
-    return TrainResult(Path(config.output), read_log(Path(config.output) / "log.jsonl"), resumed_from)
+    return TrainResult(Path(config.output), read_log(Path(config.output) / "log.jsonl"), found.step if found else None)
 
 # %% ../nbs/62_train.ipynb #f6423bb0
 def reference_pictures(
@@ -561,6 +604,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("foundir_v2.train", description="Train one stage of FoundIR-v2. Killed and started again, it continues from its last checkpoint.")
     p.add_argument("--config", required=True, metavar="FILE", help="YAML: with --stage a parameter file like params.yaml, else the fields of TrainConfig")
     p.add_argument("--stage", type=int, choices=(0, 1, 2), help="which stage of the parameter file")
+    p.add_argument("--force", action="store_true", help="replace the output folder even if it holds something else than an earlier result")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace or add fields, for instance steps=10 output=artifacts/try")
     return p
 
@@ -582,12 +626,16 @@ def read_config(
 def main(
     argv: Sequence[str] | None = None, # command line without the program
 ) -> int: # exit code
-    "Command line of `python -m foundir_v2.train`: 0, or 2 and one line on bad input."
+    "Command line of `python -m foundir_v2.train`: 0; 2 and one line on bad input; 130 after Ctrl-C."
     args = parser().parse_args(argv)
-    try: result = train(read_config(args.config, args.stage, args.set))
-    except (FoundIRError, MixtureError, FileNotFoundError, PermissionError) as e:
-        print(f"foundir_v2.train: {e}", file=sys.stderr)
+    if "LOCAL_RANK" in os.environ: exit_with_parent()  # torchrun's workers outlive it otherwise
+    try: result = train(read_config(args.config, args.stage, args.set), args.force)
+    except (FoundIRError, MixtureError, OSError) as e:
+        print(f"foundir_v2.train: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("foundir_v2.train: interrupted; start again to go on from the last checkpoint", file=sys.stderr)
+        return 130
     if PartialState().is_main_process: print(f"{result.output}: {len(result.steps)} steps" + (f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""))
     return 0
 

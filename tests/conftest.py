@@ -1,4 +1,6 @@
-"""Property tests try the same examples on every run of `make test`; `make fuzz` looks for new ones, within a budget of time."""
+"""What several test files share. (A test imports `small_training` from this folder: pytest puts it on the path because of this file.)
+
+Property tests try the same examples on every run of `make test`; `make fuzz` looks for new ones, within a budget of time."""
 import os
 import random
 import time
@@ -20,3 +22,9 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_runtest_setup(item):
     if time.time() > UNTIL: pytest.skip('the budget of make fuzz is spent')
+
+
+@pytest.fixture(scope='session')
+def bench(tmp_path_factory):
+    from small_training import make_bench
+    return make_bench(tmp_path_factory.mktemp('bench'))

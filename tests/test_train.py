@@ -3,58 +3,24 @@ import csv, gc, json, os, signal, subprocess, sys, time, weakref
 from dataclasses import replace
 from pathlib import Path
 
-import pytest, torch
+import psutil, pytest, torch
 from diffusers import DDPMScheduler
-from safetensors.torch import load_file
 
 from foundir_v2 import train as tr
-from foundir_v2.base import TINY_UNET, load_base, new_base, save_base
-from foundir_v2.checkpoint import Checkpoints, only_writer
-from foundir_v2.core import FoundIRError, generator, save_image
-from foundir_v2.index import build_manifest, save_manifest
-from foundir_v2.vae import PatchAutoencoderKL
+from foundir_v2.base import load_base
+from foundir_v2.checkpoint import SEAL, Checkpoints, broken_seal, only_writer
+from foundir_v2.core import FoundIRError, generator
+from small_training import TASKS, config, equal, weights
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = {"denoise": ["gaussian_noise"], "lowlight": ["low_light"], "sr": ["sr_x2"]}
-
-
-@pytest.fixture(scope="session")
-def bench(tmp_path_factory):
-    "A data set of noise-like pictures, its manifest, and a very small base model."
-    folder = tmp_path_factory.mktemp("bench")
-    for split, n in dict(train=3, reference=2).items():
-        for i in range(n):
-            coarse = torch.rand(1, 3, 12, 12, generator=generator(split, i))
-            save_image(torch.nn.functional.interpolate(coarse, size=(96, 96), mode="bicubic")[0].clamp(0, 1), folder / f"photos/{split}/{split}{i}.png")
-    save_manifest(build_manifest(folder / "photos", root=folder), folder / "manifest.parquet")
-    torch.manual_seed(0)
-    unet = dict(TINY_UNET, block_out_channels=(32, 32, 48), attention_head_dim=(2, 2, 2))
-    save_base(new_base(PatchAutoencoderKL(channels=48, hidden=8, encoder_blocks=1, decoder_blocks=1), unet), folder / "base")
-    return folder
-
-
-def config(bench, out, **changes):
-    values = dict(stage=1, steps=6, tasks=TASKS, score={t: "psnr" for t in TASKS}, alpha=.5, score_scale="raw", reference_per_task=2, reference_size=32, reference_steps=1,
-                  base=str(bench / "base"), lq_norm_groups=0, moe_layers=1, moe_heads=4, crop=32, batch_size=4, terminal_fraction=.5, noise_offset=0., ema_decay=.9,
-                  mixed_precision="no", num_workers=0, checkpoint_every=2, warmup_steps=2, learning_rate=2e-3, manifest=str(bench / "manifest.parquet"), root=str(bench),
-                  checkpoints=str(out / "runs"), output=str(out / "out"))
-    return tr.TrainConfig(**(values | changes))
-
-
-def weights(folder): return load_file(next(Path(folder).glob("unet/*.safetensors")))
-
-
-def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 class Killed(Exception): pass
 
 
 def die_after(monkeypatch, step):
     "The process dies right after the checkpoint of `step`."
     class Dying(Checkpoints):
-        def save(self, accelerator, k):
-            super().save(accelerator, k)
+        def save(self, accelerator, k, *state):
+            super().save(accelerator, k, *state)
             if k == step: raise Killed
     monkeypatch.setattr(tr, "Checkpoints", Dying)
 
@@ -160,7 +126,7 @@ def test_stages_train_their_parameters_with_their_rates(bench, tmp_path):
     assert two.steps[0]["lr"] == {"lq_encoder": 1e-4, "unet": 1e-3} and two.steps[-1]["lr"]["unet"] < 1e-3
     second = weights(two.output)
     assert sum(torch.equal(first[k], second[k]) for k in first) < len(first) / 10
-    assert sorted(p.name for p in two.output.iterdir()) == ["config.json", "log.jsonl", "mixture.csv", "unet"]
+    assert sorted(p.name for p in two.output.iterdir()) == [SEAL, "config.json", "log.jsonl", "mixture.csv", "unet"] and not broken_seal(two.output)
     assert not list((tmp_path / "runs").glob("stage*-*/step*"))  # finished runs leave no checkpoints
 
 
@@ -319,11 +285,158 @@ def test_kill_9_and_again(bench, tmp_path):
     short = replace(c, steps=400)
     accelerator = tr.make_accelerator(short)
     learner, feed = tr.Learner(short, accelerator), tr.Feed(short)
-    accelerator.register_for_checkpointing(learner.ema, feed)
-    assert Checkpoints(tr.run_folder(c)).restore(accelerator) == steps[-1] == feed.step  # the newest checkpoint is whole
+    found = Checkpoints(tr.run_folder(c)).restore(accelerator, learner.ema)
+    feed.load_state_dict(found.state)
+    assert found.step == steps[-1] == feed.step  # the newest checkpoint is whole
     assert learner.ema.optimization_step == feed.step and learner.lr_scheduler.scheduler.last_epoch == feed.step
-    log = tr.TrainLog(tr.run_folder(c) / "log.jsonl", feed.step); log.close()
-    assert [r["step"] for r in tr.read_log(log.path)] == list(range(1, feed.step + 1))
+    assert [r["step"] for r in tr.read_log(found.log)] == list(range(1, feed.step + 1))
+
+
+def refuses(c, words, **options):
+    with pytest.raises(FoundIRError, match=words) as e: tr.train(c, **options)
+    assert "\n" not in str(e.value)
+
+
+def test_a_lost_log_costs_nothing(bench, tmp_path, monkeypatch):
+    c = config(bench, tmp_path, steps=6, output=str(tmp_path / "straight"))
+    straight = tr.train(c)
+    cut = replace(c, output=str(tmp_path / "cut"))
+    with monkeypatch.context() as m:
+        die_after(m, 4)
+        with pytest.raises(Killed): tr.train(cut)
+    (tr.run_folder(cut) / "log.jsonl").unlink()
+    assert tr.train(cut).log == straight.log and [r["step"] for r in straight.steps] == list(range(1, 7))
+
+
+@pytest.mark.parametrize("harm", [lambda p: p.unlink(), lambda p: p.write_text(""), lambda p: p.write_text(p.read_text().replace("loss", "l0ss", 1))])
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_log_that_is_changed_while_the_run_goes_on_is_never_published(bench, tmp_path, monkeypatch, harm, step):
+    c = config(bench, tmp_path, steps=6)
+    want = tr.train(replace(c, output=str(tmp_path / "straight")))
+    write = tr.TrainLog.write
+    def spoil(self, **record):
+        write(self, **record)
+        if record["step"] == step: harm(self.path)
+    with monkeypatch.context() as m:
+        m.setattr(tr.TrainLog, "write", spoil)
+        refuses(c, "log.jsonl was changed or removed")
+    assert not Path(c.output).exists()
+    again = tr.train(c)
+    assert again.resumed_from == (2 if step == 3 else 4) and again.log == want.log and equal(weights(want.output), weights(again.output))
+
+
+class Exploding(torch.autograd.Function):
+    "Hands its input through; its gradient is infinite."
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+
+    @staticmethod
+    def backward(ctx, g): return g * float("inf")
+
+
+@pytest.mark.parametrize("kind, stage, step", [("gradient", 0, 4), ("gradient", 1, 4), ("gradient", 2, 6), ("loss", 2, 5)])
+def test_one_infinite_gradient_costs_the_steps_since_the_last_checkpoint(bench, tmp_path, monkeypatch, kind, stage, step):
+    "4 is a checkpoint's step, 6 the last."
+    c = config(bench, tmp_path, stage=stage, steps=6)
+    want, losses = tr.train(replace(c, output=str(tmp_path / "straight"))), tr.Learner.losses
+    def explode(self, batch):
+        values = losses(self, batch)
+        if self.ema.optimization_step + 1 != step: return values
+        return Exploding.apply(values) if kind == "gradient" else values * float("nan")
+    with monkeypatch.context() as m:
+        m.setattr(tr.Learner, "losses", explode)
+        for _ in range(2): refuses(c, f"step {step} is not finite .*start again")
+    assert not Path(c.output).exists() and Checkpoints(tr.run_folder(c)).steps()[-1] == (step - 1) // 2 * 2
+    again = tr.train(c)
+    assert again.resumed_from == (step - 1) // 2 * 2 and again.log == want.log and equal(weights(want.output), weights(again.output))
+
+
+def test_infinite_gradients_are_the_gradient_scalers_business_in_fp16(bench, tmp_path, monkeypatch):
+    c = config(bench, tmp_path)
+    learner, losses = tr.Learner(c, tr.make_accelerator(c)), tr.Learner.losses
+    monkeypatch.setattr(tr.Learner, "losses", lambda self, batch: Exploding.apply(losses(self, batch)))
+    class Scaler:  # the real one skips the step
+        def scale(self, loss): return loss
+    learner.accelerator.scaler = Scaler()
+    learner.step(next(iter(tr.Feed(c).loader)), list(TASKS))
+    with pytest.raises(FoundIRError, match="not finite after step 1"): Checkpoints(tmp_path).save(learner.accelerator, 1, learner.ema, {})
+
+
+def test_weights_that_overflow_are_not_published(bench, tmp_path):
+    "The gradients are finite, the step is not: Adam's first step moves every weight by the learning rate, float32 ends at 3.4e38."
+    refuses(config(bench, tmp_path, stage=1, steps=1, warmup_steps=0, learning_rate=1e39), "not finite after step 1")
+    assert not (tmp_path / "out").exists() and not list((tmp_path / "runs").glob("*/step-*"))
+
+
+@pytest.mark.parametrize("field", ["learning_rate", "weight_decay", "alpha", "noise_offset", "max_grad_norm", "ema_decay", "floor", "adam_eps"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none_are_refused_by_name(bench, tmp_path, field, value):
+    with pytest.raises(FoundIRError, match=rf"{field}: expected a finite number"): config(bench, tmp_path, **{field: value})
+
+
+def test_ctrl_c_is_one_line_and_130(bench, tmp_path):
+    c = config(bench, tmp_path, stage=2, steps=4000, checkpoint_every=3, num_workers=1)
+    file = tmp_path / "config.json"; file.write_text(json.dumps(c.__dict__))
+    process = subprocess.Popen([sys.executable, "-m", "foundir_v2.train", "--config", str(file)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "runs").glob("stage2-*/step-*")) and time.monotonic() < deadline: time.sleep(.05)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to data workers, too
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in said and "interrupted; start again" in said, said[-2000:]
+    assert Checkpoints(tr.run_folder(c)).steps() and not [p for p in tmp_path.iterdir() if ".partial" in p.name]
+
+
+def test_workers_end_with_their_launcher(bench, tmp_path):
+    c = config(bench, tmp_path, stage=2, steps=4000)
+    file = tmp_path / "config.json"; file.write_text(json.dumps(c.__dict__))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "foundir_v2.train", "--config", str(file)]
+    agent = subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while not list((tmp_path / "runs").glob("stage2-*/step-*")) and time.monotonic() < deadline: time.sleep(.1)
+    workers = psutil.Process(agent.pid).children(recursive=True)
+    agent.kill(); agent.wait()
+    try:
+        assert len(workers) >= 2
+        assert not psutil.wait_procs(workers, timeout=20)[1]
+    finally:
+        for worker in workers:
+            if worker.is_running(): worker.kill()
+    assert Checkpoints(tr.run_folder(c)).steps() and not Path(c.output).exists()
+
+
+# --- what training must not replace -----------------------------------------------------------------------------------------------------------
+
+def test_a_folder_of_somebody_is_refused_before_any_work(bench, tmp_path, monkeypatch, capsys):
+    mine = tmp_path / "mine"; mine.mkdir(); (mine / "photo.png").write_bytes(b"mine"); (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    for part in ("Learner", "Feed"): monkeypatch.setattr(tr, part, lambda *a: pytest.fail("work began"))
+    for output in ("mine", str(mine), "mine/", "", ".", "/dev/null", "file", "file/x", str(bench), str(bench / "photos"), str(bench / "base"), str(tmp_path / "runs/..")):
+        c = config(bench, tmp_path, output=output)
+        refuses(c, "folder")
+        if "mine" not in output: refuses(c, "folder", force=True)  # no force against what the run needs
+    (tmp_path / "c.json").write_text(json.dumps(config(bench, tmp_path, output="mine").__dict__))
+    assert tr.main(["--config", "c.json"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "mine holds what we did not make" in said and "--force" in said
+    assert (mine / "photo.png").read_bytes() == b"mine" and (bench / "manifest.parquet").exists()
+
+
+def test_a_result_is_replaced_as_long_as_it_is_what_was_written(bench, tmp_path):
+    c = config(bench, tmp_path, steps=1)
+    first = tr.train(c)
+    seal = (first.output / SEAL).read_bytes()
+    assert tr.train(c).output == first.output and (first.output / SEAL).read_bytes() == seal  # the same bytes, so the same seal
+    (first.output / "my notes.txt").write_text("mine")
+    refuses(c, "my notes.txt doesn't belong there")
+    (tmp_path / "c.json").write_text(json.dumps(c.__dict__))
+    assert tr.main(["--config", str(tmp_path / "c.json"), "--force"]) == 0
+    assert not broken_seal(first.output) and not (first.output / "my notes.txt").exists()
+
+
+def test_two_runs_with_one_output(bench, tmp_path):
+    c = config(bench, tmp_path, steps=1)
+    with only_writer(c.output): refuses(c, "is being written by process")
+    assert tr.train(c).resumed_from is None
 
 
 # --- what training must not touch -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"A data set of noise-like pictures, a very small base model and a configuration to train it: for tests that train."
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from foundir_v2 import train as tr
+from foundir_v2.base import TINY_UNET, new_base, save_base
+from foundir_v2.core import generator, save_image
+from foundir_v2.index import build_manifest, save_manifest
+from foundir_v2.vae import PatchAutoencoderKL
+
+TASKS = {"denoise": ["gaussian_noise"], "lowlight": ["low_light"], "sr": ["sr_x2"]}
+
+
+def make_bench(folder):
+    "Pictures, their manifest and the base model."
+    for split, n in dict(train=3, reference=2).items():
+        for i in range(n):
+            coarse = torch.rand(1, 3, 12, 12, generator=generator(split, i))
+            save_image(torch.nn.functional.interpolate(coarse, size=(96, 96), mode="bicubic")[0].clamp(0, 1), folder / f"photos/{split}/{split}{i}.png")
+    save_manifest(build_manifest(folder / "photos", root=folder), folder / "manifest.parquet")
+    torch.manual_seed(0)
+    unet = dict(TINY_UNET, block_out_channels=(32, 32, 48), attention_head_dim=(2, 2, 2))
+    save_base(new_base(PatchAutoencoderKL(channels=48, hidden=8, encoder_blocks=1, decoder_blocks=1), unet), folder / "base")
+    return folder
+
+
+def config(bench, out, **changes):
+    values = dict(stage=1, steps=6, tasks=TASKS, score={t: "psnr" for t in TASKS}, alpha=.5, score_scale="raw", reference_per_task=2, reference_size=32, reference_steps=1,
+                  base=str(bench / "base"), lq_norm_groups=0, moe_layers=1, moe_heads=4, crop=32, batch_size=4, terminal_fraction=.5, noise_offset=0., ema_decay=.9,
+                  mixed_precision="no", num_workers=0, checkpoint_every=2, warmup_steps=2, learning_rate=2e-3, manifest=str(bench / "manifest.parquet"), root=str(bench),
+                  checkpoints=str(out / "runs"), output=str(out / "out"))
+    return tr.TrainConfig(**(values | changes))
+
+
+def weights(folder): return load_file(next(Path(folder).glob("unet/*.safetensors")))
+
+
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
