@@ -46,7 +46,7 @@ def naming_full_disk(
     "Turn the system's error for a full disk or quota into a `DiskFullError` that names the file."
     try: yield
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        if not isinstance(e, DiskFullError) and e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         raise DiskFullError(f"no space left on the disk for {path}: make room, then run this again") from None
 
 def sync(path: str | Path) -> None:
