@@ -45,12 +45,12 @@ def pictures_of(
 ) -> list[tuple[Path, Path]]: # (picture, its path below a folder of results)
     "What one argument stands for. Raises `FileNotFoundError` if it is nothing, `FoundIRError` if a pattern fits nothing."
     from foundir_v2.core import FoundIRError
-    src = Path(source)
+    src, real = Path(source), lambda path: Path(os.path.realpath(path))
     if src.is_file(): return [(src, Path(src.name))]
-    if src.is_dir(): return [(src / p, p) for found in pictures_in(src.resolve(), out.resolve()) for p in [found.relative_to(src.resolve())]]
+    if src.is_dir(): return [(src / p, p) for found in pictures_in(real(src), real(out)) for p in [found.relative_to(real(src))]]
     if not glob.has_magic(str(source)): raise FileNotFoundError(f"no file or folder {src}: check the name")
     fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), src.parts))
-    earlier = lambda p: out.resolve() != fixed.resolve() and p.resolve().is_relative_to(out.resolve())
+    earlier = lambda p: real(out) != real(fixed) and real(p).is_relative_to(real(out))
     found = [p for p in map(Path, sorted(glob.glob(str(source), recursive=True))) if p.suffix.lower() in READABLE and p.is_file() and not earlier(p)]
     if not found: raise FoundIRError(f"no picture fits {source}: expected files that end with {', '.join(READABLE)}")
     return [(p, p.relative_to(fixed)) for p in found]

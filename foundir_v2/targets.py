@@ -40,8 +40,7 @@ def named(
 
 def nearest(path: str | Path) -> Path:
     "What exists of a path: itself (a link to nothing exists, too), or the nearest folder above it."
-    parent, name = os.path.split(path)
-    found = Path(os.path.realpath(parent or "."), name)
+    found = Path.cwd() / path
     while not os.path.lexists(found): found = found.parent
     return found
 
