@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SDXL_UNET', 'TINY_UNET', 'SDXL_SCHEDULE', 'TINY_SCHEDULE', 'ASSETS', 'training_scheduler', 'clip_vocabulary',
            'clip_tokenizers', 'random_text_encoders', 'Base', 'new_base', 'save_base', 'assets_path', 'resolve_model',
-           'load_base', 'load_tokenizers', 'encode_prompts', 'micro_conditioning', 'build_foundir_unet',
-           'start_at_identity']
+           'load_base', 'load_tokenizers', 'on_hub', 'go_offline', 'encode_prompts', 'micro_conditioning',
+           'build_foundir_unet', 'start_at_identity']
 
 # %% ../nbs/46_base.ipynb #82dc1642
 import gzip, importlib.util, json, math, shutil
@@ -197,6 +197,28 @@ def load_tokenizers(
         return clip_tokenizers(vocabulary, [tuple(line.split()) for line in lines if line and not line.startswith("#version")])
     first, second = (CLIPTokenizer.from_pretrained(source, subfolder=name) for name in ("tokenizer", "tokenizer_2"))
     return first, second
+
+# %% ../nbs/46_base.ipynb #d2b7f6e5
+def on_hub(
+    path_or_name: str | Path, # as `resolve_model`
+) -> bool:
+    "Does a model, or the base that a restorer's folder names, come from the hub? Raises `FoundIRError` as `resolve_model` does."
+    source = resolve_model(path_or_name)
+    recipes = [source / name for name in ("pipeline.json", "config.json") if isinstance(source, Path) and (source / name).is_file()]
+    if not recipes: return not isinstance(source, Path)
+    try: base = json.loads(recipes[0].read_text(encoding="utf-8")).get("base", "base")
+    except (ValueError, AttributeError): return False # loading says what is wrong
+    return not isinstance(resolve_model(base), Path)
+
+def go_offline(
+    patience: float = 5.0, # seconds
+) -> bool: # whether only the cache is used
+    "For programs: if the hub doesn't answer, this process uses only its client's cache from now on."
+    from huggingface_hub import constants, get_session
+    if constants.HF_HUB_OFFLINE: return True
+    try: constants.HF_HUB_OFFLINE = get_session().head(constants.ENDPOINT, timeout=patience).status_code >= 500
+    except Exception: constants.HF_HUB_OFFLINE = True # which errors there are depends on the client's version
+    return constants.HF_HUB_OFFLINE
 
 # %% ../nbs/46_base.ipynb #ea08487b
 @torch.no_grad()

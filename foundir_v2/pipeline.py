@@ -6,10 +6,10 @@
 __all__ = ['STARTS', 'OUTPUT_TYPES', 'OFFSET_UNITS', 'ZERO_SNR', 'OFFLOADS', 'PRESETS', 'Settings', 'default_color_fix',
            'set_timesteps', 'make_noise_scheduler', 'signal_left', 'start_latents', 'time_ids', 'cut_off',
            'embed_texts', 'encode_image', 'decode_latents', 'Request', 'make_request', 'sort_requests', 'Job',
-           'make_job', 'predict', 'picture_contexts', 'embed_pictures', 'BandedSteps', 'denoise', 'restore_job',
-           'per_picture', 'check_arguments', 'resolve_settings', 'FoundIRv2Pipeline', 'restore_requests', 'finish',
-           'Recipe', 'read_recipe', 'save_restorer', 'check_offload', 'place', 'load_pipeline', 'preset_options',
-           'preset_loading', 'describe']
+           'lay_grids', 'make_job', 'predict', 'picture_contexts', 'embed_pictures', 'BandedSteps', 'denoise',
+           'restore_job', 'per_picture', 'check_arguments', 'resolve_settings', 'FoundIRv2Pipeline', 'count_tiles',
+           'restore_requests', 'finish', 'Recipe', 'read_recipe', 'save_restorer', 'check_offload', 'place',
+           'load_pipeline', 'preset_options', 'preset_loading', 'describe']
 
 # %% ../nbs/54_pipeline.ipynb #d0842344
 import diffusers, functools, gc, inspect, json, logging, math
@@ -324,6 +324,15 @@ class Job:
     vae_grid: TileGrid  # of encoder and decoder, in latent pixels
     factor: int  # pixels per latent pixel
     device: torch.device
+    on_tiles: Callable[[int], Any] = lambda n: None  # told how many tiles were done since the last time
+
+    def counted(self, function: Callable[[Sequence[Tile]], Tensor]) -> Callable[[Sequence[Tile]], Tensor]:
+        "The same function of tiles; it tells when they are done."
+        def count(tiles: Sequence[Tile]) -> Tensor:
+            done = function(tiles)
+            self.on_tiles(len(tiles))
+            return done
+        return count
 
     def crops(self, x: Tensor, tiles: Sequence[Tile], grid: TileGrid) -> Tensor:
         "The tiles of a latent canvas (N, C, h, w): (n, C, tile height, tile width)."
@@ -346,24 +355,34 @@ class Job:
         return embeds, dict(text_embeds=pooled, time_ids=ids.repeat(len(halves), 1))
 
 # %% ../nbs/54_pipeline.ipynb #2c422f85
+def lay_grids(
+    pipe: DiffusionPipeline,
+    size: Sequence[int],  # height and width of the canvas, in latent pixels
+    settings: Settings,
+) -> tuple[TileGrid, TileGrid]:  # of the U-Net, and of encoder and decoder
+    "Lay the tiles."
+    factor = vae_scale_factor(pipe.vae)
+    sides = settings.tile_size, settings.tile_size if settings.vae_tile_size is None else settings.vae_tile_size
+    return tuple(tile_grid(*size, side // factor, settings.tile_overlap, pipe.latent_multiple) for side in sides)
+
 def make_job(
     pipe: DiffusionPipeline,
     requests: Sequence[Request],  # of one padded size
     texts: dict[str, tuple[Tensor, Tensor]],  # from `embed_texts`
     settings: Settings,
 ) -> Job:
-    "Put requests together and lay the tiles."
-    factor, first = vae_scale_factor(pipe.vae), requests[0]
-    lay = lambda tile: tile_grid(*first.noise.shape[-2:], tile // factor, settings.tile_overlap, pipe.latent_multiple)
+    "Put requests together."
+    first = requests[0]
+    grid, vae_grid = lay_grids(pipe, first.noise.shape[-2:], settings)
     return Job(
         pictures=[r.picture for r in requests],
         noise=first.noise if len(requests) == 1 else torch.cat([r.noise for r in requests]),
         prompts=[texts[r.prompt] for r in requests],
         negatives=[texts[r.negative_prompt] for r in requests] if first.guided else None,
         generators=None if first.generator is None else [r.generator for r in requests],
-        grid=lay(settings.tile_size),
-        vae_grid=lay(settings.tile_size if settings.vae_tile_size is None else settings.vae_tile_size),
-        factor=factor,
+        grid=grid,
+        vae_grid=vae_grid,
+        factor=vae_scale_factor(pipe.vae),
         device=first.noise.device)
 
 # %% ../nbs/54_pipeline.ipynb #5c44b447
@@ -406,7 +425,9 @@ def picture_contexts(
     parts = _lay_parts(job.grid, unet.lq_reach)
     def pool(rows: Span, columns: Span) -> tuple[Tensor, ...]:
         lq = job.lq(job.everywhere(rows.first, columns.first), rows.computed, columns.computed)
-        return _offloadable(unet, "pool_lq", lq.to(unet.dtype), rows.inner, columns.inner)
+        pooled = _offloadable(unet, "pool_lq", lq.to(unet.dtype), rows.inner, columns.inner)
+        job.on_tiles(len(job.pictures))
+        return pooled
     length = lambda span: span.stop - span.start
     pooled = join_pooled([join_pooled([pool(*part) for part in row], [length(columns) for _, columns in row], dim=3) for row in parts], [length(row[0][0]) for row in parts], dim=2)  # row by row: thousands of small tensors at once would leave holes in the heap
     return _offloadable(unet, "summarize_lq", pooled)
@@ -423,12 +444,13 @@ def embed_pictures(
     def embed(tiles: Sequence[Tile], height: int, width: int) -> Tensor:
         where = () if contexts is None else ([contexts[t.picture] for t in tiles], [(t.top, t.left) for t in tiles])
         return _offloadable(unet, "embed_lq", job.lq(tiles, height, width).to(unet.dtype), *where)
-    if whole or margin is None: return map_tiles(lambda tiles: embed(tiles, *grid.tile_shape), n, grid, tile_batch)
+    if whole or margin is None: return map_tiles(job.counted(lambda tiles: embed(tiles, *grid.tile_shape)), n, grid, tile_batch)
     out = None
     for rows, columns in (part for row in _lay_parts(grid, margin) for part in row):
         e = embed(job.everywhere(rows.first, columns.first), rows.computed, columns.computed)
         if out is None: out = e.new_empty((n, e.shape[1], grid.height, grid.width))
         out[..., rows.start:rows.stop, columns.start:columns.stop] = e[..., rows.inner, columns.inner]
+        job.on_tiles(n)
     return out
 
 # %% ../nbs/54_pipeline.ipynb #5f27c0ab
@@ -482,7 +504,7 @@ def denoise(
         guidance = settings.guidance if job.negatives is not None and begin <= i / len(timesteps) < end else None
         scale = lambda x: noise_scheduler.scale_model_input(x, t)
         of_tiles = functools.partial(predict, unet, job, latents, lq_embedding, scale, t, guidance, settings.offset_unit)
-        latents = step(tiled(of_tiles), t, latents)
+        latents = step(tiled(job.counted(of_tiles)), t, latents)
         del of_tiles  # it holds the latents before this step
         latents = on_step(i, t, latents)
     return latents
@@ -497,7 +519,8 @@ def restore_job(
 ) -> list[Tensor]:  # (3, H, W) in [0, 1] each, without padding
     "Denoise, decode, crop."
     latents = denoise(pipe, noise_scheduler, job, settings, on_step)
-    decoded = map_tiles(lambda tiles: decode_latents(pipe.vae, job.crops(latents, tiles, job.vae_grid)), len(job.pictures), job.vae_grid, settings.tile_batch, job.factor)
+    decode = job.counted(lambda tiles: decode_latents(pipe.vae, job.crops(latents, tiles, job.vae_grid)))
+    decoded = map_tiles(decode, len(job.pictures), job.vae_grid, settings.tile_batch, job.factor)
     return [x[:, :picture.shape[-2], :picture.shape[-1]] for x, picture in zip(decoded, job.pictures)]
 
 # %% ../nbs/54_pipeline.ipynb #82fd366c
@@ -570,6 +593,20 @@ class FoundIRv2Pipeline(_Parts):
         check_arguments(each[0] + each[1], each[2])
         return ImagePipelineOutput(images=restore_requests(self, [make_request(self, *one, settings) for one in zip(images, *each)], settings, callback_on_step_end))
 
+# %% ../nbs/54_pipeline.ipynb #6f1c22ad
+def count_tiles(
+    unet: FoundIRUNet,
+    grid: TileGrid,  # of the U-Net
+    vae_grid: TileGrid,  # of the decoder
+    steps: int,  # of the noise scheduler
+) -> int:
+    "Tiles of one picture on its whole way: in the LQ encoder (twice where that asks about the whole picture first), in the U-Net, in the decoder."
+    tiles, cut = len(grid.corners), len(grid.corners) > 1
+    parts = sum(map(len, _lay_parts(grid, None)))
+    context = parts if cut and getattr(unet.config, "lq_context_width", 0) else 0
+    embedding = tiles if not cut or getattr(unet, "lq_margin", None) is None else parts
+    return context + embedding + steps * tiles + len(vae_grid.corners)
+
 # %% ../nbs/54_pipeline.ipynb #c564409d
 def restore_requests(
     pipe: DiffusionPipeline,
@@ -581,13 +618,14 @@ def restore_requests(
     texts = embed_texts(pipe, [t for r in requests for t in ((r.prompt, r.negative_prompt) if r.guided else (r.prompt,))])
     jobs, results = sort_requests(requests, settings.tile_batch), [None] * len(requests)
     noise_scheduler = make_noise_scheduler(settings.noise_scheduler, pipe.scheduler)
-    with pipe.progress_bar(total=len(jobs) * len(set_timesteps(noise_scheduler, settings.steps))) as bar:
+    steps = len(set_timesteps(noise_scheduler, settings.steps))
+    with pipe.progress_bar(total=sum(count_tiles(pipe.unet, *lay_grids(pipe, r.noise.shape[-2:], settings), steps) for r in requests)) as bar:
         def on_step(i: int, t: Tensor, latents: Tensor) -> Tensor:
-            bar.update()
             changed = callback(pipe, i, t, {"latents": latents}) if callback else None
             return (changed or {}).get("latents", latents)
         for which in jobs:
             job = make_job(pipe, [requests[i] for i in which], texts, settings)
+            job.on_tiles = bar.update
             for i in which: requests[i] = None
             restored = restore_job(pipe, noise_scheduler, job, settings, on_step)
             for i, picture in zip(which, job.pictures): results[i] = finish(restored.pop(0), picture, settings)

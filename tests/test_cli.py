@@ -12,6 +12,7 @@ from PIL import Image
 
 from foundir_v2 import cli
 from foundir_v2.pictures import as_float, load_pixels, save_picture
+from foundir_v2.targets import is_broken
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,8 +80,9 @@ def test_restore_a_file(tmp_path, enlarge):
     assert run('restore', src, out, '--upscale', 2, '--steps', 3, '--seed', 5) == 0
     assert Image.open(out).size == (32, 24) and enlarge == [('tiny', None, None)] and Enlarge.calls == [dict(num_inference_steps=3)]
     first = out.read_bytes()
-    assert run('restore', src, out, '--upscale', 2, '--seed', 5) == 0 and out.read_bytes() == first
-    assert run('restore', src, out, '--upscale', 2, '--seed', 6) == 0 and out.read_bytes() != first
+    assert run('restore', src, out, '--upscale', 2, '--seed', 6) == 2 and out.read_bytes() == first  # who made it is written nowhere
+    assert run('restore', src, out, '--upscale', 2, '--seed', 5, '--force') == 0 and out.read_bytes() == first
+    assert run('restore', src, out, '--upscale', 2, '--seed', 6, '--force') == 0 and out.read_bytes() != first
 
 
 def test_a_file_gives_the_same_alone_and_in_a_folder(tmp_path, enlarge):
@@ -95,14 +97,55 @@ def test_one_bad_file_does_not_stop_the_others(tmp_path, enlarge, capsys):
     for name in ('a.png', 'c.png'): picture(tmp_path / 'in' / name)
     (tmp_path / 'in' / 'b.png').write_bytes((tmp_path / 'in' / 'a.png').read_bytes()[:100])
     (tmp_path / 'in' / 'd.png').touch()
-    (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / 'b.png').write_text('an older result')
     assert run('restore', tmp_path / 'in', tmp_path / 'out') == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('foundir-v2:')]
     assert len(lines) == 3 and 'b.png' in lines[0] and 'd.png' in lines[1] and '2 of 4 files failed' in lines[2]
-    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['a.png', 'b.png', 'c.png', 'restore.jsonl']
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['a.png', 'c.png', 'restore.jsonl']
     assert [r['output'] for r in records(tmp_path / 'out')] == ['a.png', 'c.png']
-    assert (tmp_path / 'out' / 'b.png').read_text() == 'an older result'
+
+
+def test_what_a_folder_holds_already(tmp_path, enlarge, capsys):
+    "Ours: whole ones are kept, spoilt ones made again, edited ones left. Others': left."
+    for name in ('a.png', 'b.jpg', 'c.png', 'd.webp', 'e.png'): picture(tmp_path / 'in' / name, (64, 48))
+    command, out = ('restore', tmp_path / 'in', tmp_path / 'out', '--compare'), tmp_path / 'out'
+    assert run(*command) == 0 and len(Enlarge.calls) == 5
+    for name in ('a.png', 'b.jpg', 'd.webp', 'c.compare.png'): (out / name).write_bytes((out / name).read_bytes()[:-40])
+    first = (out / 'e.png').read_bytes()
+    assert run(*command) == 0 and len(Enlarge.calls) == 9 and '1 of 5 are done' in capsys.readouterr().err
+    assert not any(is_broken(p) for p in out.iterdir()) and (out / 'e.png').read_bytes() == first
+    picture(out / 'a.png', (32, 32))
+    for name in ('c.png', 'a.png'):
+        before = {p.name: p.read_bytes() for p in out.iterdir()}
+        assert run(*command) == 2 and len(Enlarge.calls) == 9 and 'a.png was changed after' in capsys.readouterr().err
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert run(*command, '--skip-existing') == 0 and len(Enlarge.calls) == 9
+    (out / 'restore.jsonl').unlink()
+    capsys.readouterr()
+    assert run(*command) == 2 and '(and 9 more)' in capsys.readouterr().err
+    assert run(*command, '--force') == 0 and len(Enlarge.calls) == 14 and len(records(out)) == 5
+
+
+def test_a_run_killed_between_line_and_file_goes_on(tmp_path, enlarge, monkeypatch):
+    for name in ('a.png', 'b.png'): picture(tmp_path / 'in' / name)
+    import foundir_v2.core
+    replace, command = foundir_v2.core.os.replace, ('restore', tmp_path / 'in', tmp_path / 'out')
+    def killed(source, target):
+        if Path(target).name == 'b.png': raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(foundir_v2.core.os, 'replace', killed)
+    assert run(*command) == 130 and [r['output'] for r in records(tmp_path / 'out')] == ['a.png', 'b.png'] and not (tmp_path / 'out/b.png').exists()
+    monkeypatch.setattr(foundir_v2.core.os, 'replace', replace)
+    assert run(*command) == 0 and len(Enlarge.calls) == 3 and (tmp_path / 'out/b.png').exists()
+
+
+def test_a_full_disk_ends_the_batch(tmp_path, enlarge, monkeypatch, capsys):
+    import errno
+    for i in range(5): picture(tmp_path / 'in' / f'{i}.png')
+    def no_room(self, data): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(Path, 'write_bytes', no_room)
+    assert run('restore', tmp_path / 'in', tmp_path / 'out') == 2 and len(Enlarge.calls) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('foundir-v2:')]
+    assert len(lines) == 1 and '0.png' in lines[0] and 'no space left' in lines[0] and [p.name for p in (tmp_path / 'out').iterdir()] == []
 
 
 def test_skip_existing_goes_on(tmp_path, enlarge):
@@ -170,7 +213,10 @@ def test_before_and_after(tmp_path, enlarge):
     assert run('restore', tmp_path / 'a.jpg', tmp_path / 'b.png', '--upscale', 2, '--compare') == 0
     strip = load_pixels(tmp_path / 'b.compare.png')
     assert strip.shape == (3, 24, 32 + 8 + 32) and torch.equal(strip[..., 40:], load_pixels(tmp_path / 'b.png')) and (strip[..., 32:40] == 255).all()
-    picture(tmp_path / 'in/a.png'); picture(tmp_path / 'in/a.compare.png')
+    mine = picture(tmp_path / 'in/a.compare.png').read_bytes()
+    picture(tmp_path / 'in/b.png')
+    assert run('restore', tmp_path / 'a.jpg', tmp_path / 'in/a.png', '--compare') == 2 and (tmp_path / 'in/a.compare.png').read_bytes() == mine and not (tmp_path / 'in/a.png').exists()
+    picture(tmp_path / 'in/a.png')
     assert run('restore', tmp_path / 'in', tmp_path / 'out', '--compare') == 2 and not (tmp_path / 'out').exists()
 
 
@@ -179,9 +225,9 @@ def test_sixteen_bits_stay(tmp_path, enlarge, capsys):
     save_picture(wide, tmp_path / 'a.png', alpha=wide[:1], bits=16)
     Image.fromarray((wide[0].numpy() * 65535).astype(np.uint16)).save(tmp_path / 'grey.png')
     for name in ('a', 'grey'):
-        assert run('restore', tmp_path / f'{name}.png', tmp_path / 'out.png') == 0 and load_pixels(tmp_path / 'out.png', background=None).dtype == torch.uint16
-        assert run('restore', tmp_path / f'{name}.png', tmp_path / 'out8.png', '--bits', 8) == 0 and load_pixels(tmp_path / 'out8.png', background=None).dtype == torch.uint8
-        assert run('restore', tmp_path / f'{name}.png', tmp_path / 'out.jpg') == 0
+        assert run('restore', tmp_path / f'{name}.png', tmp_path / f'{name}16.png') == 0 and load_pixels(tmp_path / f'{name}16.png', background=None).dtype == torch.uint16
+        assert run('restore', tmp_path / f'{name}.png', tmp_path / f'{name}8.png', '--bits', 8) == 0 and load_pixels(tmp_path / f'{name}8.png', background=None).dtype == torch.uint8
+        assert run('restore', tmp_path / f'{name}.png', tmp_path / f'{name}.jpg') == 0
     picture(tmp_path / 'b.jpg')
     assert run('restore', tmp_path / 'b.jpg', tmp_path / 'out.png', '--bits', 16) == 0 and load_pixels(tmp_path / 'out.png').dtype == torch.uint16
     capsys.readouterr()
@@ -192,11 +238,11 @@ def test_presets_and_what_overrules_them(tmp_path, enlarge):
     src = picture(tmp_path / 'a.png')
     assert run('restore', src, tmp_path / 'b.png', '--preset', 'paper', '--guidance', 2, '--tile-overlap', 0.25) == 0
     assert Enlarge.calls[-1] == dict(num_inference_steps=20, guidance_scale=2.0, start='lq', tile_size=1024, tile_overlap=0.25)
-    assert run('restore', src, tmp_path / 'b.png', '--preset', 'fast') == 0 and Enlarge.calls[-1] == dict(num_inference_steps=4, guidance_scale=1.0, tile_overlap=0.125)
-    assert run('restore', src, tmp_path / 'b.png', '--preset', 'low-memory', '--device', 'cpu') == 0
+    assert run('restore', src, tmp_path / 'b.png', '--force', '--preset', 'fast') == 0 and Enlarge.calls[-1] == dict(num_inference_steps=4, guidance_scale=1.0, tile_overlap=0.125)
+    assert run('restore', src, tmp_path / 'b.png', '--force', '--preset', 'low-memory', '--device', 'cpu') == 0
     assert Enlarge.calls[-1] == dict(tile_size=64, tile_batch=1, vae_tile_size=64) and enlarge[-1] == ('tiny', 'cpu', 'auto', 'none')
-    assert run('restore', src, tmp_path / 'b.png', '--preset', 'low-memory', '--device', 'cpu', '--dtype', 'float32') == 0 and enlarge[-1][2] == 'float32'
-    with pytest.raises(SystemExit): run('restore', src, tmp_path / 'b.png', '--preset', 'best')
+    assert run('restore', src, tmp_path / 'b.png', '--force', '--preset', 'low-memory', '--device', 'cpu', '--dtype', 'float32') == 0 and enlarge[-1][2] == 'float32'
+    with pytest.raises(SystemExit): run('restore', src, tmp_path / 'b.png', '--force', '--preset', 'best')
 
 
 def test_captions_come_before_the_model(tmp_path, enlarge, capsys):
@@ -317,7 +363,7 @@ def test_mixture_from_small_runs_to_a_schedule(tmp_path, capsys):
     assert len(table) == 4 and [line.split()[0] for line in table[1:]] == ['a', 'b', 'c'] and all(27 < float(line.split()[1]) < 29 for line in table[1:])
     shares = {}
     for objective in ('mean', 'worst', 'a=1,b=0,c=0'):
-        assert run('mixture', 'recommend', tmp_path / 'law.json', '--objective', objective, '--floor', 0.05, '--csv', tmp_path / 'best.csv') == 0
+        assert run('mixture', 'recommend', tmp_path / 'law.json', '--objective', objective, '--floor', 0.05, '--csv', tmp_path / 'best.csv', '--force') == 0
         shares[objective] = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]}
         assert ReplayMixture(tmp_path / 'best.csv').at(10**6) == pytest.approx(shares[objective], abs=6e-4) and sum(shares[objective].values()) == pytest.approx(1, abs=2e-3)
     assert shares['mean']['c'] > shares['mean']['b'] > shares['mean']['a'] and shares['worst'] == pytest.approx(shares['mean'], abs=0.02) and shares['a=1,b=0,c=0']['a'] == pytest.approx(0.9)
@@ -337,7 +383,8 @@ def test_mixture_simulate(tmp_path, capsys):
     assert run(*argv) == 0
     first = capsys.readouterr().out
     assert 'fixed' in first and 'score_scale=relative' in first and (tmp_path / 'r.png').stat().st_size > 3000 and (tmp_path / 'r.csv').read_text().startswith('policy,runs,regret,error\n')
-    assert run('mixture', 'simulate', tmp_path / 'c.json', *argv[2:]) == 0 and capsys.readouterr().out == first
+    assert run('mixture', 'simulate', tmp_path / 'c.json', *argv[2:]) == 2  # its curves would be replaced
+    assert run('mixture', 'simulate', tmp_path / 'c.json', *argv[2:-2]) == 2 and run('mixture', 'simulate', tmp_path / 'c.json', *argv[2:-2], '--force') == 0 and capsys.readouterr().out == first
     assert run('mixture', 'simulate', '--policy', 'fixed', '--seeds', 1, '--updates', 3) == 0 and '±' not in capsys.readouterr().out.splitlines()[1]
 
 
@@ -365,10 +412,12 @@ def test_captions_are_copied_from_sidecars(tmp_path):
     (tmp_path / 'in' / 'a.txt').write_text('a red house')
     assert run('caption', tmp_path / 'in', tmp_path / 'out', '--captioner', 'sidecar') == 2  # b has none
     (tmp_path / 'in' / 'b.txt').touch()
-    assert run('caption', tmp_path / 'in', tmp_path / 'out', '--captioner', 'sidecar') == 0
+    assert run('caption', tmp_path / 'in', tmp_path / 'out', '--captioner', 'sidecar') == 2 and not (tmp_path / 'out/b.txt').exists()  # a.txt is there
+    assert run('caption', tmp_path / 'in', tmp_path / 'out', '--captioner', 'sidecar', '--skip-existing') == 0
     assert {p.name: p.read_text().strip() for p in (tmp_path / 'out').iterdir()} == {'a.txt': 'a red house', 'b.txt': ''}
     assert run('caption', tmp_path / 'in' / 'a.png', tmp_path / 'one', '--captioner', 'sidecar') == 0 and (tmp_path / 'one' / 'a.txt').exists()
     assert run('caption', tmp_path / 'in', tmp_path / 'out', '--captioner', 'magic') == 2
+    assert run('caption', tmp_path / 'in', tmp_path / 'in', '--captioner', 'sidecar', '--force') == 2  # onto themselves
 
 
 def test_as_a_program(tmp_path):

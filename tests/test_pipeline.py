@@ -712,6 +712,21 @@ def test_little_is_held_besides_the_picture(pipe, monkeypatch):
     run(pipe, image, tile_size=32, num_inference_steps=2)
     assert seen["job"].pictures[0].dtype == torch.uint8 and seen["job"].noise is None and seen["noise"] is None
 
+# ---------------------------------------------------------------- progress
+
+@pytest.mark.parametrize("shipped", [False, True])
+@pytest.mark.parametrize("options", [{}, dict(tile_size=32), dict(tile_size=32, tile_batch=3, vae_tile_size=64, num_inference_steps=3), dict(tile_size=32, vae_tile_size=0)], ids=str)
+def test_the_bar_counts_tiles_and_ends_full(pipe, monkeypatch, options, shipped):
+    if shipped: pipe = load_pipeline("tiny", device="cpu")
+    class Bar:
+        def __enter__(self): return self
+        def __exit__(self, *error): pass
+        def update(self, n): done.append(n)
+    done, totals = [], []
+    monkeypatch.setattr(pipe, "progress_bar", lambda total: totals.append(total) or Bar())
+    run(pipe, [picture(70, 130), picture(70, 130), picture(40, 60)], **options)
+    assert totals == [sum(done)] and len(done) >= (20 if options else 6) and min(done) >= 1
+
 # ---------------------------------------------------------------- shipped weights
 
 @pytest.mark.skipif(not (ASSETS / "tiny").is_dir(), reason="the shipped weights are not in this checkout")
