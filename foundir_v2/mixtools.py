@@ -19,7 +19,7 @@ import numpy as np
 from .core import FoundIRError, atomic_write
 from .mixlaw import MixLaw, fit_law, recommend
 from .mixsim import OBJECTIVES, SHIPPED_CURVES, Curves, fit_curves, load_curves, race, regret_table, save_curves
-from .mixture import DataEquilibrium, Mixture, ReplayMixture, make_mixture, read_mixture, write_mixture
+from .mixture import DataEquilibrium, Mixture, ReplayMixture, policy_for, read_mixture, write_mixture
 from .viz import plot_mixture
 
 # %% ../nbs/36_mixtools.ipynb #cd336577
@@ -75,11 +75,7 @@ def parse_policy(
     name, _, rest = text.partition(":")
     try: options = json.loads("{" + rest_as_json(rest) + "}")
     except json.JSONDecodeError: raise FoundIRError(f"can't read the options of policy {text!r}: expected name:option=value,option=value; values are JSON or bare words") from None
-    if name == "fixed" and not options: options = {"weights": {t: 1 / len(tasks) for t in tasks}}
-    elif name not in ("fixed", "proportional", "temperature", "replay"): options.setdefault("tasks", list(tasks))
-    with one_line(f"policy {text}"): policy = make_mixture(name, **options)
-    if sorted(policy.tasks) != sorted(tasks): raise FoundIRError(f"policy {text} is for the tasks {', '.join(policy.tasks)}; the curves have {', '.join(tasks)}")
-    return policy
+    with one_line(f"policy {text}"): return policy_for(tasks, name, options)
 
 def as_json(value: str) -> str:
     "A bare word becomes a string; Python's names of constants stay, and are then refused."

@@ -34,7 +34,7 @@ def bench(tmp_path_factory):
 
 
 def config(bench, out, **changes):
-    values = dict(stage=1, steps=6, tasks=TASKS, score={t: "psnr" for t in TASKS}, alpha=.5, score_scale="raw", reference_per_task=2, reference_size=32, reference_steps=1,
+    values = dict(stage=1, steps=6, tasks=TASKS, score={t: "psnr" for t in TASKS}, policy="des", options=dict(alpha=.5, score_scale="raw"), reference_per_task=2, reference_size=32, reference_steps=1,
                   base=str(bench / "base"), lq_norm_groups=0, moe_layers=1, moe_heads=4, crop=32, batch_size=4, terminal_fraction=.5, noise_offset=0., ema_decay=.9,
                   mixed_precision="no", num_workers=0, checkpoint_every=2, warmup_steps=2, learning_rate=2e-3, manifest=str(bench / "manifest.parquet"), root=str(bench),
                   checkpoints=str(out / "runs"), output=str(out / "out"))
@@ -99,13 +99,13 @@ def test_replay_follows_the_schedule_and_another_schedule_is_another_run(bench, 
     path = bench / "replay.csv"
     def write(last): write_mixture([dict(step=s, task=t, weight=w, score=None) for s, shares in {0: (1., 0., 0.), 2: last}.items() for t, w in zip(TASKS, shares)], path)
     write((0., 0., 1.))
-    one = config(bench, tmp_path, policy="replay", schedule="replay.csv", steps=4, update_every=2)
+    one = config(bench, tmp_path, policy="replay", options=dict(table="replay.csv"), steps=4, update_every=2)
     tasks = [max(r["samples"], key=r["samples"].get) for r in tr.train(one).steps]
     assert tasks == ["denoise"] * 2 + ["sr"] * 2
     before = tr.run_folder(one)
     write((0., 1., 0.))
     assert tr.run_folder(one) != before
-    with pytest.raises(FoundIRError, match="mixture.schedule"): tr.train(replace(one, schedule=None))
+    with pytest.raises(FoundIRError, match="policy replay: missing .* 'table'"): tr.train(replace(one, options={}))
     with pytest.raises(FoundIRError, match="expected denoise"): tr.build_mixture(replace(one, tasks={"denoise": ["jpeg"]}, score={"denoise": "psnr"}))
 
 
@@ -133,9 +133,9 @@ def test_noise_is_a_function_of_the_sample():
 
 @pytest.mark.parametrize("changes, words", [
     (dict(noise_offset=.02), "noise_offset"), (dict(batch_size=5, gradient_accumulation=2), "batch_size=5"), (dict(init="nowhere"), "nowhere"),
-    (dict(base="nobody"), "nobody"), (dict(score={"denoise": "psnr"}), "lowlight, sr"), (dict(tasks={"denoise": ["sharpness"]}), "sharpness"), (dict(steps=0), "steps=0"),
+    (dict(base="nobody"), "nobody"), (dict(update_every=2, score={"denoise": "psnr"}), "lowlight, sr"), (dict(tasks={"denoise": ["sharpness"]}), "sharpness"), (dict(steps=0), "steps=0"),
     (dict(update_every=2, score=dict.fromkeys(TASKS, "beauty")), "beauty"), (dict(update_every=2, reference_per_task=0), "reference_per_task"),
-    (dict(manifest="gone.parquet"), "gone.parquet"), (dict(lq_encoder_learning_rate=1e-3), "stage 1"), (dict(proportions={"denoise": 1.}), "expected denoise, lowlight, sr"),
+    (dict(manifest="gone.parquet"), "gone.parquet"), (dict(lq_encoder_learning_rate=1e-3), "is for stage 2"), (dict(proportions={"denoise": 1.}), "lowlight, sr missing"),
     (dict(max_grad_norm=-1.), "max_grad_norm"), (dict(warmup_steps=-3), "warmup_steps"), (dict(scale_range=[1.]), "scale_range"), (dict(adam_betas=[.9]), "adam_betas"), (dict(reference_steps=0), "reference_steps")])
 def test_bad_configurations_are_refused_in_one_line(bench, tmp_path, changes, words):
     with pytest.raises((FoundIRError, FileNotFoundError), match=words) as e: tr.train(config(bench, tmp_path, **changes))
@@ -261,7 +261,7 @@ def test_mixture_changes_at_exactly_the_step_of_the_update(bench, tmp_path, monk
 
 
 def test_weights_in_the_csv_follow_from_its_scores(bench, tmp_path):
-    c = config(bench, tmp_path, stage=2, steps=10, update_every=2, floor=.1, max_step=10., score_scale="relative", learning_rate=1e-2)
+    c = config(bench, tmp_path, stage=2, steps=10, update_every=2, learning_rate=1e-2, options=dict(alpha=.5, floor=.1, max_step=10., score_scale="relative"))
     result = tr.train(c)
     rows = list(csv.DictReader(open(result.output / "mixture.csv")))
     steps = sorted({int(r["step"]) for r in rows}); assert steps == [0, 2, 4, 6, 8, 10]
