@@ -7,13 +7,13 @@ __all__ = ['Share', 'Count', 'Steps', 'Side', 'Rate', 'Decay', 'Seed', 'SubTasks
            'NO_INFLUENCE', 'ReadBy', 'fields_read', 'Section', 'MixtureConfig', 'ModelConfig', 'LoopConfig',
            'StageConfig', 'misfits', 'TrainConfig', 'build_mixture', 'parameters', 'read_config']
 
-# %% ../nbs/61_settings.ipynb #86fc6287
+# %% ../nbs/61_settings.ipynb #8f65b9dd
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-# %% ../nbs/61_settings.ipynb #62500326
+# %% ../nbs/61_settings.ipynb #387829e1
 from annotated_types import Gt, Interval, MinLen, MultipleOf, Unit
 
 from .attention import EXPERTS
@@ -24,7 +24,7 @@ from .iqa import METRICS
 from .mixture import POLICIES, FixedMixture, Mixture, MixtureError, check_weights, policy_for, policy_options
 from .tasks import SUBTASKS, by_category
 
-# %% ../nbs/61_settings.ipynb #30d5a30e
+# %% ../nbs/61_settings.ipynb #0c216ee8
 Share = Annotated[float, Interval(ge=0, le=1)] # of samples, or a proportion
 Count = Annotated[int, Interval(ge=1, le=65_536)]
 Steps = Annotated[int, Interval(ge=0, le=10**9), Unit("steps")]
@@ -35,7 +35,7 @@ Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 SubTasks = Annotated[list[Annotated[str, OneOf(SUBTASKS)]], MinLen(1)]
 Loss = Literal["l1", "l2", "rmse", "psnr"] # rmse, psnr: root or logarithm of the error that the decoder makes of it
 
-# %% ../nbs/61_settings.ipynb #f7755599
+# %% ../nbs/61_settings.ipynb #64e3159e
 @dataclass(frozen=True)
 class ReadBy:
     "Which stages read a field; without this mark, all do."
@@ -54,7 +54,7 @@ def fields_read(
         return all(stage in m.stages and (updates or not m.updates) for m in get_args(hint) if isinstance(m, ReadBy))
     return [name for name, hint in declarations(section).items() if read(hint)]
 
-# %% ../nbs/61_settings.ipynb #3ae2cca5
+# %% ../nbs/61_settings.ipynb #5358a0df
 class Section:
     "A dataclass whose values are checked when it is made."
     def __post_init__(self): check_fields(self)
@@ -79,7 +79,7 @@ class MixtureConfig(Section):
         "Task -> its sub-tasks."
         return by_category() if self.tasks is None else dict(self.tasks)
 
-# %% ../nbs/61_settings.ipynb #bc984bac
+# %% ../nbs/61_settings.ipynb #9bd42e00
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
     "Section `model`: what `FoundIRUNet` adds to the base model's U-Net."
@@ -92,7 +92,7 @@ class ModelConfig(Section):
     moe_heads: Annotated[int, Interval(ge=1, le=256)] = 8 # attention heads of the experts
     moe_top_k: Annotated[int, Interval(ge=1, le=64)] = 1 # experts per pixel with hard gating
 
-# %% ../nbs/61_settings.ipynb #7a639bcf
+# %% ../nbs/61_settings.ipynb #56a6283f
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig(Section):
     "Section `train`: what all stages share."
@@ -116,7 +116,7 @@ class LoopConfig(Section):
     dvclive: bool = False # also write DVCLive's files
     seed: Seed = 0
 
-# %% ../nbs/61_settings.ipynb #29c3d784
+# %% ../nbs/61_settings.ipynb #619dc1a3
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(Section):
     "What a stage has of its own."
@@ -129,7 +129,7 @@ class StageConfig(Section):
     update_every: Steps = 0 # between two updates of the mixture; 0: none
     conditioning_init: Literal["zero", "identity"] = "zero" # the LQ path starts ignored (paper), or handed through
 
-# %% ../nbs/61_settings.ipynb #9ce9b84f
+# %% ../nbs/61_settings.ipynb #ff8eefb2
 def misfits(
     config: "TrainConfig", # every value on its own is as declared
 ) -> Iterator[str]: # what doesn't fit together, a line each
@@ -141,7 +141,7 @@ def misfits(
     if config.stage == 2 and config.init and config.conditioning_init == "identity":
         yield "conditioning_init: identity would undo what stage 1 has taught: choose zero where stage 2 starts from it"
     low, high = config.scale_range
-    if not 0 < low <= high: yield f"scale_range={config.scale_range}: expected 0 < low <= high <= 1"
+    if low > high: yield f"scale_range={config.scale_range}: expected low <= high"
     if config.update_every and (missing := [t for t in tasks if t not in config.score]):
         yield f"no score metric for {', '.join(missing)}: add it to mixture.score"
     for name in ("proportions", "start"):
@@ -151,7 +151,7 @@ def misfits(
     if unknown := [str(o) for o in config.options if o not in known]:
         yield f"policy {config.policy} has no option {', '.join(unknown)}; the choices are {', '.join(known)}"
 
-# %% ../nbs/61_settings.ipynb #181a5b98
+# %% ../nbs/61_settings.ipynb #191b5a80
 PARTS: dict[str, type] = dict(mixture=MixtureConfig, model=ModelConfig, train=LoopConfig) # section -> its dataclass
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ class TrainConfig(StageConfig, LoopConfig, ModelConfig, MixtureConfig):
         mine = from_dict(StageConfig, own, f"train_stage{stage}")
         return cls(stage=stage, **read, **{f: getattr(mine, f) for f in own}, **(files or {}))
 
-# %% ../nbs/61_settings.ipynb #75b8fe8a
+# %% ../nbs/61_settings.ipynb #1a0418c1
 def build_mixture(
     config: TrainConfig,
     sizes: Mapping[str, int] | None = None, # task -> items, for the policies that go by them
@@ -196,14 +196,14 @@ def build_mixture(
     try: return policy_for(list(config.task_table), config.policy, options, config.start, sizes)
     except MixtureError as e: raise FoundIRError(f"mixture: {e}") from None
 
-# %% ../nbs/61_settings.ipynb #ce4fc4e7
+# %% ../nbs/61_settings.ipynb #59a02bb6
 NO_INFLUENCE = ("num_workers", "checkpoint_every", "dvclive", "manifest", "root", "init", "output", "checkpoints")
 
 def parameters(config: TrainConfig) -> dict[str, Any]:
     "The fields that decide the result, apart from the files it is made from."
     return {k: v for k, v in asdict(config).items() if k not in NO_INFLUENCE}
 
-# %% ../nbs/61_settings.ipynb #7e74dd77
+# %% ../nbs/61_settings.ipynb #1d34c23f
 def read_config(
     path: str | Path, # YAML file
     stage: int | None = None, # 0, 1, 2: a parameter file; None: the fields of `TrainConfig`
