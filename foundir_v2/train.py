@@ -210,7 +210,7 @@ class _Learner:
         self.config, self.accelerator = config, accelerator
         base = load_base(config.base, device=accelerator.device, prior=config.init is None)  # frozen
         self.vae, self.noise_scheduler = base.vae, training_scheduler(base.noise_scheduler)
-        if config.noise_offset and self.noise_scheduler.config.rescale_betas_zero_snr:
+        if config.stage and config.noise_offset and self.noise_scheduler.config.rescale_betas_zero_snr: # stage 0 draws none
             raise FoundIRError(f"noise_offset={config.noise_offset} with a zero-terminal-SNR noise schedule: inference starts from plain noise, set it to 0")
         self.unet, base = build_unet(config, base), replace(base, unet_prior=None)  # the prior's memory is free again
         self.prompt = lru_cache(maxsize=4096)(lambda caption: tuple(e.to(accelerator.device) for e in encode_prompts(base, [caption])))

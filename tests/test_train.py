@@ -186,7 +186,7 @@ def test_the_priors_memory_is_free_once_the_restorer_is_built(bench, tmp_path, m
 
 
 def test_stage_zero_teaches_the_lq_encoder_and_nothing_else(bench, tmp_path):
-    zero = config(bench, tmp_path, stage=0, steps=60, loss="rmse", lq_context_width=8, learning_rate=5e-3, update_every=30, proportions=dict(denoise=.2, lowlight=.6, sr=.2), checkpoint_every=100)
+    zero = config(bench, tmp_path, stage=0, steps=60, noise_offset=.02, loss="rmse", lq_context_width=8, learning_rate=5e-3, update_every=30, proportions=dict(denoise=.2, lowlight=.6, sr=.2), checkpoint_every=100)
     start = tr.build_unet(zero, load_base(zero.base)).state_dict()
     result = tr.train(zero); after = weights(result.output)
     moved = {k.split(".")[0] for k in after if not torch.equal(start[k], after[k])}
