@@ -5,7 +5,7 @@ SECONDS ?= 300
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv repro test hostile fuzz export check-export test-notebooks smoke readme clean-notebooks lab bench measure profile hooks lock wheel
+.PHONY: help venv repro test hostile fuzz export check-export test-notebooks smoke readme clean-notebooks lab bench measure experiments profile hooks lock wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -66,10 +66,12 @@ bench: venv ## speed of the parts that have a bound, with the numbers (bench/)
 measure: venv ## run all stages afresh; wall time and peak memory (PSS) of the process tree
 	python .ci/measure.py dvc repro --force
 
-profile: ## P=smoke|sdxl: copy that profile over params.yaml; P=tiny: back to the committed one
-	@if [ "$(P)" = tiny ]; then git checkout -- params.yaml; elif [ -f "profiles/$(P).yaml" ]; then cp "profiles/$(P).yaml" params.yaml; \
-	else echo "profile '$(P)' is none of: tiny $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml))" >&2; exit 2; fi
-	@echo "params.yaml now holds the profile $(P)"
+experiments: venv ## runs of `dvc exp run` side by side: what was changed, and the means of the trained model
+	@dvc exp show --only-changed --drop '^(categories|mean|interval95|gain|shuffled|items|photographs)|[.](py|ipynb)$$|^(data|schedules|artifacts|metrics|foundir_v2)' \
+	  --keep '^mean\.restored\.(psnr|stlpips)$$'
+
+profile: venv ## P=tiny|smoke|sdxl: lay that profile over the committed params.yaml
+	@python .ci/profile.py "$(P)"
 
 hooks: venv ## optional: nbdev's git hooks (writes to your git configuration)
 	nbdev_install_hooks

@@ -19,7 +19,8 @@ import numpy as np
 from .core import FoundIRError, atomic_write
 from .mixlaw import MixLaw, fit_law, recommend
 from .mixsim import OBJECTIVES, SHIPPED_CURVES, Curves, fit_curves, load_curves, race, regret_table, save_curves
-from .mixture import DataEquilibrium, Mixture, ReplayMixture, check_scores, check_tasks, make_mixture, mixture_rows, read_mixture, write_mixture
+from .mixture import (DataEquilibrium, Mixture, MixtureError, ReplayMixture, check_scores, check_tasks, mixture_rows, policy_for,
+    read_mixture, write_mixture)
 from .viz import plot_mixture
 
 # %% ../nbs/36_mixtools.ipynb #cd336577
@@ -74,12 +75,10 @@ def parse_policy(
     "A policy from the command line. Raises `FoundIRError` naming the choices."
     name, _, rest = text.partition(":")
     try: options = json.loads("{" + rest_as_json(rest) + "}")
-    except ValueError: raise FoundIRError(f"can't read the options of policy {text[:80]!r}: expected name:option=value,option=value; values are JSON or bare words") from None
-    if name == "fixed" and not options: options = {"weights": {t: 1 / len(tasks) for t in tasks}}
-    elif name not in ("fixed", "proportional", "temperature", "replay"): options.setdefault("tasks", list(tasks))
-    with one_line(f"policy {text}"): policy = make_mixture(name, **options)
-    if sorted(policy.tasks) != sorted(tasks): raise FoundIRError(f"policy {text} is for the tasks {', '.join(policy.tasks)}; the curves have {', '.join(tasks)}")
-    return policy
+    except ValueError:
+        expected = "expected name:option=value,option=value; values are JSON or bare words"
+        raise FoundIRError(f"can't read the options of policy {text[:80]!r}: {expected}") from None
+    with one_line(f"policy {text}"): return policy_for(tasks, name, options)
 
 def as_json(value: str) -> str:
     "A bare word becomes a string; Python's names of constants stay, and are then refused."

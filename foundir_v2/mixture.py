@@ -12,10 +12,10 @@ __all__ = ['Check', 'LARGEST', 'SMALLEST', 'check_score', 'SCORE_SCALES', 'SCORE
            'ScheduledMixture', 'check_boundaries', 'SequentialMixture', 'IncrementalMixture', 'mixture_rows',
            'replacing', 'write_mixture', 'read_mixture', 'rows_of', 'schedule_of', 'ReplayMixture', 'released_schedule',
            'TemperatureMixture', 'ProportionalMixture', 'gaps', 'excesses', 'ExcessLossMixture', 'TargetGapMixture',
-           'OnlineDataMixing', 'slopes', 'rising', 'SlopeMixture', 'make_mixture']
+           'OnlineDataMixing', 'slopes', 'rising', 'SlopeMixture', 'policy_options', 'make_mixture', 'policy_for']
 
 # %% ../nbs/30_mixture.ipynb #d5a46a88
-import csv, hashlib, json, math, os, reprlib, secrets, time
+import csv, hashlib, inspect, json, math, os, reprlib, secrets, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -876,11 +876,39 @@ POLICIES: dict[str, type[Mixture]] = {
     "fixed": FixedMixture, "proportional": ProportionalMixture, "temperature": TemperatureMixture, "sequential": SequentialMixture, "incremental": IncrementalMixture,
     "replay": ReplayMixture, "des": DataEquilibrium, "excess_loss": ExcessLossMixture, "target_gap": TargetGapMixture, "odm": OnlineDataMixing, "slope": SlopeMixture}
 
+def policy_options(
+    policy: str, # a key of `POLICIES`
+) -> tuple[str, ...]: # names of its class's arguments
+    "What a policy can be told. Raises `MixtureError` naming the choices for an unknown one."
+    if not isinstance(policy, str) or policy not in POLICIES:
+        raise MixtureError(f"unknown mixture policy {policy!r}; the choices are {', '.join(POLICIES)}")
+    return tuple(inspect.signature(POLICIES[policy]).parameters)
+
 def make_mixture(
     policy: str, # a key of `POLICIES`
     **options: Any, # the arguments of that class
 ) -> Mixture:
     "A policy by name. Raises `MixtureError` naming the choices, or the argument that doesn't fit."
-    if not isinstance(policy, str) or policy not in POLICIES: raise MixtureError(f"unknown mixture policy {policy!r}; the choices are {', '.join(POLICIES)}")
+    known = policy_options(policy)
+    if unknown := [o for o in options if o not in known]:
+        raise MixtureError(f"policy {policy} has no option {', '.join(unknown)}; the choices are {', '.join(known)}")
     try: return POLICIES[policy](**options)
     except TypeError as e: raise MixtureError(f"policy {policy}: {str(e).split('.')[-1].replace('__init__() ', '')}") from None
+
+# %% ../nbs/30_mixture.ipynb #8ad7ee91
+def policy_for(
+    tasks: Sequence[str], # names of the tasks
+    policy: str, # a key of `POLICIES`
+    options: Mapping[str, Any] | None = None, # arguments of its class; they come before what follows
+    start: Mapping[str, float] | None = None, # first proportions; None: uniform
+    sizes: Mapping[str, int] | None = None, # task -> items, for the policies that go by them
+) -> Mixture:
+    "A policy for these tasks. Raises `MixtureError` as `make_mixture` does, and for options that name other tasks."
+    known = policy_options(policy)
+    weights = start or {t: 1 / len(tasks) for t in tasks}
+    around = {"tasks": list(tasks), "start": start, "prior": start, "weights": weights, "sizes": sizes}
+    filled = {name: value for name, value in around.items() if name in known and value is not None}
+    mixture = make_mixture(policy, **(filled | dict(options or {})))
+    if set(mixture.tasks) != set(tasks):
+        raise MixtureError(f"policy {policy} is for {', '.join(mixture.tasks)}, expected {', '.join(tasks)}")
+    return mixture

@@ -13,28 +13,32 @@ from .process import exit_with_parent
 
 # %% auto #0
 __all__ = ['ADDRESS', 'RANDOM_ID', 'RunnerError', 'checkout', 'check_interpreter', 'notebook_parameters', 'check_parameters',
-           'read_parameters', 'strip_volatile', 'execute', 'run_stage', 'parser', 'main']
+           'set_value', 'read_parameters', 'strip_volatile', 'execute', 'run_stage', 'parser', 'main']
 
 # %% ../nbs/06_runner.ipynb #931b2181
 class RunnerError(ValueError):
     "The stage can't be run as asked; nothing was executed."
 
 def checkout() -> Path:
-    "Root of the repository whose `foundir_v2` is imported. Raises `RunnerError` for an installed wheel, and when the current folder is in another checkout."
+    "Root of the repository whose `foundir_v2` is imported. Raises `RunnerError` for a wheel, and in another checkout."
     import foundir_v2
     root = Path(foundir_v2.__file__).resolve().parents[1]
-    if not (root/"settings.ini").is_file(): raise RunnerError(f"{root} is no clone of the repository: stages run from a clone, not from an installed package")
+    if not (root/"settings.ini").is_file():
+        raise RunnerError(f"{root} is no clone of the repository: stages run from a clone, not from an installed package")
     here = next((p for p in (Path.cwd().resolve(), *Path.cwd().resolve().parents) if (p/"settings.ini").is_file()), root)
-    if here != root: raise RunnerError(f"this is the checkout {here}, but foundir_v2 comes from {root}: activate this checkout's .venv")
+    if here != root:
+        raise RunnerError(f"this is the checkout {here}, but foundir_v2 comes from {root}: activate this checkout's .venv")
     return root
 
 def check_interpreter(
     root: Path, # repository root
     prefix: str = sys.prefix, # of the interpreter in question
 ) -> None:
-    "Raises `RunnerError` unless the interpreter is the one of `root/.venv`, which `make venv` builds from requirements.lock."
-    if Path(prefix).resolve() != (root/".venv").resolve():
-        raise RunnerError(f"Python at {prefix} is not this repository's: run `make venv` once, then `. .venv/bin/activate`")
+    "Raises `RunnerError` unless the interpreter is that of `root/.venv`, or, where there is none, has what root's lock pins."
+    own, installed = root/".venv", Path(prefix)/"requirements.lock" # `make venv` leaves a copy of what it installed
+    if Path(prefix).resolve() == own.resolve(): return
+    if not own.exists() and installed.is_file() and installed.read_bytes() == (root/"requirements.lock").read_bytes(): return
+    raise RunnerError(f"Python at {prefix} is not this repository's: run `make venv` once, then `. .venv/bin/activate`")
 
 # %% ../nbs/06_runner.ipynb #dcfe27d2
 def notebook_parameters(
@@ -69,19 +73,45 @@ def check_parameters(
     if problems: raise RunnerError(f"{name} {' and '.join(problems)} (sections: {', '.join(sections) or 'none'}; its parameters: {', '.join(sorted(wanted)) or 'none'})")
 
 # %% ../nbs/06_runner.ipynb #bceb9274
+def set_value(
+    params: dict[str, dict[str, Any]], # changed in place
+    sections: Iterable[str], # where a key without a section is looked for
+    setting: str, # key=value, the value in YAML
+) -> dict[str, Any]: # {} or, for a key that is in no section, key -> value
+    "Apply one `--set`. Raises `RunnerError` if it isn't key=value, or leads nowhere."
+    from foundir_v2.config import parse_yaml
+    key, equals, text = setting.partition("=")
+    if not equals: raise RunnerError(f"--set {setting}: expected key=value")
+    value, homes = parse_yaml(text, f"--set {key}"), [s for s in sections if key in params.get(s, {})]
+    *path, last = key.split(".") if key.split(".")[0] in sections else [homes[0], key] if len(homes) == 1 else [key]
+    if not path and last in sections: raise RunnerError(f"--set {setting}: {last} is a section; write {last}.key=value")
+    if not path: return {last: value}
+    target = params
+    for name in path: target = target.get(name) if isinstance(target, dict) else None
+    if not isinstance(target, dict): raise RunnerError(f"--set {setting}: there is no {'.'.join(path)} to set it in")
+    target[last] = value
+    return {}
+
+# %% ../nbs/06_runner.ipynb #29bd04ce
 def read_parameters(
-    sections: list[str], # names of sections of the parameter file
-    settings: list[str] = (), # `key=value` strings that replace single values
+    sections: list[str], # of the parameter file, each `section` or `name=section`
+    wanted: Iterable[str], # names of the notebook's parameters
+    settings: list[str] = (), # `key=value`, see `set_value`
     path: str | Path | None = None, # parameter file; default: params.yaml
-) -> dict[str, Any]: # what the notebook gets
-    "Flat union of the sections with replaced values. Raises `RunnerError` on a setting for an unknown key, `ConfigError` on an unusable file."
-    from ruamel.yaml import YAML
-    from foundir_v2.config import load_params, merge_sections
-    values = merge_sections(load_params(path), sections)
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or key not in values: raise RunnerError(f"--set {setting}: expected key=value with a key among {', '.join(sorted(values)) or 'none'}")
-        values[key] = YAML(typ="safe", pure=True).load(text)
+) -> dict[str, Any]: # name -> value
+    "What the notebook gets. Raises `ConfigError` on parameters that no stage could work with, `RunnerError` on a key in two sections."
+    from foundir_v2.config import load_params
+    from foundir_v2.params import check_params, keys_read
+    params, home = load_params(path), {n or s: s for n, _, s in (text.rpartition("=") for text in sections)}
+    values = {k: v for text in settings for k, v in set_value(params, home.values(), text).items()}
+    check_params(params, name=Path(path or "params.yaml").name)
+    read = keys_read(list(home.values()), params)
+    for name, section in home.items():
+        given = {k: params[section][k] for k in read[section]}
+        given = {name: given} if name in wanted else given
+        if twice := sorted(set(given) & set(values)):
+            raise RunnerError(f"{', '.join(twice)} is given twice: by {section} and before it; name the section in the notebook")
+        values |= given
     return values
 
 # %% ../nbs/06_runner.ipynb #0623511a
@@ -164,17 +194,21 @@ def run_stage(args: argparse.Namespace) -> None:
     exit_with_parent()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the kernel is shut down and the temporary file moved
     if not Path(args.src).is_file(): raise RunnerError(f"no notebook at {args.src} (paths are relative to {root})")
-    values = read_parameters(args.sections, args.set, args.params)
-    check_parameters(values, notebook_parameters(nbformat.read(args.src, 4), args.src), args.src, args.sections)
+    wanted = notebook_parameters(nbformat.read(args.src, 4), args.src)
+    values = read_parameters(args.sections, wanted, args.set, args.params)
+    check_parameters(values, wanted, args.src, args.sections)
     execute(args.src, args.out, values, root)
 
 # %% ../nbs/06_runner.ipynb #dc80f940
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m foundir_v2.runner", description="Execute a pipeline notebook with sections of params.yaml as its parameters.")
+    p = argparse.ArgumentParser(prog="python -m foundir_v2.runner",
+                                description="Execute a pipeline notebook with sections of params.yaml as its parameters.")
     p.add_argument("src", help="notebook with a cell tagged 'parameters'")
     p.add_argument("out", help="the executed copy, written when the run has succeeded")
-    p.add_argument("sections", nargs="*", help="sections of the parameter file; together their keys are the notebook's parameters")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace one value (YAML); may be repeated")
+    p.add_argument("sections", nargs="*", metavar="[NAME=]SECTION",
+                   help="sections of the parameter file: a mapping for the parameter NAME, or its keys as parameters")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", 
+                   help="set a key of a section, or a parameter that no section gives (YAML); may be repeated")
     p.add_argument("--params", metavar="FILE", help="another parameter file than params.yaml")
     return p
 

@@ -612,7 +612,7 @@ def test_a_training_stages_folder_is_a_restorer(pipe, base, unet, tmp_path):
 
 def test_train_writes_what_load_pipeline_reads():
     "The two names that both sides rely on."
-    from foundir_v2.train import NO_INFLUENCE, TrainConfig
+    from foundir_v2.settings import NO_INFLUENCE, TrainConfig
     assert {"base", "reference_steps"} <= set(TrainConfig.__dataclass_fields__) - set(NO_INFLUENCE)
 
 def test_damaged_training_folders(base, unet, tmp_path):

@@ -1,27 +1,33 @@
 "dvc.yaml, params.yaml and the pipeline notebooks say the same thing."
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from foundir_v2.config import load_params, load_yaml, merge_sections
-from foundir_v2.runner import check_parameters, notebook_parameters
+from foundir_v2.config import declarations, load_params, load_yaml, overlay, parse_yaml
+from foundir_v2.params import SECTIONS, STAGES as TRAINING, check_params
+from foundir_v2.runner import check_parameters, notebook_parameters, parser, read_parameters
+from foundir_v2.settings import PARTS, TrainConfig
 from foundir_v2.stages import differences, library_notebooks, modules, runner_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = load_yaml(ROOT / 'dvc.yaml')
 STAGES = {n: s.get('do', s) for n, s in PIPELINE['stages'].items()}
 NOTEBOOK_STAGES = {n: runner_arguments(s['cmd']) for n, s in STAGES.items() if runner_arguments(s['cmd'])}
-PARAMETER_FILES = [ROOT / 'params.yaml', *sorted((ROOT / 'profiles').glob('*.yaml'))]
+PROFILES = {p.stem: p.read_text(encoding='utf-8') for p in sorted((ROOT / 'profiles').glob('*.yaml'))}
 path_of = lambda entry: entry if isinstance(entry, str) else next(iter(entry))
 outputs = lambda stage: [path_of(o) for key in ('outs', 'metrics', 'plots') for o in stage.get(key, [])]
 
 
-def shape(value):
-    "The keys of nested mappings. Lists and scalars are values: they may differ between profiles."
-    return {k: shape(v) for k, v in value.items()} if isinstance(value, dict) else None
+def laid(profile):
+    "The text of params.yaml with a profile."
+    return overlay((ROOT / 'params.yaml').read_text(encoding='utf-8'), PROFILES[profile])
 
 
 def test_dependencies_follow_from_the_imports():
@@ -39,19 +45,38 @@ def test_every_pipeline_notebook_is_a_stage():
 
 
 @pytest.mark.parametrize('name', NOTEBOOK_STAGES)
-def test_stage_is_named_as_its_notebook_and_report(name):
+def test_stage_is_named_as_its_report(name):
     src, _ = NOTEBOOK_STAGES[name]
-    report = shlex.split(STAGES[name]['cmd'])[4]
-    assert (src, report) == (f'nbs/pipeline/{name}.ipynb', f'reports/{name}.ipynb')
-    assert report in outputs(STAGES[name]) and src in STAGES[name]['deps']
+    words = shlex.split(STAGES[name]['cmd'])
+    assert words[4] == f'reports/{name}.ipynb' and words[4] in outputs(STAGES[name]) and src in STAGES[name]['deps']
+    if name in TRAINING: assert src == 'nbs/pipeline/train.ipynb' and words[-2:] == ['--set', f'stage={TRAINING[name]}']
+    else: assert src == f'nbs/pipeline/{name}.ipynb'
 
 
-@pytest.mark.parametrize('file', PARAMETER_FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize('profile', PROFILES)
 @pytest.mark.parametrize('name', NOTEBOOK_STAGES)
-def test_sections_are_the_parameters_of_the_notebook(name, file):
-    src, sections = NOTEBOOK_STAGES[name]
-    wanted = notebook_parameters(nbformat.read(ROOT / src, 4), src)
-    check_parameters(merge_sections(load_params(file), sections), wanted, src, sections)
+def test_every_stage_gets_the_parameters_of_its_notebook(tmp_path, monkeypatch, name, profile):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / 'params.yaml').write_text(laid(profile))
+    args = parser().parse_args(shlex.split(STAGES[name]['cmd'])[3:])
+    wanted = notebook_parameters(nbformat.read(ROOT / args.src, 4), args.src)
+    values = read_parameters(args.sections, wanted, args.set, tmp_path / 'params.yaml')
+    check_parameters(values, wanted, args.src, args.sections)
+    if name in TRAINING:
+        config = TrainConfig.from_sections(values['stage'], values['train_stage'], **{p: values[p] for p in PARTS})
+        assert bool(config.update_every) == ('options' in values['mixture'])
+
+
+def test_the_training_notebook_runs_on_its_own_defaults():
+    values = notebook_parameters(nbformat.read(ROOT / 'nbs/pipeline/train.ipynb', 4))
+    assert TrainConfig.from_sections(values['stage'], values['train_stage'], **{p: values[p] for p in PARTS}).steps == 2
+
+
+def test_a_key_that_a_stage_does_not_read_is_no_dependency_of_it():
+    reads = lambda stage, key: any(key == p or key.startswith(p + '.') for p in STAGES[stage]['params'])
+    assert [s for s in NOTEBOOK_STAGES if reads(s, 'mixture.options.alpha')] == ['train_stage2']
+    assert [s for s in NOTEBOOK_STAGES if reads(s, 'train.caption_dropout')] == ['train_stage1', 'train_stage2']
+    assert [s for s in NOTEBOOK_STAGES if reads(s, 'mixture.tasks')] == ['train_stage0', 'train_stage1', 'train_stage2']
 
 
 def test_every_section_is_used():
@@ -59,10 +84,50 @@ def test_every_section_is_used():
     assert set(load_params(ROOT / 'params.yaml')) == used
 
 
-@pytest.mark.parametrize('file', PARAMETER_FILES[1:], ids=lambda p: p.name)
-def test_profiles_are_complete(file):
-    assert {f.stem for f in PARAMETER_FILES} == {'params', 'smoke', 'sdxl'}
-    assert shape(load_params(file)) == shape(load_params(PARAMETER_FILES[0]))
+def test_a_parameter_is_declared_and_has_one_value():
+    params = load_params(ROOT / 'params.yaml')
+    assert set(params) == set(SECTIONS)
+    for name, section in params.items():
+        if name not in TRAINING: assert set(section) == set(declarations(SECTIONS[name]))
+    fields = [f for part in PARTS.values() for f in declarations(part)]
+    assert len(fields) == len(set(fields)), 'a field of two sections'
+
+
+def pairs(values, base, where=''):
+    "(key, value in the profile, value in params.yaml) of every leaf of a profile."
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(base[key], dict): yield from pairs(value, base[key], f'{where}{key}.')
+        else: yield where + key, value, base[key]
+
+
+@pytest.mark.parametrize('profile', PROFILES)
+def test_profiles_hold_what_differs(profile):
+    changes = parse_yaml(PROFILES[profile], profile)
+    assert [key for key, value, base in pairs(changes, load_params(ROOT / 'params.yaml')) if value == base] == []
+    check_params(parse_yaml(laid(profile), profile), ROOT)
+    comments = [line.partition('# ')[2] for line in (ROOT / 'params.yaml').read_text().splitlines() if '# ' in line]
+    assert comments == [line.partition('# ')[2] for line in laid(profile).splitlines() if '# ' in line]
+
+
+def test_the_profiles(): assert set(PROFILES) == {'tiny', 'smoke', 'sdxl'} and laid('tiny') == (ROOT / 'params.yaml').read_text()
+
+
+def test_make_profile_goes_there_and_back_and_keeps_edits(tmp_path):
+    for part in ('profiles', '.ci', 'foundir_v2'): shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns('assets'))
+    shutil.copy(ROOT / 'params.yaml', tmp_path)
+    git = lambda *args: subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', '-c', 'commit.gpgsign=false', *args], cwd=tmp_path, check=True, capture_output=True)
+    git('init', '-q'), git('add', 'params.yaml'), git('commit', '-qm', 'params')
+    params, before = tmp_path / 'params.yaml', (ROOT / 'params.yaml').read_text()
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path))
+    profile = lambda name: subprocess.run([sys.executable, '.ci/profile.py', name], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    for name in ('sdxl', 'smoke', 'tiny'):
+        done = profile(name)
+        assert done.returncode == 0 and params.read_text() == laid(name), done.stderr
+    assert params.read_text() == before
+    params.write_text(edited := before.replace('steps: 6000', 'steps: 5999'))
+    done = profile('smoke')
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'changes of its own' in done.stderr and params.read_text() == edited
+    assert 'none of: sdxl, smoke, tiny' in profile('big').stderr
 
 
 def test_every_dependency_comes_from_somewhere():
@@ -84,10 +149,10 @@ def test_outputs_have_one_stage_and_are_kept_out_of_git_or_in_it():
 
 
 def test_stages_find_their_interpreter_and_shell_neutral_commands():
-    for stage in STAGES.values(): assert re.fullmatch(r'(nbdev_export|python -m foundir_v2\.runner [\w/. -]+)', stage['cmd'])
+    for stage in STAGES.values(): assert re.fullmatch(r'(nbdev_export|python -m foundir_v2\.runner [\w/.= -]+)', stage['cmd'])
 
 
-@pytest.mark.parametrize('file', PARAMETER_FILES, ids=lambda p: p.name)
-def test_numbers_mean_the_same_to_every_yaml_reader(file):
+@pytest.mark.parametrize('profile', PROFILES)
+def test_numbers_mean_the_same_to_every_yaml_reader(profile):
     import yaml
-    assert yaml.safe_load(file.read_text()) == load_params(file), 'write 1.0e-01, and quote words such as no'
+    for text in (PROFILES[profile], laid(profile)): assert yaml.safe_load(text) == parse_yaml(text, profile), 'write 1.0e-01, and quote words such as no'

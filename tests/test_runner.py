@@ -1,5 +1,7 @@
 "The runner: strict parameters, reports that appear whole or not at all, nobody left behind."
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +12,8 @@ import nbformat
 import psutil
 import pytest
 
-from foundir_v2.runner import RunnerError, _temporary, check_interpreter, check_parameters, checkout, notebook_parameters, read_parameters, strip_volatile
+from foundir_v2.config import load_params
+from foundir_v2.runner import RunnerError, _temporary, check_interpreter, check_parameters, checkout, notebook_parameters, read_parameters, set_value, strip_volatile
 
 ROOT = checkout()
 
@@ -61,10 +64,21 @@ def test_parameters_cell_is_found_and_literal(tmp_path):
     with pytest.raises(RunnerError, match='found 0'): read('a = 1', tag=None)
 
 
-def test_set_needs_a_known_key(params):
-    assert read_parameters(['a'], ['x=null'], params) == dict(x=None, flag=True)
-    for bad in ['y=1', 'x']:
-        with pytest.raises(RunnerError, match='key among flag, x'): read_parameters(['a'], [bad], params)
+def test_a_section_is_a_mapping_or_its_keys(params):
+    assert read_parameters(['a', 'b'], ['x', 'flag', 'b'], (), params) == dict(x=1, flag=True, b=dict(names=['u', 'v'], nothing=None))
+    assert read_parameters(['mine=b'], ['mine'], (), params) == dict(mine=dict(names=['u', 'v'], nothing=None))
+    params.write_text('a:\n  x: 1\nb:\n  x: 2\n')
+    with pytest.raises(RunnerError, match='x is given twice'): read_parameters(['a', 'b'], ['x'], (), params)
+
+
+def test_settings_find_their_section(params):
+    assert read_parameters(['a'], ['x', 'flag'], ['x=null'], params) == dict(x=None, flag=True)
+    assert read_parameters(['b'], ['b'], ['b.names=[w]', 'b.nothing=3'], params) == dict(b=dict(names=['w'], nothing=3))
+    assert read_parameters(['a'], ['x', 'flag', 'stage'], ['stage=2'], params) == dict(x=1, flag=True, stage=2)
+    for bad, words in {'x': 'expected key=value', 'a=1': 'a is a section', 'a.x.y=1': 'there is no a.x', 'x=[1': "can't read --set x as YAML"}.items():
+        with pytest.raises(ValueError, match=words): read_parameters(['a'], ['x', 'flag'], [bad], params)
+    tree = dict(a=dict(x=1))
+    assert set_value(tree, ['a'], 'y=2') == dict(y=2) and set_value(tree, ['a'], 'a.x=2') == {} and tree == dict(a=dict(x=2))
 
 
 def test_check_parameters_accepts_equal_sets():
@@ -82,6 +96,40 @@ def test_failure_keeps_the_report_and_the_evidence(tmp_path, params):
         assert out.read_text() == 'the old report' and 'RuntimeError' in failed.read_text()
         assert not list(tmp_path.glob('.*running*'))
     finally: failed.unlink(missing_ok=True)
+
+
+def test_a_copy_takes_the_interpreter_that_its_lock_pins(tmp_path):
+    "As `dvc exp run --temp` makes it: no .venv, and a Python that was built from the same lock."
+    venv, copy = tmp_path / 'venv', tmp_path / 'copy'
+    for folder in (venv, copy): folder.mkdir()
+    (copy / 'requirements.lock').write_text('torch==2\n')
+    with pytest.raises(RunnerError, match='make venv'): check_interpreter(copy, prefix=str(venv))  # nobody knows what is installed there
+    (venv / 'requirements.lock').write_text('torch==1\n')
+    with pytest.raises(RunnerError, match='make venv'): check_interpreter(copy, prefix=str(venv))
+    (venv / 'requirements.lock').write_text('torch==2\n')
+    check_interpreter(copy, prefix=str(venv))
+    (copy / '.venv').mkdir()
+    with pytest.raises(RunnerError, match='make venv'): check_interpreter(copy, prefix=str(venv))  # it has its own
+
+
+@pytest.mark.parametrize('changes, words', [
+    (['train_stage1.conditioning_init=identiy'], 'train_stage1.conditioning_init: expected one of zero, identity'), (['train_stage2.loss=l3'], 'train_stage2.loss: expected one of l1, l2, rmse, psnr'),
+    (['model.moe=sotf'], 'model.moe: expected one of soft, hard'), (['train.mixed_precision=fp8'], 'train.mixed_precision: expected one of auto, no, bf16, fp16'),
+    (['mixture.policy=dse'], 'mixture.policy: expected one of fixed'), (['evaluate.metrics=[pnsr]'], r"evaluate.metrics\[0\]: expected one of"),
+    (['train.weight_decay=-1', 'train.batch_size=1000000000', 'evaluate.split=tets'], 'train.batch_size: .* train.weight_decay: .* evaluate.split')])
+def test_bad_parameters_stop_any_stage_before_a_kernel_starts(tmp_path, monkeypatch, capsys, changes, words):
+    "The ingest stage reads none of these."
+    from foundir_v2 import runner
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(runner, 'execute', lambda *a, **k: pytest.fail('a kernel was started'))
+    monkeypatch.setattr(runner, 'exit_with_parent', lambda: None)
+    monkeypatch.setattr(signal, 'signal', lambda *a: None)
+    params = load_params(ROOT / 'params.yaml')
+    for change in changes: assert set_value(params, list(params), change) == {}
+    (tmp_path / 'params.yaml').write_text(json.dumps(params))
+    assert runner.main(['nbs/pipeline/ingest.ipynb', str(tmp_path / 'r.ipynb'), 'ingest', '--params', str(tmp_path / 'params.yaml')]) == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and re.search(words, error)
 
 
 def test_other_interpreters_are_refused(tmp_path):

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from foundir_v2.core import FoundIRError
-from foundir_v2.stages import code_deps, differences, import_closure, imported_modules, notebook_source, runner_arguments, update
+from foundir_v2.stages import code_deps, differences, import_closure, imported_modules, notebook_source, read_by, runner_arguments, update
 
 RUNNER = 'python -m foundir_v2.runner'
 
@@ -66,3 +66,13 @@ def test_a_new_import_is_a_difference(checkout):
 def test_only_runner_commands_have_arguments():
     assert runner_arguments('nbdev_export') is None
     assert runner_arguments(f'{RUNNER} a.ipynb b.ipynb one two') == ('a.ipynb', ['one', 'two'])
+    assert runner_arguments(f'{RUNNER} a.ipynb b.ipynb one --set n=3 two=three --params=x.yaml') == ('a.ipynb', ['one', 'three'])
+
+
+def test_params_are_the_keys_that_are_read(checkout):
+    (checkout / 'params.yaml').write_text('one:\n  x: 1\ntwo:\n  y: 2\nmixture:\n  tasks: null\n  options: {}\ntrain_stage1:\n  steps: 1\n')
+    assert read_by(['one', 'two'], checkout) == ['one', 'two']
+    assert read_by(['mixture', 'train_stage1'], checkout) == ['mixture.tasks', 'mixture.start', 'train_stage1']
+    (checkout / 'params.yaml').write_text('mixture:\n  tasks: null\n  options: {}\ntrain_stage1:\n  update_every: 1\n')
+    assert read_by(['mixture', 'train_stage1'], checkout) == ['mixture', 'train_stage1']
+    with pytest.raises(FoundIRError, match='unknown section three'): read_by(['three'], checkout)
