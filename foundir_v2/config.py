@@ -113,7 +113,8 @@ def _lay(target: Any, changes: Mapping[str, Any], where: str = "") -> None:
     for key, value in changes.items():
         if key not in target:
             raise ConfigError(f"the profile sets {where}{key}, which is no parameter; there are {', '.join(target)}")
-        if isinstance(value, Mapping) and isinstance(target[key], Mapping): _lay(target[key], value, f"{where}{key}.")
+        both = isinstance(value, Mapping) and isinstance(target[key], Mapping)
+        if both and (not where or set(value) <= set(target[key])): _lay(target[key], value, f"{where}{key}.")
         else: _replace(target, key, value)
 
 # %% ../nbs/02_config.ipynb #dcb6c298

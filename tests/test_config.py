@@ -172,6 +172,7 @@ def test_a_profile_keeps_comments_and_layout():
     for change in ('a:\n  list: null\n', 'a:\n  list:\n  - 1\n  - 2\n  - 3\n', 'a:\n  list: 7\n  x:\n  - 3\n'):
         laid = overlay(PARAMS, change)
         assert all(c in laid for c in ('# head\n', '# one', '\n\n# next\nb:\n', '# none')), laid
-    for bad in ('a: {w: 1}', 'c: {x: 1}', 'b: {deep: {w: 1}}'):
+    assert overlay(PARAMS, 'b:\n  deep:\n    w: 1\n').endswith('  deep:\n    w: 1\n')  # other keys: another mapping
+    for bad in ('a: {w: 1}', 'c: {x: 1}', 'a: {x: 1, w: {y: 1}}'):
         with pytest.raises(ConfigError, match='no parameter'): overlay(PARAMS, bad)
     with pytest.raises(ConfigError): overlay(PARAMS, '- 1')

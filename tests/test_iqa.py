@@ -134,8 +134,7 @@ def test_stlpips_pickle_can_not_run_code(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", [m.name for m in METRICS.values() if m.weights == HUB])
 def test_hub_metrics_without_a_network_fail_fast_and_say_what_works(monkeypatch, tmp_path, name, capsys):
-    "With empty caches and no way out: an error within seconds, not a minute of retries, and nothing printed."
-    import time
+    "With empty caches and no way out: an error without a minute of retries, and nothing printed."
     import pyiqa.utils.download_util as download
     from huggingface_hub import constants
     monkeypatch.setattr(iqa, "_hub_reachable", lambda: False)
@@ -144,10 +143,11 @@ def test_hub_metrics_without_a_network_fail_fast_and_say_what_works(monkeypatch,
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     def refuse(*args, **kwargs): raise OSError("no network in this test")
     monkeypatch.setattr("socket.getaddrinfo", refuse)
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
     iqa._create.cache_clear()
-    start = time.perf_counter()
     with pytest.raises(MetricUnavailable, match="psnr, ssim, stlpips, piqe, niqe") as e: iqa.prepare([name])
-    assert time.perf_counter() - start < 30 and name in str(e.value) and "\n" not in str(e.value)
+    assert sum(waits) < 30 and name in str(e.value) and "\n" not in str(e.value)
     assert capsys.readouterr() == ("", "")
     assert constants.HF_HUB_OFFLINE is False or "HF_HUB_OFFLINE" in __import__("os").environ
 

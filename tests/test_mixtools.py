@@ -41,6 +41,11 @@ def test_simulate(tmp_path, log):
     with pytest.raises(FoundIRError, match="samples per training step"): simulate_file(log)
     with pytest.raises(FileNotFoundError): simulate_file(tmp_path / "none.json")
 
+def test_a_training_log_may_hold_image_scores(tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "mixture", "step": 3, "weights": {"a": 0.4, "b": 0.6}, "scores": {"a": [20.0, 22.0], "b": [30.0, 30.5]}}) + "\n")
+    assert read_training_log(tmp_path / "log.jsonl") == [{"step": 3, "task": "a", "weight": 0.4, "score": 21.0, "spread": pytest.approx(2 ** 0.5), "samples": 0},
+                                                         {"step": 3, "task": "b", "weight": 0.6, "score": 30.25, "spread": pytest.approx(0.125 ** 0.5), "samples": 0}]
+
 def test_training_logs(tmp_path):
     "The log of notebook 62: the mixture's records, and what was drawn in between."
     rng, done, w, lines = np.random.default_rng(0), np.zeros(3), np.array([0.2, 0.3, 0.5]), []
