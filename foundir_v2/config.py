@@ -112,9 +112,11 @@ def require_finite(
     values: Any, # numbers, strings, lists and mappings, nested
     where: str, # where `values` stands, for the message
 ) -> None:
-    "Raises `ConfigError` that names the first NaN or infinite number: with one, a run computes to its end and nothing of it can be used."
-    if isinstance(values, float) and not math.isfinite(values): raise ConfigError(f"{where}: expected a finite number, got {values!r}")
-    parts = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, (list, tuple)) else ()
+    "Raises `ConfigError` naming the first NaN or infinite number: a run would compute to its end with it, for nothing."
+    if isinstance(values, float) and not math.isfinite(values):
+        raise ConfigError(f"{where}: expected a finite number, got {values!r}")
+    if isinstance(values, Mapping): parts = values.items()
+    else: parts = enumerate(values) if isinstance(values, (list, tuple)) else ()
     for key, value in parts: require_finite(value, f"{where}[{key}]" if isinstance(key, int) else f"{where}.{key}")
 
 # %% ../nbs/02_config.ipynb #0c565b35
