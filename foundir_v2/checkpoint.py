@@ -45,7 +45,8 @@ def check_finite(
 ) -> None:
     "Raises `FoundIRError` if a weight has become NaN or infinite since the average began."
     if torch.stack([p.isfinite().all() for p in ema.shadow_params]).all(): return
-    raise FoundIRError(f"the weights are not finite after step {ema.optimization_step}, so they are neither used nor saved: lower learning_rate (that begins a run of its own)")
+    raise FoundIRError(f"the weights are not finite after step {ema.optimization_step}, so they are neither used "
+                       "nor saved: lower learning_rate (that begins a run of its own)")
 
 @contextmanager
 def averaged(
@@ -84,7 +85,8 @@ def run_name(
     inputs = []
     for path in map(Path, files):
         if not path.exists(): raise FileNotFoundError(f"no input at {path}: run the stage that makes it")
-        inputs += [(p.relative_to(path).as_posix(), file_hash(p)) for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [(path.name, file_hash(path))]
+        files_in = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
+        inputs += [(p.relative_to(path).as_posix() if p != path else path.name, file_hash(p)) for p in files_in]
     code = {p.name: file_hash(p) for p in code_files(module)}
     text = json.dumps([parameters, code, inputs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -100,9 +102,11 @@ def _hash_or_why(path: Path) -> str:
 def _hashes(folder: Path) -> dict[str, str]:
     "Relative name -> SHA-256 of everything below `folder` but the seal."
     paths = [p for p in folder.rglob("*") if (p.is_symlink() or not p.is_dir()) and p != folder / SEAL]
-    with ThreadPoolExecutor(4) as pool: return dict(sorted(zip((p.relative_to(folder).as_posix() for p in paths), pool.map(_hash_or_why, paths))))
+    with ThreadPoolExecutor(4) as pool: hashes = list(pool.map(_hash_or_why, paths))
+    return dict(sorted((p.relative_to(folder).as_posix(), h) for p, h in zip(paths, hashes)))
 
-def _seal_text(title: str, hashes: dict[str, str]) -> str: return f"# {title}\n" + "".join(f"{h}  {name}\n" for name, h in hashes.items())
+def _seal_text(title: str, hashes: dict[str, str]) -> str:
+    return f"# {title}\n" + "".join(f"{h}  {name}\n" for name, h in hashes.items())
 
 # %% ../nbs/60_checkpoint.ipynb #24b3df13
 def seal(
@@ -121,7 +125,7 @@ def broken_seal(
     try: stored = (folder / SEAL).read_bytes().decode()
     except (OSError, UnicodeDecodeError): return f"there is no readable {SEAL} in it"
     head, _, lines = stored.partition("\n")
-    if not head.startswith("# foundir_v2") or title is not None and head != f"# {title}": return f"{SEAL} in it is of something else"
+    if not head.startswith("# foundir_v2") or title not in (None, head[2:]): return f"{SEAL} in it is of something else"
     found = _hashes(folder)
     if stored == _seal_text(head[2:], found): return ""
     noted = {name: h for h, _, name in (line.partition("  ") for line in lines.splitlines())}
@@ -148,7 +152,8 @@ def _living_owner(note: Path) -> str | None:
 
 def _write_note(note: Path) -> None:
     me = psutil.Process()
-    with atomic_write(note) as tmp: tmp.write_text(json.dumps(dict(pid=me.pid, started=me.create_time(), command=" ".join(me.cmdline())[:120])), encoding="utf-8")
+    text = json.dumps(dict(pid=me.pid, started=me.create_time(), command=" ".join(me.cmdline())[:120]))
+    with atomic_write(note) as tmp: tmp.write_text(text, encoding="utf-8")
 
 # %% ../nbs/60_checkpoint.ipynb #c756814f
 @contextmanager
@@ -161,18 +166,18 @@ def only_writer(
     lock, note = FileLock(_beside(folder, "lock")), _beside(folder, "owner")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=1 if _living_owner(note) else patience)  # one second: a process being killed is not gone at once
+        lock.acquire(timeout=1 if _living_owner(note) else patience)  # 1: a process being killed is not gone at once
         _write_note(note)
     except Timeout:
         who = _living_owner(note) or "a process that left no name"
-        raise FoundIRError(f"{folder} is being written by {who}: wait until it ends, or stop it, and start again") from None
+        raise FoundIRError(f"{folder} is being written by {who}: wait until it ends or stop it, then start again") from None
     except OSError as e:
         lock.release()
         raise FoundIRError(f"can't write {folder} ({e.strerror or e}): choose a folder that you may write to") from None
     try: yield
     finally:
         with suppress(OSError): note.unlink(missing_ok=True)
-        with suppress(OSError): os.unlink(lock.lock_file)  # while it is ours: who waits for it sees that it is gone, and makes a new one
+        with suppress(OSError): os.unlink(lock.lock_file)  # while it is ours: who waits for it then makes a new one
         lock.release()
 
 # %% ../nbs/60_checkpoint.ipynb #2ec76346
@@ -184,10 +189,12 @@ def saving(
     "A full or failing disk becomes one line that names it. Raises `FoundIRError`."
     try: yield
     except (OSError, SafetensorError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "inline_container" not in str(e): raise  # what torch.save makes of a full disk
+        if isinstance(e, RuntimeError) and "inline_container" not in str(e): raise  # torch.save, on a full disk
         why = e.strerror if isinstance(e, OSError) and e.strerror else " ".join(str(e).split())
-        free = shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free / 2**20
-        raise FoundIRError(f"can't write {what} to {folder} ({why}; {free:.0f} MiB free on that disk): make room and start again, to go on from the last checkpoint") from e
+        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(there).free / 2**20
+        raise FoundIRError(f"can't write {what} to {folder} ({why}; {free:.0f} MiB free on that disk): "
+                           "make room and start again, to go on from the last checkpoint") from e
 
 # %% ../nbs/60_checkpoint.ipynb #0ba65f18
 def _sync(folder: Path) -> None:
@@ -216,13 +223,17 @@ def _clear_leftovers(path: Path) -> None:
 # %% ../nbs/60_checkpoint.ipynb #f5cf794d
 def _check_place(path: str | Path) -> None:
     "Refuse what can't be a folder of ours, whatever is in it."
-    if not str(path) or Path.cwd().is_relative_to(os.path.abspath(path)): raise FoundIRError(f"{str(path)!r} is, or holds, the current folder: give the name of a folder of its own")
-    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)): raise FoundIRError(f"{path} is a file or a link: give the name of a folder")
+    if not str(path) or Path.cwd().is_relative_to(os.path.abspath(path)):
+        raise FoundIRError(f"{str(path)!r} is, or holds, the current folder: give the name of a folder of its own")
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
+        raise FoundIRError(f"{path} is a file or a link: give the name of a folder")
 
 def _check_content(path: Path, force: bool) -> None:
     "Refuse a folder with something in it that is not ours, or no longer as we left it."
     if force or not path.is_dir() or not any(path.iterdir()): return
-    if why := broken_seal(path): raise FoundIRError(f"{path} holds what we did not make ({why}): choose another folder, move it away, or replace it with --force")
+    if why := broken_seal(path):
+        raise FoundIRError(f"{path} holds what we did not make ({why}): "
+                           "choose another folder, move it away, or replace it with --force")
 
 # %% ../nbs/60_checkpoint.ipynb #2a6ac31f
 @contextmanager
@@ -231,7 +242,7 @@ def atomic_folder(
     title: str, # what makes it, for its seal
     force: bool = False, # also replace what is not ours
 ) -> Iterator[Path]: # an empty temporary folder beside it; renamed to `path` on success, removed on failure
-    "Own, write, seal and replace a folder: completely or not at all. Raises `FoundIRError`, before the block, if `path` is not for us to write."
+    "Write, seal and replace a folder, all or nothing. Raises `FoundIRError` before the block if it is not for us."
     _check_place(path)
     path = Path(os.path.abspath(path))
     with only_writer(path):
@@ -268,7 +279,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         "Steps of the complete checkpoints, oldest first."
-        return sorted(int(p.name[5:]) for p in self.folder.glob("step-*") if re.fullmatch("step-[0-9]{9,}", p.name) and p.is_dir())
+        found = (p for p in self.folder.glob("step-*") if re.fullmatch("step-[0-9]{9,}", p.name) and p.is_dir())
+        return sorted(int(p.name[5:]) for p in found)
 
 # %% ../nbs/60_checkpoint.ipynb #241cc15f
 def _write_state(folder: Path, ema: EMAModel, state: dict[str, Any], log: Path | None) -> None:
@@ -280,13 +292,13 @@ def _write_state(folder: Path, ema: EMAModel, state: dict[str, Any], log: Path |
 
 # %% ../nbs/60_checkpoint.ipynb #987aedc3
 def _save(self: Checkpoints,
-    accelerator: Accelerator, # what it has prepared is saved: model, optimizer, learning rate schedule, gradient scaler, random states
+    accelerator: Accelerator, # what it has prepared is saved, and its gradient scaler and random states
     step: int,
     ema: EMAModel, # from `make_ema`
     state: dict[str, Any], # of the caller, JSON-serialisable
     log: Path | None = None, # a file to keep with it
 ) -> Path: # the checkpoint
-    "Write the checkpoint of `step`, sealed and at once; drop the oldest. Raises `FoundIRError` if weights are not finite or the disk is full."
+    "Write a sealed checkpoint, drop the oldest. Raises `FoundIRError` if weights are not finite or the disk is full."
     check_finite(ema)
     tmp, main = self.folder / f".partial-{step:09d}", accelerator.is_main_process
     if main: shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
@@ -322,7 +334,7 @@ class Restored:
     log: Path # the copy of the log; absent if none was given
 
 def _newest_sound(self: Checkpoints) -> int | None:
-    "The newest step whose seal holds, or None without checkpoints; damaged ones after it are put aside. Raises `FoundIRError` if all are damaged."
+    "The newest step whose seal holds, or None; damaged ones are put aside. Raises `FoundIRError` if all are damaged."
     damaged = {}
     for step in reversed(self.steps()):
         if not (why := broken_seal(self.path(step), self.title(step))): break
@@ -330,19 +342,23 @@ def _newest_sound(self: Checkpoints) -> int | None:
     else:
         if not damaged: return None
         faults = ", ".join(f"{self.path(k).name}: {why}" for k, why in damaged.items())
-        raise FoundIRError(f"no checkpoint in {self.folder} is sound ({faults}): move the folder away to begin at step 0")
+        raise FoundIRError(f"no checkpoint in {self.folder} is sound ({faults}): move it away to begin at step 0")
     for k, why in damaged.items():
-        aside = next(p for n in itertools.count(1) if not (p := self.folder / f"damaged-{n}-{self.path(k).name}").exists())
+        names = (self.folder / f"damaged-{n}-{self.path(k).name}" for n in itertools.count(1))
+        aside = next(p for p in names if not p.exists())
         os.replace(self.path(k), aside)
-        print(f"checkpoint of step {k} is damaged ({why}): put aside as {aside.name}, going on from step {step}", file=sys.stderr)
+        said = f"checkpoint of step {k} is damaged ({why}): put aside as {aside.name}, going on from step {step}"
+        print(said, file=sys.stderr)
     return step
 
 # %% ../nbs/60_checkpoint.ipynb #4f6ff932
 def _read_state(folder: Path, ema: EMAModel) -> dict[str, Any]:
     "Fill the average from a checkpoint, where it was on its device; the caller's state."
-    noted, tensors = json.loads((folder / "state.json").read_text(encoding="utf-8")), load_file(folder / "ema.safetensors")
+    noted = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "ema.safetensors")
     shadow = [tensors[str(i)].to(p.device) for i, p in enumerate(ema.shadow_params)]
-    if [p.shape for p in shadow] != [p.shape for p in ema.shadow_params] or len(tensors) != len(shadow): raise ValueError("the averaged weights are of another model")
+    if [p.shape for p in shadow] != [p.shape for p in ema.shadow_params] or len(tensors) != len(shadow):
+        raise ValueError("the averaged weights are of another model")
     ema.load_state_dict(dict(noted["ema"], shadow_params=shadow))
     return noted["state"]
 
@@ -363,6 +379,8 @@ def _restore(self: Checkpoints,
         accelerator.load_state(str(folder))
         return Restored(step, _read_state(folder, ema), folder / "log.jsonl")
     except Exception as e:
-        raise FoundIRError(f"{folder} can't be loaded although its seal holds ({type(e).__name__}: {' '.join(str(e).split())[:200]}): move it away to go on from the one before") from e
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise FoundIRError(f"{folder} can't be loaded although its seal holds ({why}): "
+                           "move it away to go on from the one before") from e
 
 Checkpoints._newest_sound, Checkpoints.restore = _newest_sound, _restore

@@ -500,7 +500,7 @@ def add_train(sub: Any) -> None:
     p = sub.add_parser("train", help="train one stage", description="Train one stage. Killed and started again, it goes on from its last checkpoint.")
     p.add_argument("--config", required=True, metavar="FILE", help="YAML: with --stage a parameter file such as params.yaml, else the fields of TrainConfig")
     p.add_argument("--stage", type=int, choices=(0, 1, 2), help="which stage of the parameter file")
-    p.add_argument("--force", action="store_true", help="replace the output folder even if it holds something else than an earlier result")
+    p.add_argument("--force", action="store_true", help="replace the output folder even if it is no earlier result")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace or add fields, for instance steps=10 output=artifacts/try")
     p.set_defaults(run=run_train)
 

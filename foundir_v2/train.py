@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['draw_noise', 'prediction_target', 'decoder_gain', 'sample_losses', 'SeededDataset', 'Feed', 'Denoiser',
-           'LatentReader', 'build_unet', 'parameter_groups', 'make_accelerator', 'Learner', 'split_batch', 'TrainLog',
-           'read_log', 'TrainResult', 'write_output', 'input_files', 'run_folder', 'check_output', 'train_steps',
-           'remove_run', 'train', 'reference_pictures', 'parser', 'main']
+           'LatentReader', 'build_unet', 'parameter_groups', 'make_accelerator', 'not_finite', 'Learner', 'split_batch',
+           'TrainLog', 'read_log', 'TrainResult', 'write_output', 'input_files', 'run_folder', 'check_output',
+           'train_steps', 'remove_run', 'train', 'reference_pictures', 'parser', 'main']
 
 # %% ../nbs/62_train.ipynb #9bb0cf7c
 import argparse, hashlib, json, os, re, shutil, sys
@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 # %% ../nbs/62_train.ipynb #476fecfb
 from .base import Base, build_foundir_unet, encode_prompts, load_base, micro_conditioning, resolve_model, start_at_identity, training_scheduler
-from .checkpoint import Checkpoints, atomic_folder, averaged, file_hash, make_ema, only_writer, run_name, saving
+from .checkpoint import Checkpoints, atomic_folder, averaged, file_hash, make_ema
+from .checkpoint import only_writer, run_name, saving
 from .config import describe
 from .core import FoundIRError, atomic_write, generator, pick_device, pick_dtype
 from .data import RestorationDataset, collate
@@ -203,7 +204,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if precision == "auto": precision = "bf16" if pick_dtype("auto", pick_device()) == torch.bfloat16 else "no"
     accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=config.gradient_accumulation, step_scheduler_with_optimizer=False)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise FoundIRError(f"{accelerator.distributed_type.value} keeps its checkpoints as pickles, which can run code when they are read: launch without it, every process then holds the whole model")
+        raise FoundIRError(f"{accelerator.distributed_type.value} reads checkpoints as pickles, which can run code: "
+                           "launch without it, then every process holds the whole model")
     share = config.gradient_accumulation * accelerator.num_processes
     if config.batch_size % share: raise FoundIRError(f"batch_size={config.batch_size} can't be split into {share} parts (processes × gradient_accumulation): choose a multiple")
     return accelerator
@@ -248,6 +250,12 @@ class _Loss(_Learner):
         prediction = self.model(lq, noisy, timesteps, text, dict(text_embeds=pooled, time_ids=time_ids))
         return sample_losses(prediction, prediction_target(self.noise_scheduler, latents, noise, timesteps), c.loss, self.gain)
 
+# %% ../nbs/62_train.ipynb #8ab953e4
+def not_finite(step: int, losses: Tensor, norm: Tensor) -> FoundIRError:
+    found = f"loss {float(losses.detach().mean()):.4g}, norm of the gradient {float(norm):.4g}"
+    return FoundIRError(f"step {step} is not finite ({found}): start again to go on from the last checkpoint; if it comes "
+                        "again, lower learning_rate or train with mixed_precision: 'no' (either begins a run of its own)")
+
 # %% ../nbs/62_train.ipynb #b57f6876
 class Learner(_Loss):
     __doc__ = _Learner.__doc__
@@ -256,8 +264,8 @@ class Learner(_Loss):
         batch: dict[str, Any], # as `losses`
         tasks: Sequence[str], # names of all tasks
     ) -> dict[str, Any]: # loss, grad_norm, lr per group, loss and number of samples per task
-        "One training step. Raises `FoundIRError`, before the weights are changed, if the gradient is not finite; with fp16, if the loss is not."
-        per_sample, norm = [], None
+        "One training step. Raises `FoundIRError`, weights unchanged, if the gradient (fp16: the loss) is not finite."
+        per_sample, norm, step = [], None, self.ema.optimization_step + 1
         rates = {g["name"]: g["lr"] for g in self.optimizer.param_groups}
         for micro in split_batch(batch, self.config.gradient_accumulation):
             with self.accelerator.accumulate(self.model):
@@ -265,19 +273,15 @@ class Learner(_Loss):
                 self.accelerator.backward(losses.mean())
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-                    if self.accelerator.scaler is None and not torch.isfinite(norm): raise self._not_finite(losses.detach(), norm)
+                    if not norm.isfinite() and self.accelerator.scaler is None: raise not_finite(step, losses, norm)
                 self.optimizer.step(); self.optimizer.zero_grad()
             per_sample.append(losses.detach())
         which = torch.tensor([list(tasks).index(t) for t in batch["task"]], device=self.accelerator.device)
         values, which = self.accelerator.gather(torch.cat(per_sample)), self.accelerator.gather(which)
-        if not torch.isfinite(values).all(): raise self._not_finite(values, norm)
+        if not torch.isfinite(values).all(): raise not_finite(step, values, norm)
         self.lr_scheduler.step(); self.ema.step(self.parameters)
         by_task = {t: values[which == i] for i, t in enumerate(tasks)}
         return dict(loss=float(values.mean()), grad_norm=float(norm), lr=rates, task_loss={t: float(v.mean()) for t, v in by_task.items() if len(v)}, samples={t: len(v) for t, v in by_task.items()})
-
-    def _not_finite(self, losses: Tensor, norm: Tensor) -> FoundIRError:
-        return FoundIRError(f"step {self.ema.optimization_step + 1} is not finite (loss {float(losses.mean()):.4g}, norm of the gradient {float(norm):.4g}): start again to go on from the last checkpoint; "
-                            "if this comes again, lower learning_rate or train with mixed_precision: 'no' (either begins a run of its own)")
 
     def restore(self, inputs: Tensor, seeds: list[int]) -> Tensor:
         "Few-step restoration with the present weights, for `score_items`; in stage 0, what the VAE decodes from the LQ encoder's features."
@@ -322,11 +326,6 @@ class TrainLog:
             self.file.write(line); self.file.flush()
             if self.live: self._live(record)
 
-    def check(self) -> None:
-        "Raises `FoundIRError` if the file is not what was written to it."
-        if self.path.is_file() and file_hash(self.path) == self._hash.hexdigest(): return
-        raise FoundIRError(f"{self.path} was changed or removed while it was written: start again to go on from the last checkpoint, which has a copy")
-
     def _live(self, record: dict[str, Any]) -> None:
         names = {"step": ("loss", "grad_norm", "lr"), "mixture": ("weights", "scores")}[record["kind"]]
         flat = {f"{n}/{k}" if k else n: v for n in names for k, v in (record[n].items() if isinstance(record[n], dict) else [("", record[n])])}
@@ -337,6 +336,15 @@ class TrainLog:
     def close(self) -> None:
         self.file.close()
         if self.live: self.live.end()
+
+# %% ../nbs/62_train.ipynb #c9659dbc
+def _check(self: TrainLog) -> None:
+    "Raises `FoundIRError` if the file is not what was written to it."
+    if self.path.is_file() and file_hash(self.path) == self._hash.hexdigest(): return
+    raise FoundIRError(f"{self.path} was changed or removed while it was written: "
+                       "start again to go on from the last checkpoint, which has a copy")
+
+TrainLog.check = _check
 
 # %% ../nbs/62_train.ipynb #6eb2de6d
 def read_log(
@@ -400,16 +408,21 @@ def run_folder(
     config: TrainConfig,
 ) -> Path: # below `config.checkpoints`
     "Where this run keeps its checkpoints: the name is the hash of its parameters, its code and its inputs."
-    return Path(config.checkpoints) / f"stage{config.stage}-{run_name(parameters(config), 'foundir_v2.train', input_files(config))}"
+    name = run_name(parameters(config), "foundir_v2.train", input_files(config))
+    return Path(config.checkpoints) / f"stage{config.stage}-{name}"
 
 def check_output(
     config: TrainConfig,
 ) -> None:
     "Raises `FoundIRError` if the result would replace what the run needs, even with --force."
     output, needed = Path(config.output).resolve(), [*input_files(config), Path(config.root), Path(config.checkpoints)]
-    if output.is_dir(): needed += sorted({(Path(config.root) / p).parent for p in load_manifest(config.manifest)[["path", "lq"]].to_numpy().ravel() if p})
+    if output.is_dir():
+        pictures = load_manifest(config.manifest)[["path", "lq"]].to_numpy().ravel()
+        needed += sorted({(Path(config.root) / p).parent for p in pictures if p})
     for path in needed:
-        if path.resolve().is_relative_to(output): raise FoundIRError(f"output={config.output!r} is, or holds, {path}, which this run needs: give the name of a folder of its own")
+        if path.resolve().is_relative_to(output):
+            raise FoundIRError(f"output={config.output!r} is, or holds, {path}, which this run needs: "
+                               "give the name of a folder of its own")
 
 # %% ../nbs/62_train.ipynb #3b501ae8
 def train_steps(
@@ -444,7 +457,7 @@ def remove_run(
     folder: Path, # of a run whose result is in place
 ) -> None:
     "Remove checkpoints that nobody needs any more, and what killed processes left of such a removal."
-    done = folder.with_name(f".{folder.name}.done") # at once: what is left of a folder would be taken for a run to go on with
+    done = folder.with_name(f".{folder.name}.done") # at once: half a folder would look like a run to go on with
     shutil.rmtree(done, ignore_errors=True)
     os.replace(folder, done)
     for left in folder.parent.glob(".stage*.done"):
@@ -455,17 +468,20 @@ def train(
     config: TrainConfig,
     force: bool = False, # replace a folder at `config.output` that is not ours
 ) -> TrainResult: # on every process; the files are written by the main one
-    "One stage of training; goes on from its last sound checkpoint. Raises `FoundIRError`, before any work, if another process trains the same or `config.output` is not for us to write."
+    "One stage of training, from its last sound checkpoint on. Raises `FoundIRError` first if the output is not for us."
     folder, accelerator = run_folder(config), make_accelerator(config)
     main = accelerator.is_main_process
     check_output(config)
     with only_writer(folder) if main else nullcontext():
-        with atomic_folder(config.output, f"foundir_v2.train {folder.name}", force) if main else nullcontext() as result:
+        title = f"foundir_v2.train {folder.name}"
+        with atomic_folder(config.output, title, force) if main else nullcontext() as result:
             accelerator.wait_for_everyone()
-            learner, feed, checkpoints = Learner(config, accelerator), Feed(config, accelerator.process_index, accelerator.num_processes), Checkpoints(folder)
+            learner, checkpoints = Learner(config, accelerator), Checkpoints(folder)
+            feed = Feed(config, accelerator.process_index, accelerator.num_processes)
             found = checkpoints.restore(accelerator, learner.ema)
             if found: feed.load_state_dict(found.state)
-            log = TrainLog(folder / "log.jsonl", found and found.log, folder / "dvclive" if config.dvclive else None) if main else None
+            live = folder / "dvclive" if config.dvclive else None
+            log = TrainLog(folder / "log.jsonl", found and found.log, live) if main else None
             train_steps(config, learner, feed, log, checkpoints)
             if main:
                 log.close(); log.check()
@@ -494,7 +510,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="fields of TrainConfig [default]:\n  " + "\n  ".join(describe(TrainConfig)).replace("%", "%%"))
     p.add_argument("--config", required=True, metavar="FILE", help="YAML: with --stage a parameter file like params.yaml, else the fields of TrainConfig")
     p.add_argument("--stage", type=int, choices=(0, 1, 2), help="which stage of the parameter file")
-    p.add_argument("--force", action="store_true", help="replace the output folder even if it holds something else than an earlier result")
+    p.add_argument("--force", action="store_true", help="replace the output folder even if it is no earlier result")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace or add fields, for instance steps=10 output=artifacts/try")
     return p
 

@@ -1,4 +1,5 @@
 "A data set of noise-like pictures, a very small base model and a configuration to train it: for tests that train."
+import multiprocessing, os, random, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -38,3 +39,52 @@ def weights(folder): return load_file(next(Path(folder).glob("unet/*.safetensors
 
 
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- a process that dies ----------------------------------------------------------------------------------------------------------------------
+
+OURS = tuple(str(Path(tr.__file__).with_name(name)) for name in ("checkpoint.py", "train.py"))
+FORKS = multiprocessing.get_context("forkserver")  # its processes come with torch loaded
+FORKS.set_forkserver_preload(["foundir_v2.train", "transformers.models.clip.modeling_clip", "diffusers.models.unets.unet_2d_condition"])
+
+
+def train_until(values, line=None, lines=None):
+    "In a process of its own: train, and be gone at the n-th line of our code; `lines` gets how many there were."
+    if line is not None or lines is not None:
+        count = 0
+        def trace(frame, event, arg):
+            nonlocal count
+            if frame.f_code.co_filename not in OURS: return None
+            count += event == "line"
+            if count == line: os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+        sys.settrace(trace)
+    tr.train(tr.TrainConfig(**values))
+    sys.settrace(None)
+    if lines is not None: lines.value = count
+
+
+def start(c, **options):
+    process = FORKS.Process(target=train_until, args=(dict(c.__dict__),), kwargs=options)
+    process.start()
+    return process
+
+
+def lines_of(c):
+    "How many lines of our code a whole training runs through."
+    lines = FORKS.Value("q", 0)
+    process = start(c, lines=lines); process.join()
+    assert process.exitcode == 0
+    return lines.value
+
+
+def kill_in_a_checkpoint(c, seed):
+    "Start, and kill some milliseconds after a seeded number of checkpoints has begun to be written. True if it came to that."
+    draw, folder, seen = random.Random(seed), tr.run_folder(c), set()
+    begun, process = draw.randrange(1, 4), start(c)
+    while process.is_alive() and len(seen) < begun:
+        seen |= {p.name for p in folder.glob(".partial-0*")}
+        time.sleep(.0005)
+    time.sleep(draw.random() * .02)
+    process.kill(); process.join()
+    return process.exitcode == -signal.SIGKILL
