@@ -218,8 +218,9 @@ def rows_by_task(
 def position(items: Mapping[str, Sequence[int]], task: str, index: int) -> int:
     "Where a task's row stands among all. Raises `FoundIRError` for an unknown task, `IndexError` for a row too many."
     if task not in items: raise FoundIRError(f"unknown task {task!r}; this dataset has {', '.join(items)}")
-    if not 0 <= index < len(items[task]): raise IndexError(f"task {task!r} has {len(items[task])} rows, got index {index}")
-    return items[task][index]
+    rows = items[task]
+    if not 0 <= index < len(rows): raise IndexError(f"task {task!r} has {len(rows)} rows, got index {index}")
+    return rows[index]
 
 # %% ../nbs/22_data.ipynb #974bbb73
 def from_photograph(
@@ -309,7 +310,7 @@ class RestorationDataset(Dataset):
         task, index, seed = draw
         row = self.rows.iloc[position(self.items, task, index)].to_dict()
         photo, caption = partial(self.photos, row["path"]), row.get("caption")
-        if row.get("lq"): name, (lq, gt, view) = row["task"], from_pair(photo(), self.photos(row["lq"]), self.crop, seed)
+        if lq := row.get("lq"): name, (lq, gt, view) = row["task"], from_pair(photo(), self.photos(lq), self.crop, seed)
         else: lq, gt, name, view = from_photograph(photo, self.tasks[task], seed=seed, **self.sampling)
         sizes = micro_conditioning(row["height"], row["width"], view) | {"target_size": torch.tensor((self.crop, self.crop))}
         return dict(lq=lq, gt=gt, caption=caption if isinstance(caption, str) else "", task=task, subtask=name, **sizes)
