@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CACHE', 'View', 'draw_view', 'look', 'halvings', 'halve', 'look_at', 'micro_conditioning', 'recolour', 'vary',
-           'intact', 'degraded_pair', 'stored_pair', 'split_rows', 'rows_by_task', 'from_photograph', 'from_pair',
-           'Photos', 'RestorationDataset', 'collate', 'Item', 'reference_items']
+           'intact', 'degraded_pair', 'stored_pair', 'split_rows', 'rows_by_task', 'position', 'from_photograph',
+           'from_pair', 'Photos', 'RestorationDataset', 'collate', 'Item', 'reference_items']
 
 # %% ../nbs/22_data.ipynb #116dcee1
 import sys
@@ -174,7 +174,7 @@ def _check_tasks(tasks: Mapping[str, Sequence[str]]) -> None:
         for name in names: subtask(name)
 
 
-def _check_sampling(crop: int, scale_range: tuple[float, float], shares: Mapping[str, float]) -> None:
+def _check_sampling(crop: int, scale_range: tuple[float, float], **shares: float) -> None:
     "A crop has pixels, scales are a range from 0 to 1, and shares lie between 0 and 1."
     low, high = scale_range
     if crop < 1: raise FoundIRError(f"crop must be at least 1 pixel, got {crop}")
@@ -213,6 +213,14 @@ def rows_by_task(
     for task, found in table.items():
         if not found: raise FoundIRError(f"task {task!r} has neither photographs nor pairs in this split: add some or remove the task")
     return table
+
+
+def position(items: Mapping[str, Sequence[int]], task: str, index: int) -> int:
+    "Where a task's row stands among all. Raises `FoundIRError` for an unknown task, `IndexError` for a row too many."
+    if task not in items: raise FoundIRError(f"unknown task {task!r}; this dataset has {', '.join(items)}")
+    rows = items[task]
+    if not 0 <= index < len(rows): raise IndexError(f"task {task!r} has {len(rows)} rows, got index {index}")
+    return rows[index]
 
 # %% ../nbs/22_data.ipynb #974bbb73
 def from_photograph(
@@ -281,10 +289,10 @@ class RestorationDataset(Dataset):
     ):
         "Raises `FoundIRError` for whatever can't work; nothing is read from disk yet."
         _check_tasks(tasks)
-        self.shares = dict(recoloured=recoloured, variety=variety, clean_share=clean_share)
-        _check_sampling(crop, scale_range, self.shares)
-        self.tasks = {task: tuple(names) for task, names in tasks.items()}
-        self.crop, self.scale_range, self.photos = crop, tuple(scale_range), Photos(root, cache)
+        self.tasks, self.photos = {task: tuple(names) for task, names in tasks.items()}, Photos(root, cache)
+        shares = dict(recoloured=recoloured, variety=variety, clean_share=clean_share)
+        self.crop, self.sampling = crop, dict(crop=crop, scale_range=tuple(scale_range), **shares)
+        _check_sampling(**self.sampling)
         largest = max(-(-crop // k) * k for names in tasks.values() for k in (subtask(n).scale for n in names))
         self.rows = split_rows(manifest, split, largest)
         self.items = rows_by_task(self.rows, self.tasks)
@@ -300,15 +308,10 @@ class RestorationDataset(Dataset):
     ) -> dict[str, Any]:  # lq, gt, caption, task, subtask, original_size, crop_top_left, target_size
         "The sample of a draw, a pure function of it."
         task, index, seed = draw
-        if task not in self.items: raise FoundIRError(f"unknown task {task!r}; this dataset has {', '.join(self.items)}")
-        if not 0 <= index < len(self.items[task]): raise IndexError(f"task {task!r} has {len(self.items[task])} rows, got index {index}")
-        row = self.rows.iloc[self.items[task][index]].to_dict()
+        row = self.rows.iloc[position(self.items, task, index)].to_dict()
         photo, caption = partial(self.photos, row["path"]), row.get("caption")
-        if row.get("lq"):
-            name, (lq, gt, view) = row["task"], from_pair(photo(), self.photos(row["lq"]), self.crop, seed)
-        else:
-            how = self.tasks[task], self.crop, self.scale_range
-            lq, gt, name, view = from_photograph(photo, *how, seed, **self.shares)
+        if lq := row.get("lq"): name, (lq, gt, view) = row["task"], from_pair(photo(), self.photos(lq), self.crop, seed)
+        else: lq, gt, name, view = from_photograph(photo, self.tasks[task], seed=seed, **self.sampling)
         sizes = micro_conditioning(row["height"], row["width"], view) | {"target_size": torch.tensor((self.crop, self.crop))}
         return dict(lq=lq, gt=gt, caption=caption if isinstance(caption, str) else "", task=task, subtask=name, **sizes)
 
