@@ -97,7 +97,7 @@ def _tensor(picture: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(picture.reshape(h, w, 3)).permute(2, 0, 1).to(like).clamp(0, 1)
 
 class NonLocalMeans:
-    "Bicubic enlargement where needed, then non-local means with a strength that follows the noise found in the picture."
+    "Bicubic enlargement where needed, then non-local means; their strength follows the noise in the picture."
     name = "nlm"
 
     def __init__(
@@ -111,8 +111,8 @@ class NonLocalMeans:
         x = Bicubic()(lq, subtask=subtask)
         sigma = noise(x) / 255 if min(x.shape[-2:]) > 1 else 0.
         if not sigma > 0: return x
-        y = denoise_nl_means(_array(x), h=self.strength * sigma, sigma=sigma, patch_size=5, patch_distance=6, fast_mode=True, channel_axis=-1)
-        return _tensor(y, x)
+        patches = dict(patch_size=5, patch_distance=6, fast_mode=True, channel_axis=-1)
+        return _tensor(denoise_nl_means(_array(x), h=self.strength * sigma, sigma=sigma, **patches), x)
 
 # %% ../nbs/76_restorers.ipynb #d3c861c5
 class Gamma:
@@ -207,7 +207,8 @@ class EncoderRestorer:
 
     def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
         from foundir_v2.vae import features_to_latents
-        return _decoded(self.vae, Bicubic()(lq, subtask=subtask), lambda x: features_to_latents(self.vae, self.unet.encode_lq(x)))
+        latents = lambda x: features_to_latents(self.vae, self.unet.encode_lq(x))
+        return _decoded(self.vae, Bicubic()(lq, subtask=subtask), latents)
 
 # %% ../nbs/76_restorers.ipynb #ad38f482
 class PipelineRestorer:
@@ -290,7 +291,7 @@ def best_by_category(
     items: Sequence[Any], # of the reference photographs, never of the test photographs
     metric: str = "psnr",
 ) -> ByCategory:
-    "Choose the method with the best mean in each category; the first of equals. Raises `FoundIRError` as `compare` does."
+    "Choose the method with the best mean in each category; of equals the first. Raises as `compare` does."
     means = compare(candidates, items, [metric]).groupby(["category", "restorer"], sort=False).value.mean()
     categories = means.index.unique("category")
     best = {c: max(candidates, key=lambda name: oriented(metric, means[c, name])) for c in categories}
@@ -313,7 +314,8 @@ def load_trained(
     return load_pipeline(Path(folder).resolve())  # never a shipped model of that name
 
 # %% ../nbs/76_restorers.ipynb #8acd1b19
-SIMPLE: Mapping[str, type] = {c.name: c for c in (Identity, Bicubic, Unsharp, Levels, NonLocalMeans, Gamma, Clahe, DarkChannel)}
+SIMPLE: Mapping[str, type] = {c.name: c for c in (
+    Identity, Bicubic, Unsharp, Levels, NonLocalMeans, Gamma, Clahe, DarkChannel)}
 
 def _diffusion(kind: str, argument: str, options: Mapping[str, Any]) -> PipelineRestorer:
     from foundir_v2.pipeline import load_pipeline, resolve_settings
@@ -338,9 +340,10 @@ def _encoder(name_or_path: str) -> EncoderRestorer:
     return EncoderRestorer(pipe.unet, pipe.vae)
 
 def _best(argument: str, reference: Sequence[Any] | None) -> ByCategory:
-    names = argument.split(",")
-    if unknown := [n for n in names if n not in SIMPLE]: raise FoundIRError(f"best:{argument}: unknown method {', '.join(map(repr, unknown))}; choose from {', '.join(SIMPLE)}")
-    if not reference: raise FoundIRError(f"best:{argument} is chosen on reference items, and there are none: name one method instead")
+    names, spec = argument.split(","), f"best:{argument}"
+    if unknown := ", ".join(repr(n) for n in names if n not in SIMPLE):
+        raise FoundIRError(f"{spec}: unknown method {unknown}; choose from {', '.join(SIMPLE)}")
+    if not reference: raise FoundIRError(f"{spec} is chosen on reference items, and there are none: name one method instead")
     return best_by_category({n: SIMPLE[n]() for n in names}, reference)
 
 # %% ../nbs/76_restorers.ipynb #f531ef79
@@ -362,7 +365,8 @@ def make_restorer(
     if kind == "encoder" and argument: return _encoder(argument)
     if kind in ("pipeline", "trained") and argument: return _diffusion(kind, argument, options)
     if kind == "folder" and argument: return _folder(argument)
-    raise FoundIRError(f"unknown restorer {spec!r}: choose {', '.join(SIMPLE)}, best:NAME,NAME, vae:BASE, encoder:NAME_OR_PATH, pipeline:NAME_OR_PATH, trained:FOLDER or folder:INPUTS,RESULTS")
+    kinds = "best:NAME,NAME, vae:BASE, encoder:NAME_OR_PATH, pipeline:NAME_OR_PATH, trained:FOLDER or folder:INPUTS,RESULTS"
+    raise FoundIRError(f"unknown restorer {spec!r}: choose {', '.join(SIMPLE)}, {kinds}")
 
 # %% ../nbs/76_restorers.ipynb #aaba992c
 def make_restorers(
