@@ -43,7 +43,8 @@ class Recipe(SubTask):
 
     def __post_init__(self):
         if self.category not in (known := (*CATEGORIES, CLEAN)):
-            raise FoundIRError(f"recipe {self.name!r}: unknown category {self.category!r}; choose one of {', '.join(known)}")
+            choices = ", ".join(known)
+            raise FoundIRError(f"recipe {self.name!r}: unknown category {self.category!r}; choose one of {choices}")
         if not self.group: object.__setattr__(self, "group", self.category)
 
 # %% ../nbs/71_outside.ipynb #3594e843
@@ -57,7 +58,8 @@ def _recipe(name: str, category: str, *steps: tuple[str, dict], scale: int = 1) 
 
 
 _DEBLUR_1 = (
-    _recipe("outside_motion", "deblur", ("MotionBlur", dict(blur_limit=(15, 15), allow_shifted=False, direction_range=(0.0, 0.0)))),
+    _recipe("outside_motion", "deblur",
+            ("MotionBlur", dict(blur_limit=(15, 15), allow_shifted=False, direction_range=(0.0, 0.0)))),
     _recipe("outside_defocus", "deblur", ("Defocus", dict(radius=(3, 3), alias_blur=(0.3, 0.3)))),
     _recipe("outside_zoom", "deblur", ("ZoomBlur", dict(max_factor=(1.05, 1.05), step_factor=(0.01, 0.01)))),
     _recipe("outside_glass", "deblur", ("GlassBlur", dict(sigma=0.7, max_delta=2, iterations=2))),
@@ -72,8 +74,10 @@ _DENOISE_1 = (
 # %% ../nbs/71_outside.ipynb #80e680c1
 _WEATHER_1 = (
     _recipe("outside_fog", "weather", ("RandomFog", dict(alpha_coef=0.1, fog_coef_range=(0.6, 0.6)))),
-    _recipe("outside_rain", "weather", ("RandomRain", dict(slant_range=(8, 8), drop_length=20, blur_value=3, brightness_coefficient=0.8))),
-    _recipe("outside_snow", "weather", ("RandomSnow", dict(method="bleach", snow_point_range=(0.2, 0.2), brightness_coeff=2.0))),
+    _recipe("outside_rain", "weather",
+            ("RandomRain", dict(slant_range=(8, 8), drop_length=20, blur_value=3, brightness_coefficient=0.8))),
+    _recipe("outside_snow", "weather",
+            ("RandomSnow", dict(method="bleach", snow_point_range=(0.2, 0.2), brightness_coeff=2.0))),
     _recipe("outside_spatter", "weather", ("Spatter", dict(mode="rain", mean=(0.63, 0.63), intensity=(0.6, 0.6)))),
 )
 _DIM = ("RandomBrightnessContrast", dict(brightness_limit=(-0.02, -0.02), contrast_limit=(-0.75, -0.75)))
@@ -83,18 +87,21 @@ _LOWLIGHT_1 = (
     _recipe("outside_dim", "lowlight", _DIM, ("ISONoise", dict(color_shift=(0.02, 0.02), intensity=(0.1, 0.1)))),
     _recipe("outside_gamma", "lowlight", ("RandomGamma", dict(gamma_limit=(300, 300))),
             ("ISONoise", dict(color_shift=(0.02, 0.02), intensity=(0.05, 0.05)))),
-    _recipe("outside_gradient", "lowlight", ("Illumination", dict(mode="linear", intensity_range=(0.2, 0.2), effect_type="darken")),
+    _recipe("outside_gradient", "lowlight",
+            ("Illumination", dict(mode="linear", intensity_range=(0.2, 0.2), effect_type="darken")),
             _HALF_LIGHT, ("ShotNoise", dict(scale_range=(0.01, 0.01)))),
     _recipe("outside_tone", "lowlight", ("RandomToneCurve", dict(scale=0.3, per_channel=True)), _THIRD_LIGHT),
 )
 
 # %% ../nbs/71_outside.ipynb #b8a76156
 _SR_1 = (
-    _recipe("outside_lanczos_x2", "sr", ("RandomScale", dict(scale_limit=(-0.5, -0.5), interpolation=LANCZOS)), scale=2),
+    _recipe("outside_lanczos_x2", "sr",
+            ("RandomScale", dict(scale_limit=(-0.5, -0.5), interpolation=LANCZOS)), scale=2),
     _recipe("outside_area_x4", "sr", ("RandomScale", dict(scale_limit=(-0.75, -0.75), interpolation=AREA)), scale=4),
     _recipe("outside_linear_x2_webp", "sr", ("RandomScale", dict(scale_limit=(-0.5, -0.5), interpolation=LINEAR)),
             ("ImageCompression", dict(compression_type="webp", quality_range=(40, 40))), scale=2),
-    _recipe("outside_enlarged", "sr", ("Downscale", dict(scale_range=(0.4, 0.4), interpolation_pair={"downscale": AREA, "upscale": CUBIC}))),
+    _recipe("outside_enlarged", "sr",
+            ("Downscale", dict(scale_range=(0.4, 0.4), interpolation_pair={"downscale": AREA, "upscale": CUBIC}))),
 )
 _APART_1 = (
     Recipe("lit_night", "lowlight", (), group=LIT),
@@ -102,15 +109,16 @@ _APART_1 = (
     Recipe("clean", CLEAN, ()),
 )
 VERSION = 1  # the newest
-RECIPES: Mapping[int, Mapping[str, Recipe]] = {1: {r.name: r for r in (*_DEBLUR_1, *_DENOISE_1, *_WEATHER_1, *_LOWLIGHT_1, *_SR_1, *_APART_1)}}
+_1 = (*_DEBLUR_1, *_DENOISE_1, *_WEATHER_1, *_LOWLIGHT_1, *_SR_1, *_APART_1)
+RECIPES: Mapping[int, Mapping[str, Recipe]] = {1: {r.name: r for r in _1}}
 
 
 def recipes(
     version: int = VERSION,
 ) -> Mapping[str, Recipe]:  # name -> recipe
     "The recipes of a version. Raises `FoundIRError` naming the versions."
-    if version not in RECIPES: raise FoundIRError(f"out-of-distribution recipes of version {version!r}: choose from {', '.join(map(str, RECIPES))}")
-    return RECIPES[version]
+    if version in RECIPES: return RECIPES[version]
+    raise FoundIRError(f"out-of-distribution recipes of version {version!r}: choose from {', '.join(map(str, RECIPES))}")
 
 # %% ../nbs/71_outside.ipynb #23ade98b
 LIBRARY = "2.0.8"  # the release whose pixels the recipes of all versions describe
@@ -119,11 +127,11 @@ LIBRARY = "2.0.8"  # the release whose pixels the recipes of all versions descri
 def _library() -> Any:
     "albumentations, without its update check. Raises `FoundIRError` if it is missing or another release."
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    install = f"pip install albumentations=={LIBRARY}"
     try: import albumentations
-    except ImportError: raise FoundIRError(f"the out-of-distribution benchmark needs albumentations: pip install albumentations=={LIBRARY}") from None
-    if albumentations.__version__ != LIBRARY:
-        raise FoundIRError(f"albumentations {albumentations.__version__}: the recipes were made with {LIBRARY}; pip install albumentations=={LIBRARY}")
-    return albumentations
+    except ImportError: raise FoundIRError(f"the out-of-distribution benchmark needs albumentations: {install}") from None
+    if (found := albumentations.__version__) == LIBRARY: return albumentations
+    raise FoundIRError(f"albumentations {found}: the recipes were made with {LIBRARY}; {install}")
 
 
 @contextmanager
@@ -142,8 +150,9 @@ def damage(
     seed: int,
 ) -> Tensor:  # LQ, (3, H // scale, W // scale), multiples of 1/255
     "Run a recipe's transforms: a pure function of its arguments. Sides must be multiples of the scale."
-    library, scale = _library(), recipe.scale
-    if image.shape[1] % scale or image.shape[2] % scale: raise FoundIRError(f"a picture of {image.shape[2]}x{image.shape[1]} pixels for {recipe.name}: crop its sides to multiples of {scale}")
+    library, scale, (h, w) = _library(), recipe.scale, image.shape[1:]
+    if h % scale or w % scale:
+        raise FoundIRError(f"a picture of {w}x{h} pixels for {recipe.name}: crop its sides to multiples of {scale}")
     steps = [getattr(library, t.name)(p=1, **t.options) for t in recipe.recipe]
     with _portable(): y = library.Compose(steps, seed=seed)(image=np.array(to_pil(image)))["image"]
     return from_pil(Image.fromarray(y))
@@ -226,7 +235,7 @@ def outside_items(
     max_pixels: int = 100_000,  # larger photographs are shrunk, as a whole
     split: str = "test",
 ) -> list[Item]:  # the five categories, then `lit` and `clean`
-    "The out-of-distribution benchmark. Raises `FoundIRError` for a number that can't be, or if the split has no photograph."
+    "The out-of-distribution benchmark. Raises `FoundIRError` for a number that can't be, or an empty split."
     for name, value, least in (("per_category", per_category, 1), ("clean", clean, 0)):
         if value < least: raise FoundIRError(f"{name}={value}: the out-of-distribution benchmark needs {least} or more")
     rows = split_rows(manifest, split, 32).drop_duplicates("path").to_dict("records")
@@ -252,7 +261,8 @@ def _apart(scores: pd.DataFrame) -> dict[str, dict]:
     worst: dict = {}
     for (system, metric), group in scores.dropna(subset="value").groupby(["restorer", "metric"], sort=False):
         least = min(group.value, key=lambda v: oriented(metric, v))
-        for tree, value in ((mean, group.value.mean()), (worst, least)): tree.setdefault(system, {})[metric] = round(float(value), 4)
+        mean.setdefault(system, {})[metric] = round(float(group.value.mean()), 4)
+        worst.setdefault(system, {})[metric] = round(float(least), 4)
     return {"mean": mean, "worst": worst}
 
 

@@ -87,8 +87,8 @@ def outside_part(
     tree: Mapping[str, Any],
 ) -> dict[str, Any]: # in the layout of the whole, for the tables above
     "The out-of-distribution benchmark's metrics. Raises `FoundIRError` if it was not run."
-    if "outside" not in tree: raise FoundIRError("the metrics file holds nothing out of distribution: set `out_of_distribution` in the evaluation's parameters")
-    return {"categories": tree["out_of_distribution"], **tree["outside"]}
+    if "outside" in tree: return {"categories": tree["out_of_distribution"], **tree["outside"]}
+    raise FoundIRError("no scores out of distribution: set `out_of_distribution` in the evaluation's parameters")
 
 def in_and_out(
     tree: Mapping[str, Any],
@@ -98,7 +98,7 @@ def in_and_out(
     parts = {"in": tree} | ({"out": outside_part(tree)} if "outside" in tree else {})
     rows = {(where, c): {s: v[metric] for s, v in systems.items() if metric in v}
             for where, part in parts.items() for c, systems in (part["categories"] | {"mean": part["mean"]}).items()}
-    if not any(rows.values()): raise FoundIRError(f"no values of {metric!r} in the metrics file: evaluate with this metric")
+    if not any(rows.values()): raise FoundIRError(f"no values of {metric!r}: evaluate with this metric")
     return pd.DataFrame(rows).T.rename_axis(index=["distribution", "category"])
 
 def apart_table(
@@ -107,7 +107,9 @@ def apart_table(
 ) -> pd.DataFrame: # index: (group, "mean" or "worst"); one column per system
     "The groups that stand apart. Raises `FoundIRError` as `outside_part` does."
     groups = {g: v for g, v in outside_part(tree).items() if isinstance(v, Mapping) and set(v) == {"mean", "worst"}}
-    return pd.DataFrame({(g, what): {s: v[metric] for s, v in values.items() if metric in v} for g, both in groups.items() for what, values in both.items()}).T
+    rows = {(g, what): {s: v[metric] for s, v in values.items() if metric in v}
+            for g, both in groups.items() for what, values in both.items()}
+    return pd.DataFrame(rows).T
 
 # %% ../nbs/80_report.ipynb #f8f3cd5c
 def control_table(

@@ -98,7 +98,7 @@ def _tensor(picture: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(picture.reshape(h, w, 3)).permute(2, 0, 1).to(like).clamp(0, 1)
 
 class NonLocalMeans:
-    "Bicubic enlargement where needed, then non-local means with a strength that follows the noise found in the picture."
+    "Bicubic enlargement where needed, then non-local means; their strength follows the noise in the picture."
     name = "nlm"
 
     def __init__(
@@ -112,8 +112,8 @@ class NonLocalMeans:
         x = Bicubic()(lq, subtask=subtask)
         sigma = noise(x) / 255 if min(x.shape[-2:]) > 1 else 0.
         if not sigma > 0: return x
-        y = denoise_nl_means(_array(x), h=self.strength * sigma, sigma=sigma, patch_size=5, patch_distance=6, fast_mode=True, channel_axis=-1)
-        return _tensor(y, x)
+        patches = dict(patch_size=5, patch_distance=6, fast_mode=True, channel_axis=-1)
+        return _tensor(denoise_nl_means(_array(x), h=self.strength * sigma, sigma=sigma, **patches), x)
 
 # %% ../nbs/76_restorers.ipynb #d3c861c5
 class Gamma:
@@ -208,7 +208,8 @@ class EncoderRestorer:
 
     def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
         from foundir_v2.vae import features_to_latents
-        return _decoded(self.vae, Bicubic()(lq, subtask=subtask), lambda x: features_to_latents(self.vae, self.unet.encode_lq(x)))
+        latents = lambda x: features_to_latents(self.vae, self.unet.encode_lq(x))
+        return _decoded(self.vae, Bicubic()(lq, subtask=subtask), latents)
 
 # %% ../nbs/76_restorers.ipynb #ad38f482
 class PipelineRestorer:
@@ -291,7 +292,7 @@ def best_by_category(
     items: Sequence[Any], # of the reference photographs, never of the test photographs
     metric: str = "psnr",
 ) -> ByCategory:
-    "Choose the method with the best mean in each category; the first of equals. Raises `FoundIRError` as `compare` does."
+    "Choose the method with the best mean in each category; of equals the first. Raises as `compare` does."
     means = compare(candidates, items, [metric]).groupby(["category", "restorer"], sort=False).value.mean()
     categories = means.index.unique("category")
     best = {c: max(candidates, key=lambda name: oriented(metric, means[c, name])) for c in categories}

@@ -11,9 +11,11 @@ import torch
 
 from foundir_v2.core import FoundIRError, save_image
 from foundir_v2.degrade import OPERATORS, degrade, srgb_to_linear
+from foundir_v2.evaluate import COLUMNS
 from foundir_v2.index import build_manifest
 from foundir_v2.iqa import score
-from foundir_v2.outside import CLEAN, LIT, RECIPES, Recipe, damage, fingerprint, lit, night, outside_items, outside_metrics, recipes, whole, window
+from foundir_v2.outside import (CLEAN, LIT, RECIPES, Recipe, damage, fingerprint, lit, night, outside_items, outside_metrics, recipes,
+                                whole, window)
 from foundir_v2.restorers import make_restorer
 from foundir_v2.stages import import_closure, imported_modules, notebook_source
 from foundir_v2.tasks import CATEGORIES, SUBTASKS
@@ -42,16 +44,19 @@ def benchmark():
 
 def test_training_neither_imports_nor_names_the_library():
     closure = {m for notebook in TRAINING for m in import_closure(notebook_source(notebook), ROOT)}
-    assert {f"foundir_v2/{m}.py" for m in ("tasks", "degrade", "data", "train")} <= closure and "foundir_v2/outside.py" not in closure
+    assert {f"foundir_v2/{m}.py" for m in ("tasks", "degrade", "data", "train")} <= closure
+    assert "foundir_v2/outside.py" not in closure
     for path in [*(ROOT/m for m in closure), ROOT/"foundir_v2/pretrain.py", *TRAINING]:
-        assert "albumentations" not in path.read_text(encoding="utf-8"), f"{path.name} names the library of the out-of-distribution benchmark"
+        assert "albumentations" not in path.read_text(encoding="utf-8"), f"{path.name} names the other benchmark's library"
         if path.suffix == ".py": assert "outside" not in imported_modules(path.read_text(encoding="utf-8"))
 
 
 def test_no_recipe_uses_a_training_operator_and_training_refuses_the_recipes():
     for version in RECIPES.values():
-        assert not {t.name for r in version.values() for t in r.recipe} & set(OPERATORS) and not set(version) & set(SUBTASKS)
-    with pytest.raises(FoundIRError, match="unknown operator 'MotionBlur'"): degrade(picture(0), recipes(1)["outside_motion"], seed=0)
+        assert not {t.name for r in version.values() for t in r.recipe} & set(OPERATORS)
+        assert not set(version) & set(SUBTASKS)
+    motion = recipes(1)["outside_motion"]
+    with pytest.raises(FoundIRError, match="unknown operator 'MotionBlur'"): degrade(picture(0), motion, seed=0)
     with pytest.raises(FoundIRError, match="unknown sub-task"): degrade(picture(0), "outside_motion", seed=0)
 
 
@@ -61,12 +66,15 @@ def test_the_recipes_of_version_1_are_frozen():
 
 
 def test_the_pictures_of_version_1_are_frozen(benchmark):
-    wanted = [.3121, .5934, .3863, .4797, .6041, .3611, .4800, .4357, .5796, .3664, .5117, .3294, .0875, .2222, .1133, .1713,
-              .3038, .5666, .3128, .5933, .0973, .1624, .5934, .3863, .4795, .4357, .4494]
+    wanted = [.3121, .5934, .3863, .4797, .6041, .3611, .4800, .4357, .5796, .3664, .5117, .3294, .0875, .2222, .1133,
+              .1713, .3038, .5666, .3128, .5933, .0973, .1624, .5934, .3863, .4795, .4357, .4494]
     assert [i.lq.mean().item() for i in benchmark] == pytest.approx(wanted, abs=1e-3)
 
 
-@pytest.mark.parametrize("surroundings", [{}, {"PYTHONHASHSEED": "7", "OPENCV_CPU_DISABLE": "AVX512_SKX,AVX2,FMA3", "ATEN_CPU_CAPABILITY": "default", "OPENCV_IPP": "disabled"}], ids=["plain", "older"])
+OLDER = {"PYTHONHASHSEED": "7", "OPENCV_CPU_DISABLE": "AVX512_SKX,AVX2,FMA3", "ATEN_CPU_CAPABILITY": "default", "OPENCV_IPP": "disabled"}
+
+
+@pytest.mark.parametrize("surroundings", [{}, OLDER], ids=["plain", "an older processor"])
 def test_a_fresh_process_makes_the_same_bytes(benchmark, surroundings):
     code = f"""
 import numpy, random, torch
@@ -75,7 +83,8 @@ from foundir_v2.outside import fingerprint, outside_items
 numpy.random.seed(9); random.seed(9); torch.manual_seed(9); torch.set_num_threads({2 if surroundings else 1})
 print(fingerprint(outside_items(build_manifest("data", root="."), ".")))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | surroundings)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | surroundings)
     assert done.returncode == 0, done.stderr[-1500:]
     assert done.stdout.split() == [fingerprint(benchmark)]
 
@@ -85,7 +94,9 @@ def test_the_default_benchmark(benchmark):
     assert {g: groups.count(g) for g in groups} == dict.fromkeys(CATEGORIES, 4) | {LIT: 2, CLEAN: 5}
     damaged = [i for i in benchmark if i.subtask.group in CATEGORIES]
     assert len(damaged) <= 20 and len({i.photo for i in damaged}) == 8, "all test photographs take part"
-    for g in CATEGORIES: assert len({i.photo for i in damaged if i.subtask.group == g}) == len({i.subtask.name for i in damaged if i.subtask.group == g}) == 4
+    for g in CATEGORIES:
+        own = [i for i in damaged if i.subtask.group == g]
+        assert len({i.photo for i in own}) == len({i.subtask.name for i in own}) == 4
     for i in benchmark:
         assert i.gt.shape[1] * i.gt.shape[2] <= 100_000 and i.gt.shape[1:] == i.input.shape[1:]
         assert [n * i.subtask.scale for n in i.lq.shape[1:]] == list(i.gt.shape[1:])
@@ -102,10 +113,11 @@ def test_no_item_depends_on_the_number_of_others(photos):
 
 def test_numbers_that_cannot_be_are_refused(photos):
     manifest, root = photos
-    for wrong, words in [(dict(version=2), "choose from 1"), (dict(per_category=0), "per_category=0"), (dict(clean=-1), "clean=-1"),
-                         (dict(max_pixels=100), "1024"), (dict(split="reference"), "no row of split 'reference'")]:
+    for wrong, words in [(dict(version=2), "choose from 1"), (dict(per_category=0), "per_category=0"),
+                         (dict(clean=-1), "clean=-1"), (dict(max_pixels=100), "1024"), (dict(split="reference"), "no row of split 'reference'")]:
         with pytest.raises(FoundIRError, match=words): outside_items(manifest, root, **wrong)
-    with pytest.raises(FoundIRError, match="crop its sides to multiples of 4"): damage(picture(0, 50, 64), recipes(1)["outside_area_x4"], seed=0)
+    quarter = recipes(1)["outside_area_x4"]
+    with pytest.raises(FoundIRError, match="crop its sides to multiples of 4"): damage(picture(0, 50, 64), quarter, seed=0)
     with pytest.raises(FoundIRError, match="choose one of deblur"): Recipe("r", "sharpen", ())
 
 
@@ -132,9 +144,10 @@ def test_another_release_or_none_of_the_library_is_refused(monkeypatch):
     import albumentations
     assert os.environ["NO_ALBUMENTATIONS_UPDATE"] == "1", "no question to the network"
     monkeypatch.setattr(albumentations, "__version__", "3.0.0")
-    with pytest.raises(FoundIRError, match="3.0.0.*pip install albumentations==2.0.8"): damage(picture(0), recipes(1)["outside_fog"], seed=0)
+    fog, install = recipes(1)["outside_fog"], "pip install albumentations==2.0.8"
+    with pytest.raises(FoundIRError, match=f"3.0.0.*{install}"): damage(picture(0), fog, seed=0)
     monkeypatch.setitem(sys.modules, "albumentations", None)
-    with pytest.raises(FoundIRError, match="pip install albumentations==2.0.8"): damage(picture(0), recipes(1)["outside_fog"], seed=0)
+    with pytest.raises(FoundIRError, match=install): damage(picture(0), fog, seed=0)
 
 
 def test_reading_the_recipes_needs_no_library():
@@ -145,22 +158,25 @@ def test_reading_the_recipes_needs_no_library():
 def test_what_is_published():
     rows = []
     for name, shift in (("input", 0.0), ("ours", 1.0)):
-        for k, (task, category) in enumerate([("outside_fog", "weather"), ("outside_fog", "weather"), ("outside_dim", "lowlight"), ("lit_night", "lowlight"), ("clean", "clean"), ("clean", "clean")]):
-            rows += [(name, category, task, f"p{k}", k, "psnr", 20 + k + shift), (name, category, task, f"p{k}", k, "stlpips", 0.5 - 0.05 * k)]
-    tree = outside_metrics(pd.DataFrame(rows, columns=["restorer", "category", "subtask", "photo", "seed", "metric", "value"]), version=1)
+        for k, task in enumerate(["outside_fog", "outside_fog", "outside_dim", "lit_night", "clean", "clean"]):
+            item = (name, recipes(1)[task].category, task, f"p{k}", k)
+            rows += [(*item, "psnr", 20 + k + shift), (*item, "stlpips", 0.5 - 0.05 * k)]
+    tree = outside_metrics(pd.DataFrame(rows, columns=list(COLUMNS)), version=1)
     assert tree["out_of_distribution"]["weather"]["ours"] == {"psnr": 21.5, "stlpips": 0.475}
     assert list(tree["out_of_distribution"]) == ["weather", "lowlight"], "the groups that stand apart are no categories"
     part = tree["outside"]
     assert part["version"] == 1 and part["items"] == 3 and part["gain"]["lowlight"]["ours"]["psnr"] == [1.0, 1.0, 1.0]
     assert part["mean"]["input"]["psnr"] == pytest.approx((20.5 + 22) / 2), "lit scenes count for nothing in low light"
-    assert part["clean"]["mean"]["ours"]["psnr"] == 25.5 and part["clean"]["worst"]["ours"] == {"psnr": 25.0, "stlpips": 0.3}
+    assert part["clean"]["mean"]["ours"]["psnr"] == 25.5
+    assert part["clean"]["worst"]["ours"] == {"psnr": 25.0, "stlpips": 0.3}
     assert part["lit"]["worst"]["input"]["psnr"] == 23
 
 
 @pytest.fixture(scope="module")
 def shipped(benchmark):
     restorer = make_restorer("pipeline:tiny")
-    return [(i, restorer(i.lq, subtask=i.subtask, seed=i.seed).clamp(0, 1)) for i in benchmark if i.subtask.group in (LIT, CLEAN)]
+    apart = [i for i in benchmark if i.subtask.group in (LIT, CLEAN)]
+    return [(i, restorer(i.lq, subtask=i.subtask, seed=i.seed).clamp(0, 1)) for i in apart]
 
 
 UNTRAINED = "the shipped weights saw no bright patch in the dark and nothing clean in training"

@@ -11,8 +11,8 @@ from foundir_v2.core import FoundIRError
 from foundir_v2.degrade import degrade
 from foundir_v2.evaluate import Pictures, compare, load_pictures, metrics_tree, write_metrics
 from foundir_v2.moe import MoEScheduler
-from foundir_v2.report import (apart_table, before_after, control_table, gate_shares, gates_by_task, gains_table, in_and_out, metrics_table, outside_part, plot_gains, plot_gates, plot_loss,
-                               read_metrics, read_mixture, read_stages, read_steps, record_gates, write_figures)
+from foundir_v2.report import (apart_table, before_after, control_table, gate_shares, gates_by_task, gains_table, in_and_out,
+                               metrics_table, outside_part, plot_gains, plot_gates, plot_loss, read_metrics, read_mixture, read_stages, read_steps, record_gates, write_figures)
 from foundir_v2.restorers import Bicubic, Levels
 
 
@@ -46,15 +46,18 @@ def test_the_table_holds_the_files_numbers_with_the_direction(run):
 def test_in_and_out_of_distribution_stand_side_by_side(run):
     tree = read_metrics(run/"evaluate.json")
     alone = in_and_out(tree)
-    assert list(alone.index) == [("in", c) for c in ("deblur", "weather", "lowlight", "sr", "mean")] and alone.loc[("in", "mean"), "restored"] == tree["mean"]["restored"]["psnr"]
+    assert list(alone.index) == [("in", c) for c in ("deblur", "weather", "lowlight", "sr", "mean")]
+    assert alone.loc[("in", "mean"), "restored"] == tree["mean"]["restored"]["psnr"]
     with pytest.raises(FoundIRError, match="set `out_of_distribution`"): outside_part(tree)
     out = {"weather": {"input": {"psnr": 12.0}, "restored": {"psnr": 14.0}}}
-    tree |= {"out_of_distribution": out, "outside": {"version": 1, "mean": out["weather"], "gain": {"weather": {"restored": {"psnr": [2.0, 1.5, 2.5]}}}, "items": 1,
-                                                     "clean": {"mean": {"restored": {"psnr": 33.0}}, "worst": {"restored": {"psnr": 29.0}}}}}
+    gain = {"weather": {"restored": {"psnr": [2.0, 1.5, 2.5]}}}
+    clean = {"mean": {"restored": {"psnr": 33.0}}, "worst": {"restored": {"psnr": 29.0}}}
+    beside = {"version": 1, "mean": out["weather"], "gain": gain, "items": 1, "clean": clean}
+    tree |= {"out_of_distribution": out, "outside": beside}
     both = in_and_out(tree)
     assert both.loc[("out", "weather"), "restored"] == 14 and both.loc[("in", "sr")].equals(alone.loc[("in", "sr")])
     assert gains_table(outside_part(tree)).loc["weather", "restored"] == "+2.00 [+1.50, +2.50]"
-    assert apart_table(tree).to_dict("index") == {("clean", "mean"): {"restored": 33.0}, ("clean", "worst"): {"restored": 29.0}}
+    assert apart_table(tree).restored.to_dict() == {("clean", "mean"): 33.0, ("clean", "worst"): 29.0}
     with pytest.raises(FoundIRError, match="no values of 'niqe'"): in_and_out(tree, "niqe")
 
 

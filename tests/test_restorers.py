@@ -7,8 +7,9 @@ from hypothesis import given, settings, strategies as st
 
 from foundir_v2.core import FoundIRError, Restorer, save_image
 from foundir_v2.degrade import degrade
-from foundir_v2.restorers import (Bicubic, DarkChannel, FolderRestorer, Gamma, Identity, Levels, NonLocalMeans, PipelineRestorer, SIMPLE, Unsharp, VAEBound,
-                                  best_by_category, chosen_methods, export_inputs, make_restorer, make_restorers)
+from foundir_v2.restorers import (SIMPLE, Bicubic, DarkChannel, FolderRestorer, Gamma, Identity, Levels, NonLocalMeans,
+                                  PipelineRestorer, Unsharp, VAEBound, best_by_category, chosen_methods, export_inputs,
+                                  make_restorer, make_restorers)
 from foundir_v2.tasks import SUBTASKS, subtask
 
 
@@ -89,9 +90,11 @@ def test_the_dark_channel_takes_haze_away():
 def test_the_best_method_is_chosen_in_each_category_and_kept():
     gt = smooth()
     noisy = (gt + 0.1 * torch.randn(gt.shape, generator=torch.Generator().manual_seed(2))).clamp(0, 1)
-    items = [SimpleNamespace(lq=lq, gt=gt, subtask=t, photo="p", seed=k) for t, lq in (("low_light", gt / 8), ("gaussian_noise", noisy)) for k in (1, 2)]
+    damaged = {"low_light": gt / 8, "gaussian_noise": noisy}
+    items = [SimpleNamespace(lq=lq, gt=gt, subtask=t, photo="p", seed=k) for t, lq in damaged.items() for k in (1, 2)]
     best = make_restorers({"classical": "best:bicubic,levels,nlm,gamma"}, items)["classical"]
-    assert chosen_methods({"classical": best, "input": Bicubic()}) == {"classical": {c: m.name for c, m in best.methods.items()}}
+    record = {c: m.name for c, m in best.methods.items()}
+    assert chosen_methods({"classical": best, "input": Bicubic()}) == {"classical": record}
     assert best.methods["denoise"].name == "nlm" and best.methods["lowlight"].name in ("levels", "gamma")
     assert torch.equal(best(noisy, subtask="jpeg"), NonLocalMeans()(noisy))
     for task in (None, "haze"): assert torch.equal(best(noisy, subtask=task), noisy), "nothing was chosen for it"
@@ -238,8 +241,10 @@ def test_systems_of_a_comparison_from_params():
     made = make_restorers({"input": "bicubic", "sharp": {"restorer": "unsharp"}})
     assert list(made) == ["input", "sharp"] and isinstance(made["input"], Bicubic) and isinstance(made["sharp"], Unsharp)
     for wrong, words in [({"a": {}}, "restorer"), ({"a": "bicubik"}, "system 'a'"), ({"a": {"restorer": "bicubic", "start": "lq"}}, "options"),
-                         ({"a": {"restorer": "pipeline:base", "steps": 1}}, "num_inference_steps"), ({"a": "best:levels"}, "reference items"), ({"a": "best:levels,vae:base"}, "vae:base"),
-                         ({"a": "encoder:"}, "encoder:NAME_OR_PATH"), ({"a": {"restorer": "encoder:tiny", "start": "lq"}}, "options")]:
+                         ({"a": {"restorer": "pipeline:base", "steps": 1}}, "num_inference_steps"),
+                         ({"a": "best:levels"}, "reference items"), ({"a": "best:levels,vae:base"}, "vae:base"),
+                         ({"a": "encoder:"}, "encoder:NAME_OR_PATH"),
+                         ({"a": {"restorer": "encoder:tiny", "start": "lq"}}, "options")]:
         with pytest.raises(FoundIRError, match=words): make_restorers(wrong)
 
 
