@@ -184,7 +184,9 @@ def load_base(
 
 def _class_name(source: Path | str, part: str) -> str:
     try: return UNet2DConditionModel.load_config(source, subfolder=part)["_class_name"]
-    except (OSError, KeyError) as e: raise FoundIRError(f"no {part} in {source}: a base model has the folders vae, unet, text_encoder, text_encoder_2, tokenizer, tokenizer_2 and scheduler") from e
+    except (OSError, KeyError) as e:
+        if not isinstance(source, Path): raise FoundIRError(f"can't get {source!r} from the hub (no network, or no such model): give a folder, or one of {', '.join(ASSETS)}") from None
+        raise FoundIRError(f"no {part} in {source}: a base model has the folders vae, unet, text_encoder, text_encoder_2, tokenizer, tokenizer_2 and scheduler") from e
 
 # %% ../nbs/46_base.ipynb #3270c8b0
 def load_tokenizers(

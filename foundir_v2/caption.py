@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAPTION_COLUMNS', 'PROMPT', 'CAPTIONERS', 'Captioner', 'NoCaption', 'SidecarCaptioner', 'read_captions',
-           'CSVCaptioner', 'shipped_captions', 'shorten', 'VLMConfig', 'VLMCaptioner', 'CachedCaptioner',
-           'CaptionerKind', 'captioner_choices', 'make_captioner']
+           'CSVCaptioner', 'shipped_captions', 'shorten', 'VLMConfig', 'CaptionerError', 'VLMCaptioner',
+           'CachedCaptioner', 'CaptionerKind', 'captioner_choices', 'make_captioner']
 
 # %% ../nbs/20_caption.ipynb #7cd3bf9c
 import csv, hashlib, json, re
@@ -144,15 +144,18 @@ class VLMConfig:
     seed: int = 0
 
 # %% ../nbs/20_caption.ipynb #fed27035
+class CaptionerError(FoundIRError):
+    "The captioning model can't be had: no picture will get a caption."
+
 def _load(config: VLMConfig, device: torch.device) -> tuple[Any, Any]:
-    "Processor and model. Raises `FoundIRError` if they can't be had or have no chat template."
+    "Processor and model. Raises `CaptionerError` if they can't be had or have no chat template."
     from transformers import AutoModelForImageTextToText, AutoProcessor
     try:
         processor = AutoProcessor.from_pretrained(config.model)
         model = AutoModelForImageTextToText.from_pretrained(config.model, dtype="auto").to(device).eval()
     except (OSError, ValueError) as e:
-        raise FoundIRError(f"can't load the captioning model {config.model} ({str(e).splitlines()[0]}): name a folder or a model of transformers' image-text-to-text family, or choose no captions") from None
-    if not getattr(processor, "chat_template", None): raise FoundIRError(f"{config.model} has no chat template: choose a model that was tuned on conversations")
+        raise CaptionerError(f"can't load the captioning model {config.model} ({str(e).splitlines()[0]}): name a folder or a model of transformers' image-text-to-text family, or choose no captions") from None
+    if not getattr(processor, "chat_template", None): raise CaptionerError(f"{config.model} has no chat template: choose a model that was tuned on conversations")
     return processor, model
 
 # %% ../nbs/20_caption.ipynb #88240243

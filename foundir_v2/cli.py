@@ -115,21 +115,24 @@ def is_user_error(error: BaseException) -> bool:
 def each_file(
     pairs: list[tuple[Path, Path]], # (input, output)
     work: Callable[[Path, Path], None], # makes one output
+    fatal: tuple[type[Exception], ...] = (), # errors that the next file would meet, too, besides a full disk
 ) -> int: # exit code
     "Call `work` for every pair. Errors of single files among several are reported at the end."
     from foundir_v2.core import DiskFullError
     from tqdm import tqdm
-    failed, full = [], None
+    failed, end = [], None
     with tqdm(total=len(pairs), unit="file", disable=len(pairs) < 2, dynamic_ncols=True) as bar:
         for source, target in pairs:
             try: work(source, target)
-            except DiskFullError as e: full = e; break
+            except (DiskFullError, *fatal) as e:
+                end = e
+                break
             except Exception as e:
                 if len(pairs) == 1 or not is_user_error(e): raise
                 failed.append(str(e))
             bar.update()
     for message in failed: print(f"foundir-v2: {message}", file=sys.stderr)
-    if full: raise full
+    if end: raise end
     if failed: print(f"foundir-v2: {len(failed)} of {len(pairs)} files failed, the others are done", file=sys.stderr)
     return 2 if failed else 0
 
@@ -456,7 +459,7 @@ def add_clean(sub: Any) -> None:
 # %% ../nbs/90_cli.ipynb #15b5d3c1
 def run_caption(args: argparse.Namespace) -> int:
     "`foundir-v2 caption`"
-    from foundir_v2.caption import make_captioner
+    from foundir_v2.caption import CaptionerError, make_captioner
     from foundir_v2.core import atomic_write
     from foundir_v2.targets import Target, check_targets, named
     captioner = make_captioner(args.captioner, args.cache_dir, device=args.device or "auto")
@@ -470,7 +473,7 @@ def run_caption(args: argparse.Namespace) -> int:
         text = captioner(picture)
         print(f"{picture}: {text}")
         with atomic_write(target) as tmp: tmp.write_text(text + "\n", encoding="utf-8")
-    return each_file(pairs, work)
+    return each_file(pairs, work, (CaptionerError,))
 
 def add_caption(sub: Any) -> None:
     p = sub.add_parser("caption", help="describe pictures with a vision-language model", description="Write a text file with a caption for each picture.")
@@ -584,7 +587,8 @@ def run_mixture_update(args: argparse.Namespace) -> int:
     des = DataEquilibrium(last or scores, **options, start=last)
     if last: des.load_state_dict({**_recall(rows).state_dict(), "weights": des.weights})
     weights = des.update(scores, args.step)
-    write_mixture([*rows, *mixture_rows(args.step, weights, scores)], args.log)
+    try: write_mixture([*rows, *mixture_rows(args.step, weights, scores)], args.log)
+    except OSError as e: raise type(e)(e.errno, e.strerror, args.log) from None
     print(json.dumps({task: round(weight, 6) for task, weight in weights.items()}))
     return 0
 

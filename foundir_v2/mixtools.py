@@ -16,7 +16,7 @@ from typing import Any
 
 # %% ../nbs/36_mixtools.ipynb #d35ee299
 import numpy as np
-from .core import FoundIRError, atomic_write
+from .core import FoundIRError, atomic_write, naming_full_disk
 from .mixlaw import MixLaw, fit_law, recommend
 from .mixsim import OBJECTIVES, SHIPPED_CURVES, Curves, fit_curves, load_curves, race, regret_table, save_curves
 from .mixture import (DataEquilibrium, Mixture, MixtureError, ReplayMixture, check_scores, check_tasks, mixture_rows, policy_for,
@@ -234,5 +234,5 @@ def replay_file(
     "Convert a recorded mixture into the schedule of another run, from step 0 on."
     with one_line(path): schedule = ReplayMixture(path, stretch)
     rows = [{"step": step, "task": t, "weight": w, "score": None} for step, weights in sorted(schedule.table.items()) for t, w in weights.items()]
-    write_mixture(rows, output)
+    with naming_full_disk(output): write_mixture(rows, output)
     return rows

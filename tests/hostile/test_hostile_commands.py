@@ -72,14 +72,19 @@ def place(template, tmp_path_factory, monkeypatch):
     monkeypatch.undo()
 
 
+def spoken(err):
+    "Lines on stderr, without progress bars."
+    lines = [line.rpartition('\r')[2] for line in err.splitlines()]
+    return [line for line in lines if line.strip() and '%|' not in line]
+
+
 def attempt(argv, capsys):
-    "Exit code, lines on stderr without progress bars, fault."
+    "Exit code, lines on stderr, fault."
     capsys.readouterr()
     try: code = cli.main([str(a) for a in argv])
     except SystemExit as e: return e.code, [], 'the command line itself was refused'
     except BaseException as e: return None, [], f'{type(e).__name__}: {e}'
-    lines = [line.rpartition('\r')[2] for line in capsys.readouterr().err.splitlines()]
-    return code, [line for line in lines if line.strip() and '%|' not in line], ''
+    return code, spoken(capsys.readouterr().err), ''
 
 
 def judge(before, after, result, may_change=lambda name: False, may_fail=True, must_fail=False):
@@ -396,7 +401,7 @@ def test_a_full_disk(place, tally, small_disk, capsys, full):
         for folder, side in (('big', 96), ('many', 8)):
             os.mkdir(folder)
             for i in range(12 if side == 96 else 200): pixels(i, side).save(f'{folder}/{i}.jpg', quality=95)
-        free = 40 if ' big ' in line else 0
+        free = 40 if 'big {}/out' in line else 0
         (small_disk / 'ballast').write_bytes(bytes(max(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - 1024 * free, 0)))
         result = attempt(line.format(small_disk).split() + ['--device', 'cpu'] * line.startswith('restore'), capsys)
         code, lines, fault = result
@@ -416,7 +421,7 @@ def test_a_hub_out_of_reach(place, tally, snap, words, full):
     before, begin = snap(here), time.monotonic()
     env = os.environ | {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(here.parent / 'hub'), 'PYTHONPATH': str(ROOT)}
     done = subprocess.run([sys.executable, '-m', 'foundir_v2.cli', *words.split()], capture_output=True, text=True, env=env, timeout=300)
-    result = done.returncode, done.stderr.splitlines(), ''
+    result = done.returncode, spoken(done.stderr), ''
     tally.held(words, judge(before, snap(here), result, must_fail=True))
     assert time.monotonic() - begin < 240  # the client alone would take 150 s and more, this takes as long as the imports
 
