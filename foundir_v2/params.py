@@ -124,8 +124,6 @@ def stage_problems(
     names = [n for some in tasks.values() for n in some]
     if bad := indivisible(config.reference_size, names):
         yield f"mixture.reference_size {config.reference_size} is not a multiple of the scale of {', '.join(bad)}"
-    if (most := max(map(len, tasks.values()))) > config.reference_per_task:
-        yield f"mixture.reference_per_task {config.reference_per_task} is too few: choose at least {most}, one per sub-task"
 
 def training_problems(
     params: Mapping[str, Mapping[str, Any]], # each section is fine on its own

@@ -36,7 +36,7 @@ from .config import describe
 from .core import FoundIRError, atomic_write, generator, pick_device, pick_dtype
 from .data import RestorationDataset, collate
 from .index import load_manifest
-from .mixture import MixtureError, write_mixture
+from .mixture import MixtureError, mixture_rows, round_scores, write_mixture
 from .process import exit_with_parent
 from .sampler import Draw, MixtureSampler
 from .score import reference_set, restore_batch, score_items
@@ -136,8 +136,9 @@ class Feed:
         self.sampler.load_state_dict(state["sampler"])
 
     def rebalance(self, restore_fn) -> dict[str, Any]:
-        "Score the reference set and update the mixture: weights from now on, and the scores."
-        scores = score_items(restore_fn, self.items, self.config.score, rank=self.rank, world_size=self.world_size, gather=gather_object)
+        "Score the reference set and update the mixture: weights from now on, and the items' scores, rounded as the rule saw them."
+        ranks = dict(rank=self.rank, world_size=self.world_size, gather=gather_object)
+        scores = round_scores(score_items(restore_fn, self.items, self.config.score, **ranks))
         return dict(weights=self.mixture.update(scores, self.step), scores=scores)
 
 # %% ../nbs/62_train.ipynb #ebc83e23
@@ -327,8 +328,12 @@ class TrainLog:
             if self.live: self._live(record)
 
     def _live(self, record: dict[str, Any]) -> None:
-        names = {"step": ("loss", "grad_norm", "lr"), "mixture": ("weights", "scores")}[record["kind"]]
-        flat = {f"{n}/{k}" if k else n: v for n in names for k, v in (record[n].items() if isinstance(record[n], dict) else [("", record[n])])}
+        if record["kind"] == "mixture":
+            rows = mixture_rows(record["step"], record["weights"], record["scores"])
+            flat = {f"{name}/{r['task']}": r[name] for name in ("weight", "score", "spread") for r in rows if name in r}
+        else:
+            rates = {f"lr/{group}": rate for group, rate in record["lr"].items()}
+            flat = {"loss": record["loss"], "grad_norm": record["grad_norm"], **rates}
         self.live.step = record["step"]
         for name, value in flat.items(): self.live.log_metric(name, value)
         self.live.sync()
@@ -377,8 +382,8 @@ class TrainResult:
 
     @property
     def mixture(self) -> list[dict[str, Any]]:
-        "Rows step, task, weight (from this step on), score (at this step, higher is better)."
-        return [dict(step=r["step"], task=t, weight=w, score=r["scores"][t]) for r in self.log if r["kind"] == "mixture" for t, w in r["weights"].items()]
+        "Rows step, task, weight (from this step on), score (at this step, the mean of its items; higher is better) and its items' spread."
+        return [row for r in self.log if r["kind"] == "mixture" for row in mixture_rows(r["step"], r["weights"], r["scores"])]
 
 # %% ../nbs/62_train.ipynb #69097f1b
 def write_output(

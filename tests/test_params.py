@@ -32,10 +32,10 @@ def test_the_file_is_fine(): check_params(PARAMS, ROOT)
     (dict(mixture__options__alfa=1), "train_stage2: policy des has no option alfa"), (dict(mixture__options__alpha=-1), "train_stage2: mixture: alpha is -1"), (dict(mixture__options__alpha=None), "alpha"),
     (dict(mixture__policy="replay", mixture__options=dict(table="schedules/none.csv")), "none.csv"), (dict(mixture__tasks=dict(dehaze=["haze"])), "train_stage2: no score metric for dehaze"),
     (dict(mixture__start=dict.fromkeys(FIVE, .3)), "train_stage0, train_stage1, train_stage2: start sum to 1.5"), (dict(mixture__reference_size=136, mixture__tasks=dict(sr=["sr_x4"]), train_stage0__proportions=None, mixture__score=dict(sr="psnr")), None),
-    (dict(mixture__reference_per_task=6), "mixture.reference_per_task 6 is too few: choose at least 7"), (dict(train_stage0__proportions=dict(sr=1.0)), "train_stage0: proportions of deblur"),
+    (dict(mixture__reference_per_task=0), "mixture.reference_per_task: expected a whole number from 1"), (dict(train_stage0__proportions=dict(sr=1.0)), "train_stage0: proportions of deblur"),
     (dict(train_stage1__update_every=3), "train_stage1: expected one of the keys"), (dict(train_stage1__lq_encoder_learning_rate=1e-3), "train_stage1: lq_encoder_learning_rate is for stage 2"),
     (dict(train_stage2__conditioning_init="identity"), "train_stage2: conditioning_init: identity would undo"), (dict(train_stage2__steps=0), "train_stage2: steps=0"),
-    (dict(evaluate__systems__input="bicubc"), "evaluate.systems.input: expected identity, bicubic"), (dict(evaluate__systems__restored__strat="lq"), "unknown option strat"), (dict(evaluate__control="nobody"), "evaluate.control"),
+    (dict(evaluate__systems__input="bicubc"), "evaluate.systems.input: unknown restorer 'bicubc': choose identity, bicubic"), (dict(evaluate__systems__restored__strat="lq"), "unknown option strat"), (dict(evaluate__control="nobody"), "evaluate.control"),
     (dict(evaluate__subtasks=["haze"]), "report.gate_subtasks: motion_blur, gaussian_noise"), (dict(evaluate__size=1001), "evaluate.size: .* multiple of 8"), (dict(report__headline="musiq"), "report.headline: musiq is not in the evaluation"),
     (dict(report__columns=["input", "restord"]), "report.columns: restord"), (dict(report__gate_model="trained"), "report.gate_model"), (dict(evaluate__split="tests"), "evaluate.split: expected one of")], ids=str)
 def test_each_mistake_is_named(settings, words):

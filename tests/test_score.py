@@ -35,7 +35,16 @@ def test_reference_set_is_fixed_and_balanced(items):
     assert any(not torch.equal(x.lq, y.lq) for x, y in zip(a["denoise"], c["denoise"]))
     assert all(x.input.shape == x.gt.shape == (3, 64, 64) for v in a.values() for x in v)
     assert len({x.seed for x in a["denoise"]}) == 3
-    with pytest.raises(FoundIRError, match="denoise"): items(per_task=1)
+    with pytest.raises(FoundIRError, match="reference_per_task=0"): items(per_task=0)
+
+
+def test_many_subtasks_share_the_items(items):
+    names = [f"task{i}" for i in range(14)]
+    drawn = [sc.drawn_subtasks("weather", names, 10, seed) for seed in range(20)]
+    assert all(len(set(d)) == 10 and d == sorted(d, key=names.index) for d in drawn)
+    assert sc.drawn_subtasks("weather", names, 10, 3) == drawn[3] and len(set(map(tuple, drawn))) > 10
+    assert {n for d in drawn for n in d} == set(names) and sc.drawn_subtasks("weather", names, 14, 0) == names
+    assert all(len(some) == 1 for some in items(per_task=1).values())
 
 
 def test_psnr_is_that_of_pyiqa():
@@ -54,17 +63,18 @@ def test_lower_is_better_metrics_are_negated():
 def test_scores_do_not_depend_on_batches_or_ranks(items, model):
     sets, metrics = items(), {"denoise": "psnr", "sr": "psnr"}
     whole = sc.score_items(model, sets, metrics)
-    assert sc.score_items(model, sets, metrics, batch_size=2) == pytest.approx(whole, abs=1e-3)
+    near = lambda scores: all(scores[t] == pytest.approx(whole[t], abs=1e-3) for t in sets)
+    assert near(sc.score_items(model, sets, metrics, batch_size=2))
     values = [v for rank in (0, 1) for v in sc.item_scores(model, sets, metrics, rank=rank, world_size=2)]
-    assert sc.score_items(model, sets, metrics, rank=0, world_size=2, gather=lambda _: values) == pytest.approx(whole, abs=1e-3)
+    assert near(sc.score_items(model, sets, metrics, rank=0, world_size=2, gather=lambda _: values))
 
 
-def test_score_is_the_mean_of_its_items(items):
+def test_every_item_has_its_score(items):
     sets = items()
     scores = sc.score_items(lambda x, seeds: x, sets, {"denoise": "psnr", "sr": "psnr"})
-    for t, v in sets.items(): assert scores[t] == pytest.approx(sum(sc.psnr(i.input, i.gt) for i in v) / len(v), abs=1e-4)
+    for t, v in sets.items(): assert scores[t] == pytest.approx([sc.psnr(i.input, i.gt) for i in v], abs=1e-4)
     perfect = sc.score_items(lambda x, seeds: torch.stack([next(i.gt for v in sets.values() for i in v if i.seed == s) for s in seeds]), sets, {"denoise": "psnr", "sr": "psnr"})
-    assert perfect == pytest.approx({"denoise": 80, "sr": 80}, abs=.1)
+    assert all(v == pytest.approx([80] * len(sets[t]), abs=.1) for t, v in perfect.items())
 
 
 def test_restoration_depends_on_picture_and_seed_only(items, model):

@@ -1,5 +1,5 @@
 "Training: the loss follows the noise schedule, the mixture follows the scores, and nothing that happens to the process changes the result."
-import csv, gc, json, os, signal, subprocess, sys, time, weakref
+import csv, gc, json, os, signal, statistics, subprocess, sys, time, weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from foundir_v2 import train as tr
 from foundir_v2.base import load_base
 from foundir_v2.checkpoint import SEAL, Checkpoints, broken_seal, only_writer
 from foundir_v2.core import FoundIRError, generator
+from foundir_v2.mixture import replay_scores
 from small_training import TASKS, config, equal, weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,6 +245,20 @@ def test_weights_in_the_csv_follow_from_its_scores(bench, tmp_path):
     assert policy.weights != dict.fromkeys(TASKS, 1 / 3)
 
 
+def test_weights_in_the_log_follow_from_the_scores_of_its_images(bench, tmp_path):
+    options = dict(alpha=.5, floor=.1, max_step=10., score_scale="zscore")
+    c = config(bench, tmp_path, stage=2, steps=8, update_every=2, learning_rate=1e-2, options=options)
+    result = tr.train(c)
+    records = [r for r in tr.read_log(result.output / "log.jsonl") if r["kind"] == "mixture"]
+    assert all(len(images) == c.reference_per_task for r in records for images in r["scores"].values())
+    replayed = replay_scores(tr.build_mixture(c), records)
+    assert [r["weights"] for r in replayed] == [r["weights"] for r in records]  # bit for bit
+    assert records[-1]["weights"] != dict.fromkeys(TASKS, 1 / 3)
+    for row in result.mixture:
+        images = next(r["scores"][row["task"]] for r in records if r["step"] == row["step"])
+        assert row["score"] == pytest.approx(statistics.mean(images)) and row["spread"] == pytest.approx(statistics.stdev(images))
+
+
 def test_scores_come_from_the_averaged_weights(bench, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(tr, "restore_batch", lambda unet, *a: seen.append({k: v.clone() for k, v in unet.state_dict().items()}) or a[3].clamp(0, 1))
@@ -369,14 +384,19 @@ def test_infinite_gradients_are_the_gradient_scalers_business_in_fp16(bench, tmp
 
 def test_weights_that_overflow_are_not_published(bench, tmp_path):
     "The gradients are finite, the step is not: Adam's first step moves every weight by the learning rate, float32 ends at 3.4e38."
-    refuses(config(bench, tmp_path, stage=1, steps=1, warmup_steps=0, learning_rate=1e39), "not finite after step 1")
+    c = config(bench, tmp_path, stage=1, steps=1, warmup_steps=0)
+    object.__setattr__(c, "learning_rate", 1e39)  # a configuration refuses it
+    refuses(c, "not finite after step 1")
     assert not (tmp_path / "out").exists() and not list((tmp_path / "runs").glob("*/step-*"))
 
 
-@pytest.mark.parametrize("field", ["learning_rate", "weight_decay", "alpha", "noise_offset", "max_grad_norm", "ema_decay", "floor", "adam_eps"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_that_are_none_are_refused_by_name(bench, tmp_path, field, value):
-    with pytest.raises(FoundIRError, match=rf"{field}: expected a finite number"): config(bench, tmp_path, **{field: value})
+def test_numbers_that_are_none_are_refused_by_name(bench, tmp_path, value):
+    for field in ("learning_rate", "weight_decay", "noise_offset", "max_grad_norm", "ema_decay", "adam_eps"):
+        with pytest.raises(FoundIRError, match=rf"{field}: expected a number .*, got -?(nan|inf)"): config(bench, tmp_path, **{field: value})
+    for option in ("alpha", "floor", "max_step"):
+        options = dict(alpha=.5) | {option: value}
+        with pytest.raises(FoundIRError, match=rf"{option}.* -?(nan|inf), expected"): tr.build_mixture(config(bench, tmp_path, update_every=2, options=options))
 
 
 def test_ctrl_c_is_one_line_and_130(bench, tmp_path):
