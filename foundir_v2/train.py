@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['draw_noise', 'prediction_target', 'decoder_gain', 'sample_losses', 'SeededDataset', 'Feed', 'Denoiser',
            'LatentReader', 'build_unet', 'parameter_groups', 'make_accelerator', 'not_finite', 'Learner', 'split_batch',
-           'TrainLog', 'read_log', 'TrainResult', 'write_output', 'input_files', 'run_folder', 'check_output',
-           'train_steps', 'remove_run', 'train', 'reference_pictures', 'parser', 'main']
+           'TrainLog', 'read_log', 'write_log', 'TrainResult', 'write_output', 'input_files', 'run_folder',
+           'check_output', 'train_steps', 'remove_run', 'train', 'reference_pictures', 'parser', 'main']
 
 # %% ../nbs/62_train.ipynb #9bb0cf7c
 import argparse, hashlib, json, os, re, shutil, sys
@@ -361,6 +361,13 @@ def read_log(
         try: records.append(json.loads(line))
         except json.JSONDecodeError: break
     return records
+
+def write_log(
+    records: Sequence[dict[str, Any]],
+    path: str | Path, # a JSONL file; it is replaced
+) -> None:
+    "Write records as `read_log` reads them, completely or not at all."
+    with atomic_write(path) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
 
 # %% ../nbs/62_train.ipynb #8a96c627
 @dataclass(frozen=True)

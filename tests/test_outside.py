@@ -21,7 +21,7 @@ from foundir_v2.stages import import_closure, imported_modules, notebook_source
 from foundir_v2.tasks import CATEGORIES, SUBTASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINING = [ROOT/f"nbs/pipeline/train_stage{i}.ipynb" for i in range(3)]
+TRAINING = [ROOT/"nbs/pipeline/train.ipynb"]
 
 
 def picture(seed, h=48, w=64):

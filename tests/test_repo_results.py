@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from foundir_v2.config import load_params, load_yaml
-from foundir_v2.mixture import read_mixture
+from foundir_v2.config import from_dict, load_params, load_yaml
+from foundir_v2.mixture import mixture_rows, read_mixture, replay_scores
 from foundir_v2.tasks import CATEGORIES
 from foundir_v2.train import TrainConfig, build_mixture
 
@@ -16,20 +16,22 @@ LOCK = load_yaml(ROOT / "dvc.lock")["stages"]
 def recorded(stage, path): return next(o["md5"] for o in LOCK[stage]["outs"] if o["path"] == path)
 
 
-@pytest.mark.parametrize("stage, path", [("evaluate", "metrics/evaluate.json"), ("train_stage2", "metrics/mixture.csv")])
+@pytest.mark.parametrize("stage, path", [("evaluate", "metrics/evaluate.json"), ("train_stage2", "metrics/mixture.csv"), ("train_stage2", "metrics/mixture.jsonl")])
 def test_results_are_those_of_the_recorded_run(stage, path):
     assert hashlib.md5((ROOT / path).read_bytes()).hexdigest() == recorded(stage, path)
 
 
 def test_the_recorded_mixture_follows_from_its_scores():
-    section = LOCK["train_stage2"]["params"]["params.yaml"]["mixture"]  # of the run that made it, whatever params.yaml says now
-    policy, rows = build_mixture(TrainConfig(stage=2, steps=1, **section)), read_mixture(ROOT / "metrics/mixture.csv")
-    steps = sorted({r["step"] for r in rows})
-    assert len(steps) >= 6, "the first scores and five updates"
-    for step in steps:
-        at = {r["task"]: r for r in rows if r["step"] == step}
-        assert policy.update({t: r["score"] for t, r in at.items()}, step) == pytest.approx({t: r["weight"] for t, r in at.items()}, abs=1e-12)
-    assert len({tuple(r["weight"] for r in rows if r["step"] == s) for s in steps}) >= 5
+    keys = LOCK["train_stage2"]["params"]["params.yaml"]  # of the run that made it, whatever params.yaml says now
+    section = {k.removeprefix("mixture."): v for k, v in keys.items() if k.startswith("mixture.")}
+    policy = build_mixture(from_dict(TrainConfig, section | dict(stage=2, steps=1, update_every=1)))
+    records = [json.loads(line) for line in (ROOT / "metrics/mixture.jsonl").read_text().splitlines()]
+    assert len(records) >= 6, "the first scores and five updates"
+    replayed = replay_scores(policy, records)
+    assert replayed == [dict(step=r["step"], weights=r["weights"]) for r in records], "bit for bit"
+    assert len({tuple(r["weights"].values()) for r in records}) >= 3
+    rows = read_mixture(ROOT / "metrics/mixture.csv")
+    assert rows == [row for r in records for row in mixture_rows(r["step"], r["weights"], r["scores"])]
 
 
 def test_the_metrics_are_complete():

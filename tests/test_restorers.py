@@ -240,11 +240,11 @@ def test_the_bound_of_the_shipped_base_model():
 def test_systems_of_a_comparison_from_params():
     made = make_restorers({"input": "bicubic", "sharp": {"restorer": "unsharp"}})
     assert list(made) == ["input", "sharp"] and isinstance(made["input"], Bicubic) and isinstance(made["sharp"], Unsharp)
-    for wrong, words in [({"a": {}}, "restorer"), ({"a": "bicubik"}, "system 'a'"), ({"a": {"restorer": "bicubic", "start": "lq"}}, "options"),
+    for wrong, words in [({"a": {}}, "restorer"), ({"a": "bicubik"}, "system 'a'"), ({"a": {"restorer": "bicubic", "start": "lq"}}, "unknown option start"),
                          ({"a": {"restorer": "pipeline:base", "steps": 1}}, "num_inference_steps"),
                          ({"a": "best:levels"}, "reference items"), ({"a": "best:levels,vae:base"}, "vae:base"),
                          ({"a": "encoder:"}, "encoder:NAME_OR_PATH"),
-                         ({"a": {"restorer": "encoder:tiny", "start": "lq"}}, "options")]:
+                         ({"a": {"restorer": "encoder:tiny", "start": "lq"}}, "unknown option start")]:
         with pytest.raises(FoundIRError, match=words): make_restorers(wrong)
 
 
