@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VAE_RECIPE', 'PRIOR_RECIPE', 'CAPTIONS', 'photographs', 'power_law', 'dead_leaves', 'Crops', 'CropPool',
-           'PretrainConfig', 'vae_loss', 'pretrain_vae', 'diffusion_target', 'PriorLoss', 'pretrain_prior']
+           'PretrainConfig', 'vae_loss', 'pretrain_vae', 'PriorLoss', 'pretrain_prior']
 
 # %% ../nbs/47_pretrain.ipynb #679df30d
 import math
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .base import Base, encode_prompts, micro_conditioning, training_scheduler
 from .core import FoundIRError, atomic_write, autocast, from_pil, generator, hash_seed, load_image, pick_dtype, to_pil
 from .fetch import read_sources
+from .objective import prediction_target, sample_losses
 from .vae import PatchAutoencoderKL, pca_init
 
 # %% ../nbs/47_pretrain.ipynb #ee07d144
@@ -236,18 +237,6 @@ def pretrain_vae(
 PRIOR_RECIPE = PretrainConfig(steps=6000, lr=2e-3, warmup=200, crop=96, weight_decay=1e-2, ema_decay=0.999)
 CAPTIONS = ("a photograph", "dead leaves", "") # of a photograph, of dead leaves, dropped
 
-def diffusion_target(
-    noise_scheduler, # as from `base.training_scheduler`
-    latents: Tensor, # (B, C, h, w)
-    noise: Tensor,
-    timesteps: Tensor, # (B,)
-) -> Tensor:
-    "What the U-Net should predict, by the scheduler's `prediction_type`."
-    kind = noise_scheduler.config.prediction_type
-    if kind == "epsilon": return noise
-    if kind == "v_prediction": return noise_scheduler.get_velocity(latents, noise, timesteps)
-    raise FoundIRError(f"prediction_type {kind!r}: choose epsilon or v_prediction")
-
 # %% ../nbs/47_pretrain.ipynb #0b500e72
 class PriorLoss:
     "The prior's loss as a function of the step."
@@ -265,7 +254,7 @@ class PriorLoss:
         noisy = self.scheduler.add_noise(latents, noise, timesteps).to(memory_format=torch.channels_last)
         with autocast(self.unet.device, self.dtype):
             out = self.unet(noisy, timesteps, self.embeds[caption], added_cond_kwargs=dict(text_embeds=self.pooled[caption], time_ids=crops.time_ids)).sample
-        return F.l1_loss(out.float(), diffusion_target(self.scheduler, latents, noise, timesteps))
+        return sample_losses(out, prediction_target(self.scheduler, latents, noise, timesteps)).mean()
 
 # %% ../nbs/47_pretrain.ipynb #6c2612b2
 def pretrain_prior(

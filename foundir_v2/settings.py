@@ -22,6 +22,7 @@ from .config import (ConfigError, OneOf, check_fields, declarations, describe, f
 from .core import FoundIRError
 from .iqa import METRICS
 from .mixture import POLICIES, FixedMixture, Mixture, MixtureError, check_weights, policy_for, policy_options
+from .objective import LOSSES
 from .tasks import SUBTASKS, by_category
 
 # %% ../nbs/61_settings.ipynb #0c216ee8
@@ -33,7 +34,7 @@ Rate = Annotated[float, Interval(gt=0, le=1)] # of learning
 Decay = Annotated[float, Interval(ge=0, lt=1)]
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 SubTasks = Annotated[list[Annotated[str, OneOf(SUBTASKS)]], MinLen(1)]
-Loss = Literal["l1", "l2", "rmse", "psnr"] # rmse, psnr: root or logarithm of the error that the decoder makes of it
+Loss = Annotated[str, OneOf(LOSSES)] # rmse, psnr: root or logarithm of the error that the decoder makes of it
 
 # %% ../nbs/61_settings.ipynb #64e3159e
 @dataclass(frozen=True)
