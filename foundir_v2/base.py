@@ -185,8 +185,11 @@ def load_base(
 def _class_name(source: Path | str, part: str) -> str:
     try: return UNet2DConditionModel.load_config(source, subfolder=part)["_class_name"]
     except (OSError, KeyError) as e:
-        if not isinstance(source, Path): raise FoundIRError(f"can't get {source!r} from the hub (no network, or no such model): give a folder, or one of {', '.join(ASSETS)}") from None
-        raise FoundIRError(f"no {part} in {source}: a base model has the folders vae, unet, text_encoder, text_encoder_2, tokenizer, tokenizer_2 and scheduler") from e
+        if not isinstance(source, Path):
+            raise FoundIRError(f"can't get {source!r} from the hub (no network, or no such model): "
+                               f"give a folder, or one of {', '.join(ASSETS)}") from None
+        raise FoundIRError(f"no {part} in {source}: a base model has the folders vae, unet, text_encoder, "
+                           "text_encoder_2, tokenizer, tokenizer_2 and scheduler") from e
 
 # %% ../nbs/46_base.ipynb #3270c8b0
 def load_tokenizers(
@@ -204,10 +207,11 @@ def load_tokenizers(
 def on_hub(
     path_or_name: str | Path, # as `resolve_model`
 ) -> bool:
-    "Does a model, or the base that a restorer's folder names, come from the hub? Raises `FoundIRError` as `resolve_model` does."
+    "Does a model, or the base that a restorer's folder names, come from the hub? Raises as `resolve_model` does."
     source = resolve_model(path_or_name)
-    recipes = [source / name for name in ("pipeline.json", "config.json") if isinstance(source, Path) and (source / name).is_file()]
-    if not recipes: return not isinstance(source, Path)
+    if not isinstance(source, Path): return True
+    recipes = [source / name for name in ("pipeline.json", "config.json") if (source / name).is_file()]
+    if not recipes: return False
     try: base = json.loads(recipes[0].read_text(encoding="utf-8")).get("base", "base")
     except (ValueError, AttributeError): return False # loading says what is wrong
     return not isinstance(resolve_model(base), Path)

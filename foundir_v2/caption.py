@@ -154,8 +154,10 @@ def _load(config: VLMConfig, device: torch.device) -> tuple[Any, Any]:
         processor = AutoProcessor.from_pretrained(config.model)
         model = AutoModelForImageTextToText.from_pretrained(config.model, dtype="auto").to(device).eval()
     except (OSError, ValueError) as e:
-        raise CaptionerError(f"can't load the captioning model {config.model} ({str(e).splitlines()[0]}): name a folder or a model of transformers' image-text-to-text family, or choose no captions") from None
-    if not getattr(processor, "chat_template", None): raise CaptionerError(f"{config.model} has no chat template: choose a model that was tuned on conversations")
+        raise CaptionerError(f"can't load the captioning model {config.model} ({str(e).splitlines()[0]}): name a folder "
+                             "or a model of transformers' image-text-to-text family, or choose no captions") from None
+    if not getattr(processor, "chat_template", None):
+        raise CaptionerError(f"{config.model} has no chat template: choose a model that was tuned on conversations")
     return processor, model
 
 # %% ../nbs/20_caption.ipynb #88240243

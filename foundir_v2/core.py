@@ -67,7 +67,8 @@ def _writable_name(path: Path) -> Path:
     except OSError as e:
         advice = {errno.ENAMETOOLONG: "choose a shorter name", errno.EISDIR: "choose the name of a file"}
         what = advice.get(e.errno, "choose a folder that you may write to")
-        reason = os.strerror(errno.ENOTDIR) if isinstance(e, FileExistsError) else e.strerror or e  # a file where its folder would be
+        in_its_way = isinstance(e, FileExistsError)  # a file, where its folder would be
+        reason = os.strerror(errno.ENOTDIR) if in_its_way else e.strerror or e
         raise PermissionError(f"can't write {path}: {reason}; {what}") from None
     return tmp
 
@@ -75,7 +76,7 @@ def _writable_name(path: Path) -> Path:
 def atomic_write(
     path: str | Path, # the file to write; its folder is made if missing
 ) -> Iterator[Path]: # a temporary path in the same folder, renamed to `path` on success, removed on failure
-    "Write a file completely or not at all. Raises a one-line `PermissionError` where it can't be written, `DiskFullError` without room."
+    "Write a file completely or not at all. Raises a one-line `PermissionError`, or `DiskFullError` without room."
     path = Path(path)
     with naming_full_disk(path):
         tmp = _writable_name(path)

