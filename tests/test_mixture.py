@@ -524,9 +524,37 @@ def test_replay_of_odd_tables(tmp_path):
     for bad in (0, -3, "32"):
         with pytest.raises(MixtureError, match="samples_per_step"): released_schedule(list("abcde"), bad)
 
-def test_import_is_light():
-    code = "import sys, foundir_v2.mixture; sys.exit(bool({'torch', 'pandas', 'scipy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+ROOMS = ("mixchecks", "policy", "schedules", "simplex", "online", "mixture")
+NAMES = """
+Check DataEquilibrium ExcessLossMixture FixedMixture IncrementalMixture LARGEST Mixture MixtureError
+MixtureState OnlineDataMixing POLICIES ProportionalMixture RELEASED_PHASES ReplayMixture SCORE_DIGITS
+SCORE_SCALES SMALLEST ScheduledMixture SequentialMixture SlopeMixture TargetGapMixture TemperatureMixture
+check_boundaries check_names check_number check_score check_scores check_step check_tasks check_weights
+check_whole dead_band empty_or equilibrium_step excesses gaps limit_moves listed make_mixture mean mixture_rows
+paired_error per_task policy_for policy_options project read_mixture record released_schedule replacing
+replay_scores rising round_scores rows_of same same_names schedule_of score_noise shares shown slopes
+squared_error unit_of write_mixture
+"""
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_needs_numpy_and_the_other_rooms_only(room):
+    code = f"import sys, foundir_v2.{room}; print(*{{n if n.startswith('foundir_v2.') else n.split('.')[0] for n in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert not {"torch", "pandas", "scipy", "matplotlib", "fastcore"} & loaded
+    assert {n for n in loaded if n.startswith("foundir_v2.")} <= {f"foundir_v2.{r}" for r in ROOMS}
+
+def test_the_door_hands_on_every_name():
+    import foundir_v2.mixture as door
+    assert [n for n in NAMES.split() if not hasattr(door, n)] == []
+    defined = {n for room in ROOMS for n in __import__(f"foundir_v2.{room}", fromlist=["x"]).__all__}
+    assert [n for n in sorted(defined) if not hasattr(door, n)] == [], "a name of a room that foundir_v2.mixture does not import"
+
+def test_the_table_is_that_of_the_rooms():
+    from foundir_v2.online import ONLINE
+    from foundir_v2.schedules import SCHEDULES
+    assert POLICIES == SCHEDULES | {"des": DataEquilibrium} | ONLINE
+    assert {name for name, policy in POLICIES.items() if not policy.needs_scores} == set(SCHEDULES)
 
 
 def test_rounding_survives_a_replay():
