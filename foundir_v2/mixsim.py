@@ -34,11 +34,13 @@ class Curves:
 
     def __post_init__(self):
         k = len(self.tasks)
-        if not k or len(set(self.tasks)) < k or any(not isinstance(t, str) for t in self.tasks): raise ValueError(f"tasks must be different names, not {reprlib.repr(self.tasks)}")
+        if not k or len(set(self.tasks)) < k or any(not isinstance(t, str) for t in self.tasks):
+            raise ValueError(f"tasks must be different names, not {reprlib.repr(self.tasks)}")
         def numbers(name: str, *shape: int) -> np.ndarray:
             values = np.asarray(getattr(self, name))
             if values.shape != shape or values.dtype.kind not in "fi" or not np.isfinite(values).all():
-                raise ValueError(f"{name} must be finite numbers of shape {shape}, not {reprlib.repr(getattr(self, name))}")
+                given = reprlib.repr(getattr(self, name))
+                raise ValueError(f"{name} must be finite numbers of shape {shape}, not {given}")
             return values
         for name in ("top", "span", "half", "power", "forget", "spread", "wobble"):
             values, positive = numbers(name, k), name in ("span", "half", "power")
@@ -61,7 +63,8 @@ def save_curves(
     source: str = "", # where they come from, for people
 ) -> None:
     "Write the constants as readable JSON."
-    Path(path).write_text(json.dumps({**({"source": source} if source else {}), **asdict(curves)}, indent=1) + "\n", encoding="utf-8")
+    fields = {**({"source": source} if source else {}), **asdict(curves)}
+    Path(path).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 def load_curves(
     path: str | Path, # a file of `save_curves`, or one of `SHIPPED_CURVES`
@@ -106,7 +109,7 @@ def simulate(
     seeds: int = 20, # runs; seed 0, 1, ...
     images: int = 10, # |D_ref| per task
     as_list: bool = False, # give the policy the images' scores instead of their mean
-) -> tuple[np.ndarray, np.ndarray]: # true scores (seeds, updates + 1, k), weights (seeds, updates, k) in force in each stretch
+) -> tuple[np.ndarray, np.ndarray]: # true scores (seeds, updates + 1, k), weights of each stretch (seeds, updates, k)
     "Run a policy on the curves. The first evaluation is before any training."
     policies, tasks = [make_policy() for _ in range(seeds)], curves.tasks
     rngs = [np.random.Generator(np.random.Philox(key=s)) for s in range(seeds)]
@@ -166,12 +169,15 @@ def race(
     as_list: Sequence[str] = (), # names of the policies that want the images' scores
 ) -> list[dict[str, Any]]: # rows policy, seed, value, regret
     "Every policy on the same curves and seeds, against the best fixed mixture."
-    if unknown := [n for n in as_list if n not in policies]: raise ValueError(f"as_list names {', '.join(unknown)}; the policies are {', '.join(policies)}")
+    if unknown := [n for n in as_list if n not in policies]:
+        raise ValueError(f"as_list names {', '.join(unknown)}; the policies are {', '.join(policies)}")
     _, best = best_fixed(curves, updates * interval, kind)
     rows = []
     for name, make in policies.items():
         scores, _ = simulate(curves, make, updates, interval, seeds, images, name in as_list)
-        rows += [{"policy": name, "seed": s, "value": float(v), "regret": float(best - v)} for s, v in enumerate(objective(curves, scores[:, -1], kind))]
+        values = objective(curves, scores[:, -1], kind)
+        rows += [{"policy": name, "seed": s, "value": float(v), "regret": float(best - v)}
+                 for s, v in enumerate(values)]
     return rows
 
 def regret_table(
@@ -181,28 +187,36 @@ def regret_table(
     names = dict.fromkeys(r["policy"] for r in rows)
     regrets = {n: np.array([r["regret"] for r in rows if r["policy"] == n]) for n in names}
     error = lambda r: float(r.std(ddof=1) / np.sqrt(len(r))) if len(r) > 1 else float("nan")
-    return sorted(({"policy": n, "runs": len(r), "regret": float(r.mean()), "error": error(r)} for n, r in regrets.items()), key=lambda row: row["regret"])
+    table = [{"policy": n, "runs": len(r), "regret": float(r.mean()), "error": error(r)} for n, r in regrets.items()]
+    return sorted(table, key=lambda row: row["regret"])
 
 # %% ../nbs/28_mixsim.ipynb #6206ee74
 def log_arrays(
-    rows: Sequence[Mapping[str, Any]], # step, task, weight, score and, if counted, samples since the step before; the weight is in force from that step on
+    rows: Sequence[Mapping[str, Any]], # step, task, weight from then on, score and, if counted, samples until then
     samples_per_step: float | None = None, # batch size of all ranks together; not needed where samples are counted
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]: # tasks, samples (n,), weights (n, k), scores (n, k)
-    "A mixture log as arrays, from sample 0 on. Weights are what was drawn, where that was counted. Raises `ValueError` if a step lacks a task."
+    """A mixture log as arrays, from sample 0 on. Weights are what was drawn, where that was counted.
+
+    Raises `ValueError` if a step lacks a task."""
     if not rows: raise ValueError("the log has no rows")
     tasks = tuple(dict.fromkeys(r["task"] for r in rows))
     table = {(int(r["step"]), r["task"]): r for r in rows}
     steps = sorted({s for s, _ in table})
-    if missing := [(s, t) for s in steps for t in tasks if (s, t) not in table]: raise ValueError(f"the log has no row for step {missing[0][0]}, task {missing[0][1]}")
-    column = lambda name: np.array([[np.nan if table[s, t].get(name) in (None, "") else float(table[s, t][name]) for t in tasks] for s in steps])
+    if missing := [(s, t) for s in steps for t in tasks if (s, t) not in table]:
+        raise ValueError(f"the log has no row for step {missing[0][0]}, task {missing[0][1]}")
+    number = lambda value: np.nan if value in (None, "") else float(value)
+    column = lambda name: np.array([[number(table[s, t].get(name)) for t in tasks] for s in steps])
     weights, scores, counts = column("weight"), column("score"), column("samples")
     if steps[0] > 0: # the run began uniform and unmeasured
         before = np.full((1, len(tasks)), np.nan)
-        steps, weights, scores, counts = [0, *steps], np.vstack([np.full_like(before, 1 / len(tasks)), weights]), np.vstack([before, scores]), np.vstack([before, counts])
+        steps, weights = [0, *steps], np.vstack([np.full_like(before, 1 / len(tasks)), weights])
+        scores, counts = np.vstack([before, scores]), np.vstack([before, counts])
     if np.isfinite(counts[1:]).all() and (counts[1:].sum(1) > 0).all() and len(steps) > 1:
         drawn = counts[1:].sum(1)
-        return tasks, np.concatenate([[0.0], np.cumsum(drawn)]), np.vstack([counts[1:] / drawn[:, None], weights[-1:]]), scores
-    if samples_per_step is None: raise ValueError("the log doesn't count samples: give the number of samples per training step")
+        realised = np.vstack([counts[1:] / drawn[:, None], weights[-1:]])
+        return tasks, np.concatenate([[0.0], np.cumsum(drawn)]), realised, scores
+    if samples_per_step is None:
+        raise ValueError("the log doesn't count samples: give the number of samples per training step")
     return tasks, np.array(steps) * float(samples_per_step), weights, scores
 
 def replay_experience(
@@ -224,25 +238,30 @@ def unpack(
 ) -> Curves:
     "Curves from the vector that the optimiser moves."
     k = len(tasks)
-    rep = lambda v: (float(v),) * k
+    same, each = lambda v: (float(v),) * k, lambda v: tuple(np.asarray(v, float).tolist())
     helps = np.where(np.eye(k, dtype=bool), 1.0, x[-1])
-    return Curves(tuple(tasks), tuple(x[:k].tolist()), tuple(np.exp(x[k:2 * k]).tolist()), tuple(np.exp(x[2 * k:3 * k]).tolist()), rep(np.exp(x[-3])), rep(np.exp(x[-2])),
-                  tuple(map(tuple, helps.tolist())), tuple(np.asarray(spread, float).tolist()), tuple(np.asarray(wobble, float).tolist()))
+    return Curves(tuple(tasks), top=each(x[:k]), span=each(np.exp(x[k:2 * k])), half=each(np.exp(x[2 * k:3 * k])),
+                  power=same(np.exp(x[-3])), forget=same(np.exp(x[-2])), helps=tuple(map(tuple, helps.tolist())),
+                  spread=each(spread), wobble=each(wobble))
 
+# %% ../nbs/28_mixsim.ipynb #f0095302
 def fit_curves(
     rows: Sequence[Mapping[str, Any]], # a mixture log: step, task, weight, score
     samples_per_step: float | None = None, # batch size of all ranks together; not needed where the log counts samples
     images: int = 10, # |D_ref| per task of that log
-    spread: float | Mapping[str, float] = 0.75, # standard deviation between images, which is not in the log: in units of a task's range, or measured per task
+    spread: float | Mapping[str, float] = 0.75, # standard deviation between images, of a task's range or per task
     prior: float = 0.05, # strength of the pull to plain values
 ) -> tuple[Curves, float]: # the curves, root mean square residual relative to each task's range
-    "Least-squares fit of the simulator to a real run (needs scipy). Raises `ValueError` with fewer than 5 scored steps."
+    "Least-squares fit of the simulator to a real run (needs scipy). Raises `ValueError` under 5 scored steps."
     from scipy.optimize import least_squares
     tasks, samples, weights, scores = log_arrays(rows, samples_per_step)
     known = np.isfinite(scores)
-    if known.sum(0).min() < 5: raise ValueError(f"the log scores a task at {known.sum(0).min()} steps; at least 5 are needed to fit a curve")
-    k, total, spans = len(tasks), samples[-1] - samples[0], np.maximum(np.nanmax(scores, 0) - np.nanmin(scores, 0), 1e-6)
-    plain = np.concatenate([np.nanmax(scores, 0) + 0.2 * spans, np.log(1.2 * spans), np.full(k, np.log(total / k / 5)), [np.log(0.5), np.log(0.1 / total), 0.0]])
+    if known.sum(0).min() < 5:
+        raise ValueError(f"the log scores a task at {known.sum(0).min()} steps; at least 5 are needed to fit a curve")
+    k, total, top = len(tasks), samples[-1] - samples[0], np.nanmax(scores, 0)
+    spans = np.maximum(top - np.nanmin(scores, 0), 1e-6)
+    plain = np.concatenate([top + 0.2 * spans, np.log(1.2 * spans), np.full(k, np.log(total / k / 5)),
+                            [np.log(0.5), np.log(0.1 / total), 0.0]])
     between = np.array([float(spread[t]) for t in tasks]) if isinstance(spread, Mapping) else spread * spans
     size = np.concatenate([spans, np.ones(2 * k), [1.0, 3.0, 0.3]])
     def misfit(z):

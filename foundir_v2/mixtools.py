@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from .core import FoundIRError, atomic_write, naming_full_disk
 from .mixlaw import MixLaw, fit_law, recommend
-from .mixsim import OBJECTIVES, SHIPPED_CURVES, Curves, fit_curves, load_curves, race, regret_table, save_curves
-from .mixture import (DataEquilibrium, Mixture, MixtureError, ReplayMixture, check_scores, check_tasks, mixture_rows, policy_for,
-    read_mixture, write_mixture)
+from .mixsim import (OBJECTIVES, SHIPPED_CURVES, Curves, fit_curves, load_curves, race, regret_table,
+                               save_curves)
+from .mixture import (DataEquilibrium, Mixture, MixtureError, ReplayMixture, check_scores, check_tasks,
+                                mixture_rows, policy_for, read_mixture, write_mixture)
 from .viz import plot_mixture
 
 # %% ../nbs/36_mixtools.ipynb #cd336577
@@ -52,7 +53,8 @@ def write_figure(
     "Write a picture, complete or not at all. Raises `FoundIRError` for a format that matplotlib doesn't know."
     import matplotlib.pyplot as plt
     try:
-        with atomic_write(path) as tmp, one_line(path): figure.savefig(tmp, format=Path(path).suffix[1:].lower() or "none", bbox_inches="tight")
+        with atomic_write(path) as tmp, one_line(path):
+            figure.savefig(tmp, format=Path(path).suffix[1:].lower() or "none", bbox_inches="tight")
     finally: plt.close(figure)
 
 def plot_regret(
@@ -62,7 +64,8 @@ def plot_regret(
     "Regret per policy against the best fixed mixture."
     import matplotlib.pyplot as plt
     figure, ax = plt.subplots(figsize=(6, 0.6 + 0.32 * len(rows)))
-    ax.barh([r["policy"] for r in rows], [r["regret"] for r in rows], xerr=[0 if np.isnan(r["error"]) else r["error"] for r in rows], color="C0", height=0.6)
+    errors = [0 if np.isnan(r["error"]) else r["error"] for r in rows]
+    ax.barh([r["policy"] for r in rows], [r["regret"] for r in rows], xerr=errors, color="C0", height=0.6)
     ax.invert_yaxis(); ax.axvline(0, color="0.5", lw=0.8); ax.tick_params(labelsize=8)
     ax.set_xlabel(f"regret against the best fixed mixture ({'score' if kind == 'mean' else '%'}, {kind})", fontsize=8)
     return figure
@@ -82,10 +85,12 @@ def parse_policy(
 
 def as_json(value: str) -> str:
     "A bare word becomes a string; Python's names of constants stay, and are then refused."
-    return json.dumps(value) if re.fullmatch(r"[A-Za-z./~][\w./~-]*", value) and value not in ("true", "false", "null", "True", "False", "None") else value or '""'
+    constants = ("true", "false", "null", "True", "False", "None")
+    bare = re.fullmatch(r"[A-Za-z./~][\w./~-]*", value) and value not in constants
+    return json.dumps(value) if bare else value or '""'
 
 def rest_as_json(rest: str) -> str:
-    "alpha=1,b=[2, 3] -> \"alpha\":1,\"b\":[2, 3]: a comma separates options only where a name and = follow, outside of brackets."
+    "alpha=1,b=[2, 3] -> \"alpha\":1,\"b\":[2, 3]: outside of brackets a comma separates options."
     out, depth, start = [], 0, 0
     for i, c in enumerate(rest + ","):
         depth += (c in "[{") - (c in "]}")
@@ -98,7 +103,7 @@ def rest_as_json(rest: str) -> str:
 
 # %% ../nbs/36_mixtools.ipynb #b5e60cd7
 def read_training_log(
-    path: str | Path, # `log.jsonl` of a training: a record per step (samples per task), and one per update of the mixture
+    path: str | Path, # `log.jsonl` of a training: a record per step (samples per task) and per update of the mixture
 ) -> list[dict[str, Any]]: # rows step, task, weight, score, samples (of that task since the update before)
     "The trajectory of the mixture with what was really drawn. Raises `FoundIRError` if the file is no such log."
     drawn, rows = {}, []
@@ -107,18 +112,21 @@ def read_training_log(
         try:
             record = json.loads(line)
             if record["kind"] == "mixture":
-                rows += [{**row, "samples": drawn.get(row["task"], 0)} for row in mixture_rows(int(record["step"]), record["weights"], check_scores(record["scores"], list(record["weights"])))]
+                scores = check_scores(record["scores"], list(record["weights"]))
+                measured = mixture_rows(int(record["step"]), record["weights"], scores)
+                rows += [{**row, "samples": drawn.get(row["task"], 0)} for row in measured]
                 drawn = {}
             else: drawn = {t: drawn.get(t, 0) + int(c) for t, c in record["samples"].items()}
         except (KeyError, TypeError, AttributeError, ValueError) as e:
-            if n == len(lines) and isinstance(e, json.JSONDecodeError): break # a run that was killed may leave half a line
+            if n == len(lines) and isinstance(e, json.JSONDecodeError):
+                break # a run that was killed may leave half a line
             raise FoundIRError(f"{path}, line {n}: no record of a training log ({type(e).__name__}: {e})") from None
     if not rows: raise FoundIRError(f"{path} holds no update of the mixture: train with update_every above 0")
     return rows
 
 def curves_of_file(
     path: str | Path, # curves (JSON, or a name), or the record of a run (CSV or JSONL) to fit them to
-    samples_per_step: float | None = None, # needed for a CSV that doesn't count samples: batch size of all ranks together
+    samples_per_step: float | None = None, # batch size of all ranks together, for a CSV that doesn't count samples
     images: int = 10, # |D_ref| per task of that run
 ) -> tuple[Curves, float | None]: # the curves, and the relative residual if they were fitted
     "Learning curves for the simulator."
@@ -129,7 +137,8 @@ def curves_of_file(
 
 # %% ../nbs/36_mixtools.ipynb #645bac54
 DEFAULT_RACE = ("fixed", "des:alpha=0.1", "des:alpha=0.3", "des:alpha=1.0", "des:alpha=0.1,score_scale=zscore",
-                "des:alpha=0.3,min_step=5,max_step=10,floor=0.05", "des:alpha=0.3,score_scale=zscore,dead_band=1.8,min_step=5,max_step=10,floor=0.05", "slope")
+                "des:alpha=0.3,min_step=5,max_step=10,floor=0.05",
+                "des:alpha=0.3,score_scale=zscore,dead_band=1.8,min_step=5,max_step=10,floor=0.05", "slope")
 
 def simulate_file(
     path: str | Path = "tiny", # as `curves_of_file`
@@ -145,13 +154,18 @@ def simulate_file(
     picture: str | Path | None = None, # PNG, PDF or SVG
 ) -> list[dict[str, Any]]: # rows policy, runs, regret, error; best first
     "Race policies on learning curves. They get the scores of the single reference images."
-    if kind not in OBJECTIVES: raise FoundIRError(f"unknown objective {kind!r}; the choices are {', '.join(OBJECTIVES)}")
-    if min(updates, seeds, images) < 1 or not 0 < interval < np.inf: raise FoundIRError("updates, seeds, images and interval must be above 0")
+    if kind not in OBJECTIVES:
+        raise FoundIRError(f"unknown objective {kind!r}; the choices are {', '.join(OBJECTIVES)}")
+    if min(updates, seeds, images) < 1 or not 0 < interval < np.inf:
+        raise FoundIRError("updates, seeds, images and interval must be above 0")
     curves, _ = curves_of_file(path, samples_per_step, images)
     for text in policies: parse_policy(text, curves.tasks)
-    with one_line(path): rows = regret_table(race(curves, {text: lambda text=text: parse_policy(text, curves.tasks) for text in policies}, updates, interval, seeds, images, kind, as_list=policies))
+    with one_line(path):
+        makers = {text: lambda text=text: parse_policy(text, curves.tasks) for text in policies}
+        rows = regret_table(race(curves, makers, updates, interval, seeds, images, kind, as_list=policies))
     if curves_output:
-        with atomic_write(curves_output) as tmp: save_curves(curves, tmp, "" if Path(path).suffix.lower() == ".json" else f"fitted to {Path(path).name}")
+        with atomic_write(curves_output) as tmp:
+            save_curves(curves, tmp, "" if Path(path).suffix.lower() == ".json" else f"fitted to {Path(path).name}")
     if output: write_rows(rows, output)
     if picture: write_figure(plot_regret(rows, kind), picture)
     return rows
@@ -162,13 +176,15 @@ def read_runs(
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]: # per run: its mixture, its scores
     "A table of small runs. Raises `FoundIRError` naming file and line."
     with open(path, newline="", encoding="utf-8-sig") as f: lines = list(csv.DictReader(f))
-    if not lines or (missing := {"run", "task", "weight", "score"} - set(lines[0])):
-        raise FoundIRError(f"{path} is no table of runs: " + (f"the column {sorted(missing)[0]} is missing" if lines else "it has no rows"))
+    if not lines: raise FoundIRError(f"{path} is no table of runs: it has no rows")
+    if missing := {"run", "task", "weight", "score"} - set(lines[0]):
+        raise FoundIRError(f"{path} is no table of runs: the column {sorted(missing)[0]} is missing")
     mixtures, scores = {}, {}
     for n, line in enumerate(lines, 2):
         try: weight, score = float(line["weight"]), float(line["score"])
         except (TypeError, ValueError) as e: raise FoundIRError(f"{path}, line {n}: {e}") from None
-        if line["task"] in mixtures.setdefault(line["run"], {}): raise FoundIRError(f"{path}, line {n}: run {line['run']} has two rows for task {line['task']}")
+        if line["task"] in mixtures.setdefault(line["run"], {}):
+            raise FoundIRError(f"{path}, line {n}: run {line['run']} has two rows for task {line['task']}")
         mixtures[line["run"]][line["task"]] = weight
         scores.setdefault(line["run"], {})[line["task"]] = score
     return list(mixtures.values()), list(scores.values())
@@ -180,7 +196,8 @@ def fit_file(
     "Fit a mixing law to small runs."
     with one_line(path): law = fit_law(*read_runs(path))
     if output:
-        with atomic_write(output) as tmp: tmp.write_text(json.dumps({k: v.tolist() if isinstance(v, np.ndarray) else list(v) for k, v in vars(law).items()}, indent=1) + "\n")
+        fields = {k: v.tolist() if isinstance(v, np.ndarray) else list(v) for k, v in vars(law).items()}
+        with atomic_write(output) as tmp: tmp.write_text(json.dumps(fields, indent=1) + "\n")
     return law
 
 def load_law(
@@ -189,9 +206,11 @@ def load_law(
     "Read a mixing law back."
     try:
         data = json.loads(Path(path).read_text())
-        return MixLaw(check_tasks(data.pop("tasks")), check_tasks(data.pop("names")), **{k: np.array(v, float) for k, v in data.items()})
+        tasks, names = check_tasks(data.pop("tasks")), check_tasks(data.pop("names"))
+        return MixLaw(tasks, names, **{k: np.array(v, float) for k, v in data.items()})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-        raise FoundIRError(f"{path} holds no mixing law ({' '.join(str(e).split())[:300]}): make one with mixture fit") from None
+        reason = " ".join(str(e).split())[:300]
+        raise FoundIRError(f"{path} holds no mixing law ({reason}): make one with mixture fit") from None
 
 # %% ../nbs/36_mixtools.ipynb #5bdc807f
 def parse_objective(
@@ -201,7 +220,9 @@ def parse_objective(
     if "=" not in text: return text
     pairs = [part.partition("=") for part in text.split(",")]
     try: return {name.strip(): float(value) for name, _, value in pairs}
-    except ValueError: raise FoundIRError(f"can't read the objective {text!r}: expected mean, worst, or SCORE=NUMBER,SCORE=NUMBER with every score") from None
+    except ValueError:
+        expected = "expected mean, worst, or SCORE=NUMBER,SCORE=NUMBER with every score"
+        raise FoundIRError(f"can't read the objective {text!r}: {expected}") from None
 
 def recommend_file(
     path: str | Path, # mixing law (JSON)
@@ -212,7 +233,8 @@ def recommend_file(
     "The best mixture according to a law."
     law = load_law(path)
     with one_line(path): mixture, scores, errors = recommend(law, objective, floor)
-    rows = [{"step": 0, "task": t, "weight": w, "score": scores.get(t), "error": errors.get(t)} for t, w in mixture.items()]
+    rows = [{"step": 0, "task": t, "weight": w, "score": scores.get(t), "error": errors.get(t)}
+            for t, w in mixture.items()]
     if output: write_rows(rows, output)
     return rows
 
@@ -233,6 +255,7 @@ def replay_file(
 ) -> list[dict[str, Any]]: # rows step, task, weight
     "Convert a recorded mixture into the schedule of another run, from step 0 on."
     with one_line(path): schedule = ReplayMixture(path, stretch)
-    rows = [{"step": step, "task": t, "weight": w, "score": None} for step, weights in sorted(schedule.table.items()) for t, w in weights.items()]
+    rows = [{"step": step, "task": t, "weight": w, "score": None}
+            for step, weights in sorted(schedule.table.items()) for t, w in weights.items()]
     with naming_full_disk(output): write_mixture(rows, output)
     return rows

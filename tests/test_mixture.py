@@ -1,10 +1,11 @@
 "Mixture policies: Eq. 3 and its limits as properties, states, schedules, bad input."
 import json, math, os, subprocess, sys, time
+from functools import partial
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from foundir_v2.mixture import (LARGEST, POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, MixtureError, OnlineDataMixing, ProportionalMixture, ReplayMixture, ScheduledMixture,
                                 SequentialMixture, SlopeMixture, TargetGapMixture, TemperatureMixture, dead_band,
-                                make_mixture, mixture_rows, project, read_mixture, released_schedule, replay_scores, round_scores, write_mixture)
+                                make_mixture, mixture_rows, policy_for, project, read_mixture, released_schedule, replay_scores, round_scores, write_mixture)
 
 few = settings(max_examples=60, deadline=None)
 score = st.floats(-60, 60)
@@ -150,6 +151,7 @@ MAKERS = {
     "sequential": lambda: SequentialMixture(["a", "b", "c"], [10, 35]), "incremental": lambda: IncrementalMixture(["a", "b", "c"], [10, 35]), "replay": lambda: ReplayMixture({0: {"a": 0.2, "b": 0.3, "c": 0.5}, 20: {"a": 1.0, "b": 0.0, "c": 0.0}}),
     "des": lambda: DataEquilibrium(["a", "b", "c"], 0.5, "zscore", min_step=2, max_step=8, floor=0.1, dead_band=1.5), "excess_loss": lambda: ExcessLossMixture(["a", "b", "c"], dict.fromkeys("abc", 24.0)),
     "target_gap": lambda: TargetGapMixture(["a", "b", "c"], dict.fromkeys("abc", 24.0), rate=0.2), "odm": lambda: OnlineDataMixing(["a", "b", "c"], best=30, worst=10), "slope": lambda: SlopeMixture(["a", "b", "c"])}
+MAKERS |= {name: partial(policy_for, ["a", "b", "c"], name) for name in POLICIES if name not in MAKERS} # by their defaults
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_policy_keeps_the_contract(name):
@@ -524,9 +526,35 @@ def test_replay_of_odd_tables(tmp_path):
     for bad in (0, -3, "32"):
         with pytest.raises(MixtureError, match="samples_per_step"): released_schedule(list("abcde"), bad)
 
-def test_import_is_light():
-    code = "import sys, foundir_v2.mixture; sys.exit(bool({'torch', 'pandas', 'scipy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+ROOMS = ("mixchecks", "policy", "schedules", "simplex", "online", "mixture")
+NAMES = """
+Check DataEquilibrium ExcessLossMixture FixedMixture IncrementalMixture LARGEST Mixture MixtureError
+MixtureState OnlineDataMixing POLICIES ProportionalMixture RELEASED_PHASES ReplayMixture SCORE_DIGITS
+SCORE_SCALES SMALLEST ScheduledMixture SequentialMixture SlopeMixture TargetGapMixture TemperatureMixture
+check_boundaries check_names check_number check_score check_scores check_step check_tasks check_weights
+check_whole dead_band empty_or equilibrium_step excesses gaps limit_moves listed make_mixture mean mixture_rows
+paired_error per_task policy_for policy_options project read_mixture record released_schedule replacing
+replay_scores rising round_scores rows_of same same_names schedule_of score_noise shares shown slopes
+squared_error unit_of write_mixture
+"""
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_needs_numpy_and_the_other_rooms_only(room):
+    code = f"import sys, foundir_v2.{room}; print(*{{n if n.startswith('foundir_v2.') else n.split('.')[0] for n in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert not {"torch", "pandas", "scipy", "matplotlib", "fastcore"} & loaded
+    assert {n for n in loaded if n.startswith("foundir_v2.")} <= {f"foundir_v2.{r}" for r in ROOMS}
+
+def test_the_door_hands_on_every_name():
+    import foundir_v2.mixture as door
+    assert [n for n in NAMES.split() if not hasattr(door, n)] == []
+
+def test_the_table_is_that_of_the_rooms():
+    from foundir_v2.online import ONLINE
+    from foundir_v2.schedules import SCHEDULES
+    assert POLICIES == SCHEDULES | {"des": DataEquilibrium} | ONLINE
+    assert not any(policy.needs_scores for policy in SCHEDULES.values())
 
 
 def test_rounding_survives_a_replay():

@@ -52,7 +52,7 @@ def test_declared_core_covers_what_the_pipeline_imports():
     code = 'import foundir_v2.pipeline, foundir_v2.mixture\nprint(*sorted({n.split(".")[0] for n in sys.modules}))'
     done = subprocess.run([sys.executable, '-c', 'import sys\n' + code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    source = '\n'.join((ROOT / 'foundir_v2' / f'{m}.py').read_text() for m in ('pipeline', 'core', 'mixture'))
+    source = '\n'.join((ROOT / 'foundir_v2' / f'{m}.py').read_text() for m in ('pipeline', 'core', 'mixture', 'mixchecks'))
     ours = set(re.findall(r'^\s*(?:import|from) (\w+)', source, re.M)) & loaded - set(sys.stdlib_module_names) - {'foundir_v2'}
     declared = {'PIL' if normal(r) == 'pillow' else r for r in re.findall(r"'([\w-]+)>=", re.search(r'core = \[.*\]', (ROOT / 'setup.py').read_text())[0])}
     assert ours and ours <= declared

@@ -42,12 +42,12 @@ OPTIONS = dict(fixed={}, proportional={}, temperature=dict(temperature=2), seque
 @pytest.mark.parametrize("policy", POLICIES)
 def test_any_policy_of_the_library_trains(tmp_path, policy):
     write_mixture([dict(step=s, task=t, weight=w, score=None) for s, ws in {0: (.6, .4), 5: (.1, .9)}.items() for t, w in zip(TASKS, ws)], tmp_path / "a.csv")
-    c = config(policy=policy, options=OPTIONS[policy], root=str(tmp_path))
+    c = config(policy=policy, options=OPTIONS.get(policy, {}), root=str(tmp_path))
     mixture = build_mixture(c, SIZES)
     assert type(mixture) is POLICIES[policy] and set(mixture.weights) == set(TASKS)
     for step, score in ((0, 20.), (5, 21.)): mixture.update(dict(denoise=score, sr=25.), step)
     assert sum(mixture.weights.values()) == pytest.approx(1)
-    with pytest.raises(FoundIRError, match="has no option nonsense; the choices are"): replace(c, options=OPTIONS[policy] | dict(nonsense=1))
+    with pytest.raises(FoundIRError, match="has no option nonsense; the choices are"): replace(c, options=OPTIONS.get(policy, {}) | dict(nonsense=1))
 
 
 def test_a_registered_policy_is_a_choice(monkeypatch):

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from foundir_v2.mixlaw import fit_law, predict, spread_mixtures
 from foundir_v2.mixsim import load_curves, save_curves, score_of
 from foundir_v2.mixtools import load_law, parse_policy
 from foundir_v2.mixture import (POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, MixtureError, OnlineDataMixing,
-                                ProportionalMixture, ReplayMixture, SequentialMixture, SlopeMixture, TargetGapMixture, TemperatureMixture)
+                                ProportionalMixture, ReplayMixture, SequentialMixture, SlopeMixture, TargetGapMixture, TemperatureMixture, policy_for)
 from foundir_v2.sampler import MixtureSampler
 
 TASKS = ('a', 'b', 'c')
@@ -27,6 +28,7 @@ MAKERS = {
     'des': lambda: DataEquilibrium(TASKS, 0.5, 'zscore', min_step=2, max_step=8, floor=0.05, dead_band=1.8),
     'excess_loss': lambda: ExcessLossMixture(TASKS, ENDS), 'target_gap': lambda: TargetGapMixture(TASKS, ENDS, rate=0.2),
     'odm': lambda: OnlineDataMixing(TASKS, best=30, worst=10), 'slope': lambda: SlopeMixture(TASKS)}
+MAKERS |= {name: partial(policy_for, TASKS, name) for name in POLICIES if name not in MAKERS}  # by their defaults
 MORE = {'des zscore': lambda: DataEquilibrium(TASKS, 0.5, 'zscore', protect_falling=True), 'des raw': lambda: DataEquilibrium(TASKS, 0.5, initial_scores=ENDS), 'des relative': lambda: DataEquilibrium(TASKS, 2.0, 'relative', targets=ENDS, gap=1.0)}
 HOSTILE = [None, True, False, 0, 1, -1, 3, 10**400, 10**5000, -10**400, 2**63, 2**64, 0.0, -0.0, 0.5, -0.5, 1e308, -1e308, 5e-324, 1e100, math.nan, math.inf, -math.inf, '', 'a', 'zz', '1', 'NaN',
            'x' * 10_000, 'two\nlines', b'a', [], {}, (), [[]], [1, 2], ['a', 'b', 'c'], ['a', 'b'], ['a', 'a', 'b'], {'a': 1}, {'a': 1.0, 'b': 0.0, 'c': 0.0}, {'a': 2.0, 'b': -1.0, 'c': 0.0},
