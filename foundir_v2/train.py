@@ -4,21 +4,20 @@
 
 # %% auto #0
 __all__ = ['SeededDataset', 'Feed', 'Denoiser', 'LatentReader', 'build_unet', 'parameter_groups', 'make_accelerator', 'Learner',
-           'split_batch', 'not_finite', 'TrainLog', 'read_log', 'write_log', 'TrainResult', 'write_output',
-           'input_files', 'run_folder', 'check_output', 'train_steps', 'remove_run', 'train', 'reference_pictures',
-           'parser', 'main']
+           'split_batch', 'not_finite', 'write_output', 'input_files', 'run_folder', 'check_output', 'train_steps',
+           'remove_run', 'train', 'reference_pictures', 'parser', 'main']
 
 # %% ../nbs/62_train.ipynb #9bb0cf7c
-import argparse, hashlib, json, os, re, shutil, sys
+import argparse, json, os, re, shutil, sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 # %% ../nbs/62_train.ipynb #eeb1fd90
-import pandas as pd, torch
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
@@ -30,19 +29,21 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # %% ../nbs/62_train.ipynb #476fecfb
-from .base import Base, build_foundir_unet, encode_prompts, load_base, micro_conditioning, resolve_model, start_at_identity, training_scheduler
-from .checkpoint import Checkpoints, atomic_folder, averaged, file_hash, make_ema
+from .base import Base, build_foundir_unet, encode_prompts, load_base, micro_conditioning
+from .base import resolve_model, start_at_identity, training_scheduler
+from .checkpoint import Checkpoints, atomic_folder, averaged, make_ema
 from .checkpoint import only_writer, run_name, saving
 from .config import describe
-from .core import FoundIRError, atomic_write, generator, pick_device, pick_dtype
+from .core import FoundIRError, generator, pick_device, pick_dtype
 from .data import RestorationDataset, collate
 from .index import load_manifest
-from .mixture import MixtureError, mixture_rows, round_scores, write_mixture
+from .mixture import MixtureError, round_scores, write_mixture
 from .objective import WEIGHTED, decoder_gain, draw_noise, prediction_target, sample_losses
 from .process import exit_with_parent
 from .sampler import Draw, MixtureSampler
 from .score import reference_set, restore_batch, score_items
 from .settings import ModelConfig, TrainConfig, build_mixture, parameters, read_config
+from .trainlog import TrainLog, TrainResult, read_log, write_log
 from .unet import FoundIRUNet
 from .vae import features_to_latents, vae_scale_factor
 
@@ -62,11 +63,17 @@ class Feed:
         dataset = RestorationDataset(manifest, "train", config.task_table, crop=config.crop, root=config.root,
                                      scale_range=tuple(config.scale_range), **shares)
         self.mixture = build_mixture(config, dataset.lengths)
-        self.sampler = MixtureSampler(dataset.lengths, self.mixture, config.batch_size // world_size, config.seed, rank, world_size, interval=config.update_every or None)
-        self.loader = DataLoader(SeededDataset(dataset), batch_sampler=self.sampler, num_workers=config.num_workers, collate_fn=collate, persistent_workers=config.num_workers > 0)
-        self.items = reference_set(manifest, config.task_table, config.reference_per_task, config.reference_size, config.reference_seed, root=config.root) if config.update_every else {}
+        self.sampler = MixtureSampler(dataset.lengths, self.mixture, config.batch_size // world_size, config.seed,
+                                      rank, world_size, interval=config.update_every or None)
+        self.loader = DataLoader(SeededDataset(dataset), batch_sampler=self.sampler, collate_fn=collate,
+                                 num_workers=config.num_workers, persistent_workers=config.num_workers > 0)
+        reference = config.reference_per_task, config.reference_size, config.reference_seed
+        self.items = {}
+        if config.update_every: self.items = reference_set(manifest, config.task_table, *reference, root=config.root)
 
-    def state_dict(self) -> dict[str, Any]: return dict(step=self.step, mixture=self.mixture.state_dict(), sampler=self.sampler.state_dict(consumed=self.step))
+    def state_dict(self) -> dict[str, Any]:
+        sampler = self.sampler.state_dict(consumed=self.step)
+        return dict(step=self.step, mixture=self.mixture.state_dict(), sampler=sampler)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
@@ -74,7 +81,7 @@ class Feed:
         self.sampler.load_state_dict(state["sampler"])
 
     def rebalance(self, restore_fn) -> dict[str, Any]:
-        "Score the reference set and update the mixture: weights from now on, and the items' scores, rounded as the rule saw them."
+        "Score the reference set, update the mixture: weights from now on, and scores, rounded as the rule saw them."
         ranks = dict(rank=self.rank, world_size=self.world_size, gather=gather_object)
         scores = round_scores(score_items(restore_fn, self.items, self.config.score, **ranks))
         return dict(weights=self.mixture.update(scores, self.step), scores=scores)
@@ -93,7 +100,8 @@ class Denoiser(nn.Module):
         text: Tensor, # (B, 77, D)
         conditions: dict[str, Tensor], # text_embeds (B, D2), time_ids (B, 6)
     ) -> Tensor: # (B, C, h, w)
-        return self.unet(noisy, timesteps, text, lq_embedding=self.unet.embed_lq(lq), added_cond_kwargs=conditions).sample
+        embedding = self.unet.embed_lq(lq)
+        return self.unet(noisy, timesteps, text, lq_embedding=embedding, added_cond_kwargs=conditions).sample
 
 class LatentReader(nn.Module):
     "LQ encoder and the VAE's output layers as one module: what accelerate wraps in stage 0."
@@ -111,7 +119,7 @@ def build_unet(
     config: TrainConfig,
     base: Base, # from `load_base`
 ) -> FoundIRUNet: # with the parameters of the stage trainable, all others frozen
-    "The U-Net that a stage starts from. Raises `FoundIRError` if the weights in `config.init` belong to another configuration."
+    "The U-Net that a stage starts from. Raises `FoundIRError` if `config.init` belongs to another configuration."
     options = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if f.name != "base"}
     if config.init is None: unet = build_foundir_unet(base, **options)
     else:
@@ -120,7 +128,9 @@ def build_unet(
         unet = FoundIRUNet.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         plain = lambda v: list(v) if isinstance(v, tuple) else v
         for k, v in options.items():
-            if plain(unet.config[k]) != plain(v): raise FoundIRError(f"{k} is {unet.config[k]!r} in {folder} but {v!r} in the configuration: train the stage before again")
+            if plain(unet.config[k]) == plain(v): continue
+            raise FoundIRError(f"{k} is {unet.config[k]!r} in {folder} but {v!r} in the configuration: "
+                               "train the stage before again")
     if config.conditioning_init == "identity": start_at_identity(unet, base, config.seed)
     unet.requires_grad_(False)
     for group in unet.trainable_parameters(config.stage):
@@ -134,19 +144,23 @@ def parameter_groups(
 ) -> list[dict]: # for the optimizer: name, params, lr
     "The stage's parameters with their learning rates: the LQ encoder has its own."
     rate = {"lq_encoder": config.lq_encoder_learning_rate or config.learning_rate}
-    return [dict(group, lr=rate.get(group["name"], config.learning_rate)) for group in unet.trainable_parameters(config.stage)]
+    groups = unet.trainable_parameters(config.stage)
+    return [dict(group, lr=rate.get(group["name"], config.learning_rate)) for group in groups]
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     "Device and processes as `accelerate launch` or the machine say, precision as the configuration says."
     AcceleratorState._reset_state()  # several runs in one process may differ in precision
     precision = config.mixed_precision
     if precision == "auto": precision = "bf16" if pick_dtype("auto", pick_device()) == torch.bfloat16 else "no"
-    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=config.gradient_accumulation, step_scheduler_with_optimizer=False)
+    accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False,
+                              gradient_accumulation_steps=config.gradient_accumulation)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise FoundIRError(f"{accelerator.distributed_type.value} reads checkpoints as pickles, which can run code: "
                            "launch without it, then every process holds the whole model")
     share = config.gradient_accumulation * accelerator.num_processes
-    if config.batch_size % share: raise FoundIRError(f"batch_size={config.batch_size} can't be split into {share} parts (processes × gradient_accumulation): choose a multiple")
+    if config.batch_size % share:
+        raise FoundIRError(f"batch_size={config.batch_size} can't be split into {share} parts "
+                           "(processes × gradient_accumulation): choose a multiple")
     return accelerator
 
 # %% ../nbs/62_train.ipynb #0a2b6075
@@ -156,13 +170,17 @@ class Learner:
         self.config, self.accelerator = config, accelerator
         base = load_base(config.base, device=accelerator.device, prior=config.init is None)  # frozen
         self.vae, self.noise_scheduler = base.vae, training_scheduler(base.noise_scheduler)
-        if config.stage and config.noise_offset and self.noise_scheduler.config.rescale_betas_zero_snr: # stage 0 draws none
-            raise FoundIRError(f"noise_offset={config.noise_offset} with a zero-terminal-SNR noise schedule: inference starts from plain noise, set it to 0")
+        offset = config.noise_offset if config.stage else 0 # stage 0 draws no noise
+        if offset and self.noise_scheduler.config.rescale_betas_zero_snr:
+            raise FoundIRError(f"noise_offset={offset} with a zero-terminal-SNR noise schedule: "
+                               "inference starts from plain noise, set it to 0")
         self.unet, base = build_unet(config, base), replace(base, unet_prior=None)  # the prior's memory is free again
-        self.prompt = lru_cache(maxsize=4096)(lambda caption: tuple(e.to(accelerator.device) for e in encode_prompts(base, [caption])))
+        encode = lambda caption: tuple(e.to(accelerator.device) for e in encode_prompts(base, [caption]))
+        self.prompt = lru_cache(maxsize=4096)(encode)
         self.gain = decoder_gain(base.vae) if config.loss in WEIGHTED else None
         groups = parameter_groups(self.unet, config)
-        optimizer = torch.optim.AdamW(groups, betas=tuple(config.adam_betas), eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(groups, betas=tuple(config.adam_betas), eps=config.adam_eps,
+                                      weight_decay=config.weight_decay, fused=True)
         lr_scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
         model = Denoiser(self.unet) if config.stage else LatentReader(self.unet, self.vae)
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model.train(), optimizer, lr_scheduler)
@@ -191,7 +209,8 @@ def losses(
     time_ids = micro_conditioning(*(batch[k].to(device) for k in ("original_size", "crop_top_left", "target_size")))
     if c.channels_last: noisy = noisy.contiguous(memory_format=torch.channels_last)
     prediction = self.model(lq, noisy, timesteps, text, dict(text_embeds=pooled, time_ids=time_ids))
-    return sample_losses(prediction, prediction_target(self.noise_scheduler, latents, noise, timesteps), c.loss, self.gain)
+    target = prediction_target(self.noise_scheduler, latents, noise, timesteps)
+    return sample_losses(prediction, target, c.loss, self.gain)
 
 # %% ../nbs/62_train.ipynb #b1edd350
 def split_batch(
@@ -205,8 +224,9 @@ def split_batch(
 # %% ../nbs/62_train.ipynb #8ab953e4
 def not_finite(step: int, losses: Tensor, norm: Tensor) -> FoundIRError:
     found = f"loss {float(losses.detach().mean()):.4g}, norm of the gradient {float(norm):.4g}"
-    return FoundIRError(f"step {step} is not finite ({found}): start again to go on from the last checkpoint; if it comes "
-                        "again, lower learning_rate or train with mixed_precision: 'no' (either begins a run of its own)")
+    return FoundIRError(f"step {step} is not finite ({found}): start again to go on from the last checkpoint; "
+                        "if it comes again, lower learning_rate or train with mixed_precision: 'no' (either begins "
+                        "a run of its own)")
 
 # %% ../nbs/62_train.ipynb #b57f6876
 @patch
@@ -232,7 +252,8 @@ def step(
     if not torch.isfinite(values).all(): raise not_finite(step, values, norm)
     self.lr_scheduler.step(); self.ema.step(self.parameters)
     by_task = {t: values[which == i] for i, t in enumerate(tasks)}
-    task_loss, samples = {t: float(v.mean()) for t, v in by_task.items() if len(v)}, {t: len(v) for t, v in by_task.items()}
+    task_loss = {t: float(v.mean()) for t, v in by_task.items() if len(v)}
+    samples = {t: len(v) for t, v in by_task.items()}
     return dict(loss=float(values.mean()), grad_norm=float(norm), lr=rates, task_loss=task_loss, samples=samples)
 
 # %% ../nbs/62_train.ipynb #5e61c0de
@@ -242,109 +263,14 @@ def restore(
     inputs: Tensor, # (B, 3, H, W) in [0, 1]
     seeds: list[int], # of the diffusion's noise
 ) -> Tensor: # (B, 3, H, W) in [0, 1]
-    "Few-step restoration with the present weights, for `score_items`; stage 0: what the VAE decodes from the LQ encoder's features."
+    "Few-step restoration with the present weights; stage 0: what the VAE decodes from the LQ encoder's features."
     inputs, steps = inputs.to(self.accelerator.device), self.config.reference_steps
     with self.accelerator.autocast(), torch.no_grad():
-        if self.config.stage: return restore_batch(self.unet, self.vae, self.noise_scheduler, self.prompt(""), inputs, seeds, steps)
+        if self.config.stage:
+            parts = self.unet, self.vae, self.noise_scheduler, self.prompt("")
+            return restore_batch(*parts, inputs, seeds, steps)
         latents = self.model(inputs * 2 - 1) / self.vae.config.scaling_factor
         return (self.vae.decode(latents).sample.float() / 2 + .5).clamp(0, 1)
-
-# %% ../nbs/62_train.ipynb #623a6bbb
-class TrainLog:
-    "A JSONL file that agrees with the checkpoint, and DVCLive's files if wanted."
-    def __init__(self,
-        path: str | Path,
-        start: str | Path | None, # the log up to the checkpoint to continue from; None: an empty log
-        live_dir: str | Path | None = None, # folder for DVCLive; it is rebuilt from the log
-    ):
-        self.path, self.live = Path(path), None
-        kept = b"" if start is None else Path(start).read_bytes()
-        with saving("the log", self.path.parent):
-            with atomic_write(self.path) as tmp: tmp.write_bytes(kept)
-            self.file, self._hash = open(self.path, "ab"), hashlib.sha256(kept)
-        if live_dir is not None:
-            from dvclive import Live
-            shutil.rmtree(live_dir, ignore_errors=True)
-            self.live = Live(str(live_dir), dvcyaml=False, save_dvc_exp=False, report=None)
-            for record in read_log(self.path): self._live(record)
-
-# %% ../nbs/62_train.ipynb #5e61c0e1
-@patch
-def write(self: TrainLog, **record: Any) -> None:
-    "Append a record and hand it to the system, so that a kill can't lose it."
-    line = (json.dumps(record) + "\n").encode()
-    self._hash.update(line)
-    with saving("the log", self.path.parent):
-        self.file.write(line); self.file.flush()
-        if self.live: self._live(record)
-
-# %% ../nbs/62_train.ipynb #5e61c0e2
-@patch
-def _live(self: TrainLog, record: dict[str, Any]) -> None:
-    "Hand a record to DVCLive."
-    if record["kind"] == "mixture":
-        rows = mixture_rows(record["step"], record["weights"], record["scores"])
-        flat = {f"{name}/{r['task']}": r[name] for name in ("weight", "score", "spread") for r in rows if name in r}
-    else:
-        rates = {f"lr/{group}": rate for group, rate in record["lr"].items()}
-        flat = {"loss": record["loss"], "grad_norm": record["grad_norm"], **rates}
-    self.live.step = record["step"]
-    for name, value in flat.items(): self.live.log_metric(name, value)
-    self.live.sync()
-
-@patch
-def close(self: TrainLog) -> None:
-    self.file.close()
-    if self.live: self.live.end()
-
-# %% ../nbs/62_train.ipynb #c9659dbc
-@patch
-def check(self: TrainLog) -> None:
-    "Raises `FoundIRError` if the file is not what was written to it."
-    if self.path.is_file() and file_hash(self.path) == self._hash.hexdigest(): return
-    raise FoundIRError(f"{self.path} was changed or removed while it was written: "
-                       "start again to go on from the last checkpoint, which has a copy")
-
-# %% ../nbs/62_train.ipynb #6eb2de6d
-def read_log(
-    path: str | Path, # a JSONL file, possibly with a half line at the end
-) -> list[dict[str, Any]]:
-    "The records of a log."
-    records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try: records.append(json.loads(line))
-        except json.JSONDecodeError: break
-    return records
-
-def write_log(
-    records: Sequence[dict[str, Any]],
-    path: str | Path, # a JSONL file; it is replaced
-) -> None:
-    "Write records as `read_log` reads them, completely or not at all."
-    with atomic_write(path) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-
-# %% ../nbs/62_train.ipynb #8a96c627
-@dataclass(frozen=True)
-class TrainResult:
-    "What a stage left behind."
-    output: Path # folder with unet/ (averaged weights), log.jsonl, mixture.csv, config.json
-    log: list[dict[str, Any]] # all records
-    resumed_from: int | None # step of the checkpoint that this process continued from
-
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        "One record per step: step, loss, grad_norm, lr, task_loss, samples."
-        return [r for r in self.log if r["kind"] == "step"]
-
-    @property
-    def table(self) -> pd.DataFrame:
-        "`steps` as a table indexed by step; columns loss, grad_norm, lr.GROUP, task_loss.TASK, samples.TASK."
-        return pd.json_normalize(self.steps).set_index("step") if self.steps else pd.DataFrame()
-
-    @property
-    def mixture(self) -> list[dict[str, Any]]:
-        "Rows step, task, weight (from this step on), score (at this step, the mean of its items; higher is better) and its items' spread."
-        return [row for r in self.log if r["kind"] == "mixture" for row in mixture_rows(r["step"], r["weights"], r["scores"])]
 
 # %% ../nbs/62_train.ipynb #69097f1b
 def write_output(
@@ -407,7 +333,8 @@ def train_steps(
         with averaged(learner.ema, learner.parameters): record = feed.rebalance(learner.restore)
         if main: log.write(kind="mixture", step=feed.step, **record)
     if feed.step == 0 and config.update_every: rebalance()
-    with tqdm(total=config.steps, initial=feed.step, desc=f"stage {config.stage}", mininterval=1, disable=not main) as bar:
+    title = f"stage {config.stage}"
+    with tqdm(total=config.steps, initial=feed.step, desc=title, mininterval=1, disable=not main) as bar:
         while feed.step < config.steps:
             for batch in feed.loader:
                 record = learner.step(batch, list(config.task_table))
@@ -464,7 +391,8 @@ def reference_pictures(
     learner = Learner(replace(config, init=config.output, conditioning_init="zero"), make_accelerator(config))
     size = config.reference_size if config.update_every else config.crop # what a stage without updates knows
     most = max(map(len, config.task_table.values())) # as many as sub-tasks; the first is the same whatever the number
-    found = reference_set(load_manifest(config.manifest), config.task_table, most, size, config.reference_seed, root=config.root)
+    manifest = load_manifest(config.manifest)
+    found = reference_set(manifest, config.task_table, most, size, config.reference_seed, root=config.root)
     items = {t: some[0] for t, some in found.items()}
     restored = learner.restore(torch.stack([i.input for i in items.values()]), [i.seed for i in items.values()])
     return {t: (i.input, r.cpu(), i.gt) for (t, i), r in zip(items.items(), restored)}
@@ -474,10 +402,12 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("foundir_v2.train", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train one stage of FoundIR-v2. Killed and started again, it continues from its last checkpoint.",
         epilog="fields of TrainConfig [default]:\n  " + "\n  ".join(describe(TrainConfig)).replace("%", "%%"))
-    p.add_argument("--config", required=True, metavar="FILE", help="YAML: with --stage a parameter file like params.yaml, else the fields of TrainConfig")
+    p.add_argument("--config", required=True, metavar="FILE",
+                   help="YAML: with --stage a parameter file like params.yaml, else the fields of TrainConfig")
     p.add_argument("--stage", type=int, choices=(0, 1, 2), help="which stage of the parameter file")
     p.add_argument("--force", action="store_true", help="replace the output folder even if it is no earlier result")
-    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace or add fields, for instance steps=10 output=artifacts/try")
+    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
+                   help="replace or add fields, for instance steps=10 output=artifacts/try")
     return p
 
 # %% ../nbs/62_train.ipynb #7e4da7ba
@@ -494,7 +424,8 @@ def main(
     except KeyboardInterrupt:
         print("foundir_v2.train: interrupted; start again to go on from the last checkpoint", file=sys.stderr)
         return 130
-    if PartialState().is_main_process: print(f"{result.output}: {len(result.steps)} steps" + (f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""))
+    last = f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""
+    if PartialState().is_main_process: print(f"{result.output}: {len(result.steps)} steps{last}")
     return 0
 
 # %% ../nbs/62_train.ipynb #5822e5b3
