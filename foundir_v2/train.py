@@ -6,8 +6,8 @@
 __all__ = ['NO_INFLUENCE', 'MixtureConfig', 'ModelConfig', 'LoopConfig', 'TrainConfig', 'draw_noise', 'prediction_target',
            'decoder_gain', 'sample_losses', 'SeededDataset', 'build_mixture', 'Feed', 'Denoiser', 'LatentReader',
            'build_unet', 'parameter_groups', 'make_accelerator', 'not_finite', 'Learner', 'split_batch', 'TrainLog',
-           'read_log', 'parameters', 'TrainResult', 'write_output', 'input_files', 'run_folder', 'check_output',
-           'train_steps', 'remove_run', 'train', 'reference_pictures', 'parser', 'read_config', 'main']
+           'read_log', 'check_steps', 'parameters', 'TrainResult', 'write_output', 'input_files', 'run_folder',
+           'check_output', 'train_steps', 'remove_run', 'train', 'reference_pictures', 'parser', 'read_config', 'main']
 
 # %% ../nbs/62_train.ipynb #9bb0cf7c
 import argparse, hashlib, json, os, re, shutil, sys
@@ -458,10 +458,18 @@ def read_log(
 ) -> list[dict[str, Any]]:
     "The records of a log."
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try: records.append(json.loads(line))
         except json.JSONDecodeError: break
     return records
+
+def check_steps(
+    log: str | Path,
+    steps: int, # how many it must tell of
+) -> None:
+    "Raises `FoundIRError` unless each of the steps stands in the log, once and in order."
+    found = [r.get("step") for r in read_log(log) if isinstance(r, dict) and r.get("kind") == "step"]
+    if found != list(range(1, steps + 1)): raise FoundIRError(f"{log} doesn't tell of steps 1 to {steps}: move its folder away")
 
 # %% ../nbs/62_train.ipynb #7812e067
 NO_INFLUENCE = ("num_workers", "checkpoint_every", "dvclive", "manifest", "root", "init", "output", "checkpoints")
@@ -592,7 +600,7 @@ def train(
             learner, checkpoints = Learner(config, accelerator), Checkpoints(folder)
             feed = Feed(config, accelerator.process_index, accelerator.num_processes)
             found = checkpoints.restore(accelerator, learner.ema)
-            if found: feed.load_state_dict(found.state)
+            if found: feed.load_state_dict(found.state); check_steps(found.log, found.step)
             live = folder / "dvclive" if config.dvclive else None
             log = TrainLog(folder / "log.jsonl", found and found.log, live) if main else None
             train_steps(config, learner, feed, log, checkpoints)
