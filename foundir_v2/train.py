@@ -43,7 +43,7 @@ from .process import exit_with_parent
 from .sampler import Draw, MixtureSampler
 from .score import reference_set, restore_batch, score_items
 from .settings import ModelConfig, TrainConfig, build_mixture, parameters, read_config
-from .trainlog import TrainLog, TrainResult, read_log, write_log
+from .trainlog import TrainLog, TrainResult, check_steps, read_log, write_log
 from .unet import FoundIRUNet
 from .vae import features_to_latents, vae_scale_factor
 
@@ -372,7 +372,7 @@ def train(
             learner, checkpoints = Learner(config, accelerator), Checkpoints(folder)
             feed = Feed(config, accelerator.process_index, accelerator.num_processes)
             found = checkpoints.restore(accelerator, learner.ema)
-            if found: feed.load_state_dict(found.state)
+            if found: feed.load_state_dict(found.state); check_steps(found.log, found.step)
             live = folder / "dvclive" if config.dvclive else None
             log = TrainLog(folder / "log.jsonl", found and found.log, live) if main else None
             train_steps(config, learner, feed, log, checkpoints)
