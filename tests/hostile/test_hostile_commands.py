@@ -378,6 +378,36 @@ SPECIAL = [  # what is there besides, the command line, whether it must fail (No
 ]
 
 
+LIMITS = [  # numbers that no machine can follow
+    'restore one.png o.png --upscale 1000', 'restore one.png o.png --upscale inf', 'restore one.png o.png --upscale nan',
+    'restore one.png o.png --steps 1000000000', 'restore one.png o.png --seed 18446744073709551616',
+    'restore one.png o.png --seed -1', 'restore one.png o.png --memory-limit inf',
+    'restore one.png o.png --memory-limit 1e308', 'restore one.png o.png --memory-limit -8',
+    'restore one.png o.png --tile-batch 1000000000', 'restore one.png o.png --tile-size 1000000000',
+    'restore one.png o.png --guidance 1e308', 'restore one.png o.png --max-pixels ' + '9' * 5000,
+    'degrade one.png o.png --task haze --seed 18446744073709551616',
+    'mixture simulate curves.json --csv t.csv --interval 1e308', 'mixture simulate curves.json --csv t.csv --interval 0',
+    'mixture simulate curves.json --csv t.csv --updates 1000000000',
+    'mixture simulate curves.json --csv t.csv --seeds 1000000000',
+    'mixture simulate curves.json --csv t.csv --images 1000000000',
+    'mixture simulate curves.json --csv t.csv --samples-per-step inf',
+    'mixture replay log.csv s.csv --stretch inf', 'mixture replay log.csv s.csv --stretch 1e308',
+    'mixture recommend law.json --csv r.csv --floor 1e308', 'mixture recommend law.json --csv r.csv --floor nan',
+    'mixture update log.csv a=20 b=30 --step 20 --alpha inf',
+    'mixture update log.csv a=20 b=30 --alpha 1 --step ' + '9' * 5000,
+    'mixture update log.csv a=20 b=30 --step 20 --alpha 1 --max-step inf',
+    'evaluate identity --manifest log.csv --items 1000000000', 'evaluate identity --manifest log.csv --size 1000000000']
+
+
+@pytest.mark.parametrize('line', LIMITS, ids=lambda line: line[:60])
+def test_numbers_out_of_bounds(place, tally, snap, capsys, line):
+    here = place()
+    before = snap(here)
+    code, lines, fault = attempt(line.split(), capsys)
+    if lines and len(lines[0]) > 500: fault = f'a line of {len(lines[0])} characters'
+    tally.held(line[:80], fault or judge(before, snap(here), (code, lines, fault), must_fail=True))
+
+
 def test_command_lines(place, tally, snap, capsys, full):
     import shlex
     for n, (prepare, line, must_fail, changes) in enumerate(SPECIAL):
