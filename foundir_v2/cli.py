@@ -282,7 +282,7 @@ def plan_for(
 ) -> Any: # a `foundir_v2.planner.Plan`, printed
     "The choice for --memory-limit. Raises `FoundIRError` if nothing fits."
     from foundir_v2.core import FoundIRError, pick_device, pick_dtype
-    from foundir_v2.pipeline import preset_options
+    from foundir_v2.loading import preset_options
     from foundir_v2.planner import make_plan, read_skeleton
     if not args.memory_limit > 0: raise FoundIRError(f"--memory-limit {args.memory_limit}: give gigabytes, for instance 8")
     device, skeleton = pick_device(args.device or "auto"), read_skeleton(args.model)
@@ -300,7 +300,7 @@ def plan_for(
 def load_restorer(args: argparse.Namespace, sources: Sequence[Path] = (), given: dict[str, Any] | None = None) -> Any: # a `FoundIRv2Pipeline`
     "The model, as the preset and the options want it, and as --memory-limit allows."
     from foundir_v2.core import pick_device
-    from foundir_v2.pipeline import load_pipeline, preset_loading
+    from foundir_v2.loading import load_pipeline, preset_loading
     if args.memory_limit is not None: return load_pipeline(args.model, device=args.device, plan=plan_for(args, sources, given or {}))
     wanted = preset_loading(args.preset, pick_device(args.device or "auto")) if args.preset else {}
     wanted |= {name: getattr(args, name) for name in ("dtype", "offload") if getattr(args, name) is not None}
@@ -314,7 +314,8 @@ def run_restore(args: argparse.Namespace) -> int:
     given = given_settings(args)
     reach_hub([args.model], args.caption)
     from dataclasses import asdict
-    from foundir_v2.pipeline import describe, preset_options, resolve_settings
+    from foundir_v2.loading import describe, preset_options
+    from foundir_v2.pipeline import resolve_settings
     prompts = describe([source for source, _ in pairs], args.caption, args.caption_cache, args.device) if args.caption != "none" else [args.prompt or ""] * len(pairs)
     decisive = [given, args.preset, args.seed, args.negative_prompt, args.dtype, args.bits, args.compare, model_stamp(args.model), *([args.memory_limit, args.fp8] if args.memory_limit or args.fp8 else [])] if log else []
     work = {target: (prompt, "" if isinstance(prompt, Exception) or not log else result_key(source, prompt, *decisive)) for (source, target), prompt in zip(pairs, prompts)}
