@@ -232,7 +232,7 @@ def plan_for(
 ) -> Any: # a `foundir_v2.planner.Plan`, printed
     "The choice for a limit of memory. Raises `FoundIRError` if nothing fits."
     from foundir_v2.core import pick_device, pick_dtype
-    from foundir_v2.pipeline import preset_options
+    from foundir_v2.loading import preset_options
     from foundir_v2.planner import make_plan, read_skeleton
     device, skeleton = pick_device(config.device or "auto"), read_skeleton(config.model)
     known = {f"default_{k}": v for k, v in {"steps": 20, "tile_size": 1024, **skeleton.defaults}.items()}
@@ -255,7 +255,7 @@ def load_restorer(
 ) -> Any: # a `FoundIRv2Pipeline`
     "The model, as the preset and the options want it, and as the limit of memory allows."
     from foundir_v2.core import pick_device
-    from foundir_v2.pipeline import load_pipeline, preset_loading
+    from foundir_v2.loading import load_pipeline, preset_loading
     if config.memory_limit is not None:
         return load_pipeline(config.model, device=config.device, plan=plan_for(config, sources, given or {}))
     wanted = preset_loading(config.preset, pick_device(config.device or "auto")) if config.preset else {}

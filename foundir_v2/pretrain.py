@@ -26,7 +26,7 @@ from .base import Base, encode_prompts, micro_conditioning, training_scheduler
 from .core import FoundIRError, atomic_write, autocast, from_pil, generator, hash_seed, load_image, pick_dtype, to_pil
 from .fetch import read_sources
 from .objective import prediction_target, sample_losses
-from .vae import PatchAutoencoderKL, pca_init
+from .vae import PatchAutoencoderKL, encode_latents, pca_init
 
 # %% ../nbs/47_pretrain.ipynb #ee07d144
 def photographs(
@@ -248,7 +248,7 @@ class PriorLoss:
     def __call__(self, step: int) -> Tensor:
         rng, c = generator("prior", self.config.seed, step), self.config
         crops = self.pool.crops(rng, c.batch_size, c.crop, c.leaf_share)
-        with torch.no_grad(): latents = self.base.vae.encode(crops.images).latent_dist.mode() * self.base.vae.config.scaling_factor
+        with torch.no_grad(): latents = encode_latents(self.base.vae, crops.images)
         noise, timesteps = torch.randn(latents.shape, generator=rng), torch.randint(self.scheduler.config.num_train_timesteps, (c.batch_size,), generator=rng)
         caption = torch.where(torch.rand(c.batch_size, generator=rng) < 0.2, 2, crops.is_leaves.long())
         noisy = self.scheduler.add_noise(latents, noise, timesteps).to(memory_format=torch.channels_last)

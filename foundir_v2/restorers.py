@@ -310,7 +310,7 @@ def load_trained(
     folder: str | Path, # output of `foundir_v2.train.train`: `unet/` and `config.json`
 ) -> Any: # a FoundIRv2Pipeline
     "The model that a training stage left behind. Raises `FoundIRError` if there is none."
-    from foundir_v2.pipeline import load_pipeline
+    from foundir_v2.loading import load_pipeline
     if not all((Path(folder)/name).exists() for name in ("config.json", "unet")):
         raise FoundIRError(f"no trained model in {folder}: it needs config.json and unet/, as a training stage writes them (dvc repro train_stage2)")
     return load_pipeline(Path(folder).resolve())  # never a shipped model of that name
@@ -338,7 +338,7 @@ def _folder(argument: str) -> FolderRestorer:
     return FolderRestorer(inputs, results)
 
 def _load_pipeline(name_or_path: str) -> Any:
-    from foundir_v2.pipeline import load_pipeline
+    from foundir_v2.loading import load_pipeline
     return load_pipeline(name_or_path)
 
 def _encoder(name_or_path: str) -> EncoderRestorer:

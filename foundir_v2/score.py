@@ -19,7 +19,7 @@ from .base import micro_conditioning
 from .core import FoundIRError, generator
 from .data import Item, reference_items
 from .iqa import metric as find_metric, oriented, score
-from .vae import vae_scale_factor
+from .vae import decode_latents, encode_latents, vae_scale_factor
 
 # %% ../nbs/58_score.ipynb #ede3e813
 def drawn_subtasks(
@@ -69,7 +69,7 @@ def restore_batch(
     B, _, H, W = lq_BCHW.shape
     unit = vae_scale_factor(vae) * 2 ** (len(unet.config.block_out_channels) - 1)
     if H % unit or W % unit: raise FoundIRError(f"pictures of {W}x{H} don't fit this model: choose a reference_size that is a multiple of {unit}")
-    latents = vae.encode(lq_BCHW * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
+    latents = encode_latents(vae, lq_BCHW * 2 - 1)
     noise = randn_tensor(latents.shape, [generator("diffusion", s) for s in seeds], latents.device, latents.dtype)
     latents = euler.add_noise(latents, noise, euler.timesteps[:1].expand(B))
     embeds, pooled = (p.expand(B, *p.shape[1:]) for p in prompt)
@@ -79,7 +79,7 @@ def restore_batch(
     for t in euler.timesteps:
         out = unet(euler.scale_model_input(latents, t), t, embeds, lq_embedding=lq_embedding, added_cond_kwargs=conditions).sample
         latents = euler.step(out.float(), t, latents).prev_sample
-    return (vae.decode(latents / vae.config.scaling_factor).sample.float() / 2 + .5).clamp(0, 1)
+    return decode_latents(vae, latents)
 
 # %% ../nbs/58_score.ipynb #cc5ff5f1
 def psnr(

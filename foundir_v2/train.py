@@ -45,7 +45,7 @@ from .score import reference_set, restore_batch, score_items
 from .settings import ModelConfig, TrainConfig, build_mixture, parameters, read_config
 from .trainlog import TrainLog, TrainResult, check_steps, read_log, write_log
 from .unet import FoundIRUNet
-from .vae import features_to_latents, vae_scale_factor
+from .vae import decode_latents, encode_latents, features_to_latents, vae_scale_factor
 
 # %% ../nbs/62_train.ipynb #2e2746f7
 class SeededDataset(Dataset):
@@ -197,7 +197,7 @@ def losses(
     c, device = self.config, self.accelerator.device
     lq, gt = (batch[k].to(device) * 2 - 1 for k in ("lq", "gt"))
     if c.channels_last: lq = lq.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(): latents = self.vae.encode(gt).latent_dist.mode() * self.vae.config.scaling_factor
+    with torch.no_grad(): latents = encode_latents(self.vae, gt)
     if c.stage == 0: return sample_losses(self.model(lq), latents, c.loss, self.gain)
     draws = dict(terminal_fraction=c.terminal_fraction, noise_offset=c.noise_offset, caption_dropout=c.caption_dropout)
     total = self.noise_scheduler.config.num_train_timesteps
@@ -269,8 +269,7 @@ def restore(
         if self.config.stage:
             parts = self.unet, self.vae, self.noise_scheduler, self.prompt("")
             return restore_batch(*parts, inputs, seeds, steps)
-        latents = self.model(inputs * 2 - 1) / self.vae.config.scaling_factor
-        return (self.vae.decode(latents).sample.float() / 2 + .5).clamp(0, 1)
+        return decode_latents(self.vae, self.model(inputs * 2 - 1))
 
 # %% ../nbs/62_train.ipynb #69097f1b
 def write_output(

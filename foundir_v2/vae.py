@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['LQ_ENCODERS', 'ResidualBlock', 'PatchEncoder', 'PatchDecoder', 'PatchAutoencoderKL', 'pca_init', 'LQEncoder',
-           'build_lq_encoder', 'lq_encoder_config', 'lq_encoder_from_vae', 'features_to_latents', 'vae_scale_factor']
+           'build_lq_encoder', 'lq_encoder_config', 'lq_encoder_from_vae', 'features_to_latents', 'vae_scale_factor',
+           'offloadable', 'encode_latents', 'decode_latents']
 
 # %% ../nbs/43_vae.ipynb #37ad9b9e
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
+from typing import Any
 
 # %% ../nbs/43_vae.ipynb #5c7f9d36
 import torch
@@ -201,3 +204,39 @@ def vae_scale_factor(
 ) -> int: # pixels per latent pixel, along one side
     "By how much the VAE shrinks a picture."
     return vae.config.patch_size if isinstance(vae, PatchAutoencoderKL) else 2 ** (len(vae.config.block_out_channels) - 1)
+
+# %% ../nbs/43_vae.ipynb #311b4b89
+def offloadable(module: torch.nn.Module, method: str, *inputs: Any) -> Any:
+    "Call a method other than `forward` so that diffusers' offloading brings the module to its device first."
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None: hook.pre_forward(module)
+    return getattr(module, method)(*inputs)
+
+@contextmanager
+def _safe_precision(vae: torch.nn.Module) -> Iterator[torch.dtype]:
+    "SDXL's VAE overflows in float16: in the block it is float32."
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if upcast: torch.nn.Module.to(vae, torch.float32)  # diffusers' own `to` warns about casts
+    try: yield vae.dtype
+    finally:
+        if upcast: torch.nn.Module.to(vae, torch.float16)
+
+# %% ../nbs/43_vae.ipynb #18332943
+def encode_latents(
+    vae: nn.Module,  # a `PatchAutoencoderKL` or an `AutoencoderKL`
+    x: Tensor,  # (B, 3, H, W) in [−1, 1]
+    dtype: torch.dtype | None = None,  # of the latents, before they are scaled; None: as the VAE gives them
+) -> Tensor:  # (B, latent_channels, h, w), scaled as the U-Net wants them
+    "Pictures to latents: the posterior's mode, so that it is the same every time."
+    with _safe_precision(vae) as own: posterior = offloadable(vae, "encode", x.to(own)).latent_dist
+    z = posterior.mode()
+    return (z if dtype is None else z.to(dtype)) * vae.config.scaling_factor
+
+def decode_latents(
+    vae: nn.Module,  # a `PatchAutoencoderKL` or an `AutoencoderKL`
+    latents: Tensor,  # (B, latent_channels, h, w), scaled
+) -> Tensor:  # (B, 3, H, W) float32 in [0, 1]
+    "Latents to pictures."
+    z = latents / vae.config.scaling_factor
+    with _safe_precision(vae) as own: x = offloadable(vae, "decode", z.to(own)).sample
+    return (x.float() / 2 + 0.5).clamp(0, 1)

@@ -45,9 +45,9 @@ class Enlarge:
 
 @pytest.fixture
 def enlarge(monkeypatch):
-    import foundir_v2.pipeline
+    import foundir_v2.loading, foundir_v2.pipeline
     loaded = []
-    monkeypatch.setattr(foundir_v2.pipeline, 'load_pipeline', lambda name, device, dtype, **more: loaded.append((name, device, dtype, *more.values())) or Enlarge())
+    monkeypatch.setattr(foundir_v2.loading, 'load_pipeline', lambda name, device, dtype, **more: loaded.append((name, device, dtype, *more.values())) or Enlarge())
     monkeypatch.setattr(foundir_v2.pipeline, 'resolve_settings', lambda pipe, upscale, **given: Resolved(upscale, given))
     monkeypatch.setattr(Enlarge, 'calls', [])
     return loaded

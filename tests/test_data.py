@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from foundir_v2.core import FoundIRError, generator, hash_seed, load_image, save_image
 from foundir_v2.data import (Photos, RestorationDataset, View, collate, draw_view, halve, halvings, look, look_at,
-                             micro_conditioning, reference_items, stored_pair)
+                             reference_items, size_conditions, stored_pair)
 from foundir_v2.degrade import crop_to_multiple, degrade, upsample_lq
 from foundir_v2.tasks import SUBTASKS, VARIANTS, by_category, subtask
 
@@ -206,8 +206,8 @@ def test_shrinking_keeps_the_content_in_place():
     assert torch.allclose(look((ramp * 255).round().byte(), View(0, 0, 50, 50, False)), ramp[:, :50, :50], atol=3e-3)
 
 
-def test_micro_conditioning_counts_shrunk_pixels():
-    c = micro_conditioning(400, 600, View(100, 40, 256, 128, False))
+def test_size_conditions_count_shrunk_pixels():
+    c = size_conditions(400, 600, View(100, 40, 256, 128, False))
     assert {k: v.tolist() for k, v in c.items()} == dict(original_size=[400, 600], crop_top_left=[50, 20], target_size=[128, 128])
 
 

@@ -1,7 +1,6 @@
 "The pipeline on real classes at a tiny size with untrained weights: numbers, shapes, seeds, batches, tiles, saving, refusals."
 import json, logging, subprocess, sys, weakref
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
@@ -9,15 +8,16 @@ import torch.nn.functional as F
 from accelerate import cpu_offload
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
 from PIL import Image
-from foundir_v2 import pipeline as P
+from foundir_v2 import loading as L, pipeline as P, solver as S
 from foundir_v2.base import SDXL_SCHEDULE, TINY_SCHEDULE, TINY_UNET, build_foundir_unet, encode_prompts, new_base, save_base
 from foundir_v2.core import FoundIRError
 from foundir_v2.caption import VLMCaptioner
 from foundir_v2.degrade import upsample_lq
 from foundir_v2.pictures import as_images
-from foundir_v2.pipeline import FoundIRv2Pipeline, Recipe, load_pipeline, save_restorer
+from foundir_v2.loading import Recipe, load_pipeline, save_restorer
+from foundir_v2.pipeline import FoundIRv2Pipeline
 from foundir_v2.tiling import tile_starts
-from foundir_v2.vae import PatchAutoencoderKL, pca_init
+from foundir_v2.vae import PatchAutoencoderKL, decode_latents, encode_latents, pca_init
 
 SMALL_UNET = {**TINY_UNET, "block_out_channels": (24, 32, 32), "attention_head_dim": (2, 2, 2), "norm_num_groups": 8}
 SMALL_MOE = dict(lq_norm_groups=0, moe_layers=1, moe_heads=4)
@@ -130,10 +130,10 @@ def test_euler_at_zero_terminal_snr_is_ddim_in_float64(steps):
     "Independent formula: x0 = a x - b v, and the noise b x + a v stays, at the float64 schedule."
     v = lambda x, t: torch.tanh(1.5 * x + t / 700) - 0.3 * x
     euler = EulerDiscreteScheduler(**TINY_SCHEDULE)
-    timesteps = P.set_timesteps(euler, steps)
+    timesteps = S.set_timesteps(euler, steps)
     assert timesteps[0] == 999
     noise = torch.randn(1, 4, 32, 32, generator=seeded(0)[0])
-    x = P.start_latents(euler, noise, "noise", None)
+    x = S.start_latents(euler, noise, "noise", None)
     exact, alpha_bar = noise.double(), euler.alphas_cumprod.double()
     for i, t in enumerate(timesteps):
         step = euler.step(v(euler.scale_model_input(x, t), t), t, x)
@@ -169,19 +169,19 @@ def test_starts_differ_where_the_schedule_shows_the_picture(sdxl, base):
     lq, noise = (run(sdxl, picture(20, 20), start=s, num_inference_steps=10)[0] for s in ("lq", "noise"))
     assert (lq - noise).abs().max() > 1e-3
     n, z = torch.randn(1, 16, 4, 4), torch.ones(1, 16, 4, 4)
-    P.set_timesteps(sdxl.scheduler, 20)
-    torch.testing.assert_close(P.start_latents(sdxl.scheduler, n, "lq", lambda: z), z + n * sdxl.scheduler.sigmas[0])
-    torch.testing.assert_close(P.start_latents(sdxl.scheduler, n, "noise", None), n * (sdxl.scheduler.sigmas[0] ** 2 + 1) ** 0.5)
+    S.set_timesteps(sdxl.scheduler, 20)
+    torch.testing.assert_close(S.start_latents(sdxl.scheduler, n, "lq", lambda: z), z + n * sdxl.scheduler.sigmas[0])
+    torch.testing.assert_close(S.start_latents(sdxl.scheduler, n, "noise", None), n * (sdxl.scheduler.sigmas[0] ** 2 + 1) ** 0.5)
 
 def test_zero_terminal_snr_makes_them_equal_and_says_so_once(pipe, caplog):
-    P._say_once.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="foundir_v2.pipeline"):
+    S.say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="foundir_v2.solver"):
         lq, again, noise = (run(pipe, picture(20, 20), start=s, num_inference_steps=2)[0] for s in ("lq", "lq", "noise"))
     assert torch.equal(lq, noise) and torch.equal(lq, again)
     assert [r.message for r in caplog.records].count(caplog.records[0].message) == 1 and "zero terminal SNR" in caplog.text
 
 def test_default_start_says_nothing(pipe, caplog):
-    P._say_once.cache_clear()
+    S.say_once.cache_clear()
     run(pipe, picture(8, 8))
     assert not caplog.records
 
@@ -254,7 +254,7 @@ def test_guidance_in_an_interval_of_the_steps(pipe, interval, halves):
     if halves == [1] * 4: torch.testing.assert_close(run(pipe, guidance_scale=5.0, guidance_interval=interval, **options)[0], run(pipe, guidance_scale=1.0, **options)[0], atol=1e-5, rtol=0)
 
 def test_what_a_long_prompt_loses_is_said_once(pipe, caplog):
-    P._say_once.cache_clear()
+    S.say_once.cache_clear()
     fits, words = " ".join(["cat"] * 75), ["dog", "red", "door"]
     with caplog.at_level(logging.WARNING):
         long = [run(pipe, picture(16, 16), prompt=" ".join([fits, *words]), guidance_scale=2.0)[0] for _ in range(2)]
@@ -420,8 +420,8 @@ def test_steps_in_bands(base, unet, name, monkeypatch):
     options = dict(num_inference_steps=12, start="lq", noise_scheduler=name)
     images = [picture(32, 16, 0), picture(32, 16, 1)]
     whole = run(pipe, images, generator=seeded(1, 2), tile_batch=2, **options)
-    bands = partial(P.BandedSteps, band=8)
-    monkeypatch.setattr(P, "BandedSteps", lambda *args: seen.append(bands(*args)) or seen[-1])
+    monkeypatch.setattr(P, "BAND", 8)
+    monkeypatch.setattr(P, "BandedSteps", lambda *args: seen.append(S.BandedSteps(*args)) or seen[-1])
     banded = run(pipe, images, generator=seeded(1, 2), tile_batch=2, **options)
     assert len(seen) == 1 and len(seen[0].noise_schedulers) == 4
     torch.testing.assert_close(banded[1], run(pipe, images[1], seed=2, **options)[0], atol=1e-4, rtol=0)
@@ -431,7 +431,7 @@ def test_steps_in_bands(base, unet, name, monkeypatch):
 def test_what_looks_at_a_whole_picture_is_not_cut_into_bands(sdxl):
     def bands(noise_scheduler):
         noise_scheduler.set_timesteps(4)
-        steps, x = P.BandedSteps(noise_scheduler, band=8), torch.rand(1, 4, 8, 4)
+        steps, x = S.BandedSteps(noise_scheduler, band=8), torch.rand(1, 4, 8, 4)
         steps(x, noise_scheduler.timesteps[0], noise_scheduler.scale_model_input(x, noise_scheduler.timesteps[0]))
         return len(steps.noise_schedulers)
     brownian = EulerDiscreteScheduler(**SDXL_SCHEDULE)
@@ -441,7 +441,7 @@ def test_what_looks_at_a_whole_picture_is_not_cut_into_bands(sdxl):
 @pytest.mark.parametrize("name", ["heun", "pndm", "unipc"])
 def test_a_noise_scheduler_keeps_no_canvas(sdxl, name):
     "Copies for the bands of the next picture would copy it, too."
-    sdxl.scheduler = P.make_noise_scheduler(name, sdxl.scheduler)
+    sdxl.scheduler = S.make_noise_scheduler(name, sdxl.scheduler)
     run(sdxl, picture(16, 16), num_inference_steps=12)
     kept = [x for value in vars(sdxl.scheduler).values() for x in (value if isinstance(value, list) else [value]) if isinstance(x, torch.Tensor) and x.ndim == 4]
     assert not kept
@@ -453,7 +453,7 @@ def test_a_noise_scheduler_that_cannot_run_the_schedule_is_refused(pipe, name):
         with pytest.raises(FoundIRError, match="rescale_betas_zero_snr"): run(pipe, picture(16, 16), num_inference_steps=4, noise_scheduler=name)
 
 def test_forms_of_a_name_and_unknown_ones(pipe):
-    for name in ("DDIM", "ddim_scheduler", "DDIMScheduler"): assert type(P.make_noise_scheduler(name, pipe.scheduler)) is DDIMScheduler
+    for name in ("DDIM", "ddim_scheduler", "DDIMScheduler"): assert type(S.make_noise_scheduler(name, pipe.scheduler)) is DDIMScheduler
     for name in ("", "flow", "edmeuler", "FlowMatchEulerDiscreteScheduler"):
         with pytest.raises(FoundIRError, match="choose from ddim, ddpm") as e: pipe(picture(8, 8), noise_scheduler=name)
         assert "\n" not in str(e.value)
@@ -476,7 +476,7 @@ def test_a_float16_vae_that_overflows_is_used_in_float32_and_put_back():
     vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, force_upcast=True).half()
     seen = []
     vae.encoder.register_forward_hook(lambda m, args, out: seen.append(args[0].dtype))
-    with torch.no_grad(): z = P.encode_image(vae, torch.rand(1, 3, 16, 16) * 2 - 1)
+    with torch.no_grad(): z = encode_latents(vae, torch.rand(1, 3, 16, 16) * 2 - 1)
     assert seen == [torch.float32] and vae.dtype == torch.float16 and z.dtype == torch.float32
 
 def test_with_sdxls_own_vae_class(base):
@@ -547,7 +547,7 @@ def test_callback_sees_and_changes_the_latents(pipe):
         return {"latents": torch.zeros_like(tensors["latents"])} if i == 1 else {}
     (x,) = run(pipe, picture(16, 16), num_inference_steps=2, callback_on_step_end=callback)
     assert seen == [(0, 999.0, (1, 16, 4, 4)), (1, 499.0, (1, 16, 4, 4))]
-    torch.testing.assert_close(x, P.decode_latents(pipe.vae, torch.zeros(1, 16, 4, 4))[0].detach())
+    torch.testing.assert_close(x, decode_latents(pipe.vae, torch.zeros(1, 16, 4, 4))[0].detach())
 
 # ---------------------------------------------------------------- settings
 
@@ -648,15 +648,32 @@ def test_damaged_recipes(unet, tmp_path):
         with pytest.raises(FoundIRError, match=words): load_pipeline(tmp_path)
 
 def test_import_needs_no_pipeline_tools():
-    code = ("import sys, foundir_v2.pipeline; "
-            "bad = {'dvc', 'dvclive', 'jupyter_core', 'papermill', 'pyiqa', 'pandas', 'matplotlib', 'fastcore', 'nbdev', 'ruamel', 'skimage'} & set(sys.modules); assert not bad, bad")
+    code = ("import sys, foundir_v2.loading; "
+            "bad = {'dvc', 'dvclive', 'jupyter_core', 'papermill', 'pyiqa', 'pandas', 'matplotlib', 'nbdev', 'ruamel', 'skimage'} & set(sys.modules); assert not bad, bad")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(P.__file__).parents[1])
+
+@pytest.mark.parametrize("name", P.IN_LOADING)
+def test_what_is_promised_is_importable_from_the_pipeline(name):
+    namespace = {}
+    exec(f"from foundir_v2.pipeline import {name}", namespace)
+    assert namespace[name] is getattr(L, name)
+
+def test_the_contract_names_are_where_the_documents_say():
+    from foundir_v2.pipeline import FoundIRv2Pipeline, load_pipeline
+    assert load_pipeline is L.load_pipeline and FoundIRv2Pipeline.__module__ == "foundir_v2.pipeline"
+    with pytest.raises(ImportError, match="load_pipelines"): exec("from foundir_v2.pipeline import load_pipelines")
+
+def test_diffusers_sees_one_class_with_its_call():
+    import inspect
+    components, options = FoundIRv2Pipeline._get_signature_keys(FoundIRv2Pipeline)
+    assert len(components) == 7 and options and all(name.startswith("default_") for name in options)
+    assert "image" in inspect.signature(FoundIRv2Pipeline.__call__).parameters and FoundIRv2Pipeline.__call__.__doc__
 
 # ---------------------------------------------------------------- presets and captions
 
-@pytest.mark.parametrize("name", P.PRESETS)
+@pytest.mark.parametrize("name", L.PRESETS)
 def test_presets_are_usable(pipe, name):
-    options = P.preset_options(name, pipe.config)
+    options = L.preset_options(name, pipe.config)
     settings = P.resolve_settings(pipe, 1, **{{"num_inference_steps": "steps", "guidance_scale": "guidance"}.get(k, k): v for k, v in options.items()})
     if name == "paper": assert (settings.steps, settings.guidance, settings.start, settings.tile_size, settings.tile_overlap) == (20, 5.0, "lq", 1024, 0.5)
     if name == "fast": assert settings.steps <= pipe.config.default_steps and settings.guidance == 1
@@ -664,9 +681,9 @@ def test_presets_are_usable(pipe, name):
     assert run(pipe, picture(16, 16), **options)[0].shape == (3, 16, 16)
 
 def test_loading_for_little_memory():
-    assert P.preset_loading("fast", torch.device("cpu")) == {} and P.preset_loading("low-memory", torch.device("cpu")) == dict(dtype="auto", offload="none")
-    assert P.preset_loading("low-memory", torch.device("cuda"))["offload"] == "model"
-    with pytest.raises(FoundIRError, match="paper, fast, low-memory"): P.preset_options("best", {})
+    assert L.preset_loading("fast", torch.device("cpu")) == {} and L.preset_loading("low-memory", torch.device("cpu")) == dict(dtype="auto", offload="none")
+    assert L.preset_loading("low-memory", torch.device("cuda"))["offload"] == "model"
+    with pytest.raises(FoundIRError, match="paper, fast, low-memory"): L.preset_options("best", {})
 
 def files(folder, *names):
     for name in names: Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / name)
@@ -675,10 +692,10 @@ def files(folder, *names):
 def test_captions_from_files_keep_their_places(tmp_path):
     paths = files(tmp_path, "a.png", "b.png", "c.png")
     (tmp_path / "a.txt").write_text("a cat"); (tmp_path / "c.txt").write_text("")
-    first, second, third = P.describe(paths, "sidecar")
+    first, second, third = L.describe(paths, "sidecar")
     assert (first, third) == ("a cat", "") and isinstance(second, FoundIRError) and "b.txt" in str(second)
-    assert P.describe(paths) == ["", "", ""]
-    with pytest.raises(FoundIRError, match="choose none, .*sidecar"): P.describe(paths, "magic")
+    assert L.describe(paths) == ["", "", ""]
+    with pytest.raises(FoundIRError, match="choose none, .*sidecar"): L.describe(paths, "magic")
 
 def test_the_captioning_model_is_gone_afterwards(tmp_path, monkeypatch):
     "Its memory is free before the restorer is loaded: nothing refers to it any more."
@@ -691,11 +708,11 @@ def test_the_captioning_model_is_gone_afterwards(tmp_path, monkeypatch):
         load_image(path)
         return "a cat"
     monkeypatch.setattr(VLMCaptioner, "__call__", call)
-    first, second = P.describe(paths, "vlm:some/model", tmp_path / "cache", "cpu")
+    first, second = L.describe(paths, "vlm:some/model", tmp_path / "cache", "cpu")
     assert first == "a cat" and isinstance(second, FoundIRError) and len(alive) == 1 and alive[0]() is None
 
 def test_a_captioning_model_that_is_not_there_stops_everything(tmp_path):
-    with pytest.raises(FoundIRError, match="can't load the captioning model"): P.describe(files(tmp_path, "a.png"), f"vlm:{tmp_path}", tmp_path / "cache", "cpu")
+    with pytest.raises(FoundIRError, match="can't load the captioning model"): L.describe(files(tmp_path, "a.png"), f"vlm:{tmp_path}", tmp_path / "cache", "cpu")
 
 # ---------------------------------------------------------------- memory
 
@@ -761,11 +778,11 @@ def test_a_generator_for_some_pictures_only_is_refused(pipe):
 @pytest.mark.parametrize("content", ["[]", "null", "3"])
 def test_a_recipe_that_is_no_object_is_one_clear_line(tmp_path, content):
     (tmp_path / "pipeline.json").write_text(content)
-    with pytest.raises(FoundIRError, match="holds no object"): P.read_recipe(tmp_path)
+    with pytest.raises(FoundIRError, match="holds no object"): L.read_recipe(tmp_path)
 
 def test_more_steps_than_the_schedule_has_are_refused(pipe):
     with pytest.raises(FoundIRError, match="2000 steps"): pipe(picture(8, 8), num_inference_steps=2000, noise_scheduler="ddim")
 
 def test_only_noise_schedulers_that_can_run_the_model_are_offered(pipe):
-    with pytest.raises(FoundIRError) as e: P.make_noise_scheduler("karras", pipe.scheduler)
+    with pytest.raises(FoundIRError) as e: S.make_noise_scheduler("karras", pipe.scheduler)
     assert str(e.value).split("choose from ")[1].split(", ") == ZERO_SNR

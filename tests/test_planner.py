@@ -6,7 +6,7 @@ from foundir_v2 import planner
 from foundir_v2.base import SDXL_UNET, TINY_UNET, assets_path
 from foundir_v2.cli import main
 from foundir_v2.core import FoundIRError
-from foundir_v2.pipeline import load_pipeline
+from foundir_v2.loading import load_pipeline
 from foundir_v2.planner import SDXL_TEXT, SDXL_TEXT_2, SDXL_VAE, Plan, available_memory, make_plan, make_skeleton, metered, needed, predict_peak, random_models, read_skeleton, weight_bytes
 from foundir_v2.unet import OWN_MODULES
 
@@ -122,8 +122,8 @@ def test_nothing_asked_nothing_changed():
     assert pipe.unet.dtype == torch.float32 and pipe.config.default_tile_size == 512 and pipe.config.default_vae_tile_size is None
 
 def test_refused_before_a_weight_is_read(monkeypatch):
-    from foundir_v2 import pipeline
-    monkeypatch.setattr(pipeline, "_load", lambda *a: pytest.fail("weights were loaded"))
+    from foundir_v2 import loading
+    monkeypatch.setattr(loading, "_load", lambda *a: pytest.fail("weights were loaded"))
     with pytest.raises(FoundIRError, match="GB are left of what is free or allowed"): load_pipeline("tiny", device="cpu", memory=1)
     with pytest.raises(FoundIRError, match="GB are left of what is free or allowed"): load_pipeline("tiny", device="cpu", plan="auto", memory=1)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FORBIDDEN = ('dvc', 'dvclive', 'jupyterlab', 'jupyter_client', 'papermill', 'nbdev', 'nbformat', 'pyiqa', 'fastcore', 'pandas', 'pyarrow', 'matplotlib', 'skimage')
+FORBIDDEN = ('dvc', 'dvclive', 'jupyterlab', 'jupyter_client', 'papermill', 'nbdev', 'nbformat', 'pyiqa', 'pandas', 'pyarrow', 'matplotlib', 'skimage')
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(ROOT / 'settings.ini')
 normal = lambda s: re.sub(r'[-_.]+', '-', s).lower()
@@ -29,9 +29,9 @@ def run_without(forbidden, code):
 
 
 @pytest.mark.parametrize('code, forbidden', [
-    ('import foundir_v2.mixture', (*FORBIDDEN, 'torch', 'diffusers', 'transformers', 'scipy', 'ruamel')),
+    ('import foundir_v2.mixture', (*FORBIDDEN, 'fastcore', 'torch', 'diffusers', 'transformers', 'scipy', 'ruamel')),
     ('from foundir_v2.pipeline import FoundIRv2Pipeline', (*FORBIDDEN, 'scipy', 'ruamel', 'spandrel')),
-    ('import foundir_v2.degrade, foundir_v2.tasks, foundir_v2.sampler', (*FORBIDDEN, 'ruamel'))], ids=lambda v: v if isinstance(v, str) else '')
+    ('import foundir_v2.degrade, foundir_v2.tasks, foundir_v2.sampler', (*FORBIDDEN, 'fastcore', 'ruamel'))], ids=lambda v: v if isinstance(v, str) else '')
 def test_the_core_imports_without_the_extras(code, forbidden):
     done = run_without(forbidden, code)
     assert done.returncode == 0, done.stderr[-1500:]
@@ -49,10 +49,11 @@ def test_versions_agree():
 
 
 def test_declared_core_covers_what_the_pipeline_imports():
-    code = 'import foundir_v2.pipeline, foundir_v2.mixture\nprint(*sorted({n.split(".")[0] for n in sys.modules}))'
+    code = 'import foundir_v2.loading, foundir_v2.mixture\nprint(*sorted({n.split(".")[0] for n in sys.modules}))'
     done = subprocess.run([sys.executable, '-c', 'import sys\n' + code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    source = '\n'.join((ROOT / 'foundir_v2' / f'{m}.py').read_text() for m in ('pipeline', 'core', 'mixture', 'mixchecks'))
+    rooms = ('pipeline', 'loading', 'solver', 'core', 'mixture', 'mixchecks')
+    source = '\n'.join((ROOT / 'foundir_v2' / f'{m}.py').read_text() for m in rooms)
     ours = set(re.findall(r'^\s*(?:import|from) (\w+)', source, re.M)) & loaded - set(sys.stdlib_module_names) - {'foundir_v2'}
     declared = {'PIL' if normal(r) == 'pillow' else r for r in re.findall(r"'([\w-]+)>=", re.search(r'core = \[.*\]', (ROOT / 'setup.py').read_text())[0])}
     assert ours and ours <= declared

@@ -55,11 +55,11 @@ def template(tmp_path_factory):
 @pytest.fixture(scope='module', autouse=True)
 def loaded_once():
     "The shipped model, loaded once for all cases."
-    import foundir_v2.pipeline as pipeline
-    load, kept = pipeline.load_pipeline, {}
+    import foundir_v2.loading as loading
+    load, kept = loading.load_pipeline, {}
     def once(name, **options): return kept.setdefault(str((name, options)), load(name, **options))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, 'load_pipeline', once)
+        patch.setattr(loading, 'load_pipeline', once)
         yield
 
 
