@@ -137,7 +137,7 @@ def test_the_command_prints_its_choice_or_refuses(tmp_path, capsys):
     assert run("--memory-limit", "1000", "--tile-size", "256") == 0 and (tmp_path / "out.png").exists()
     assert "tiles of 256 px" in capsys.readouterr().err
     (tmp_path / "out.png").unlink()
-    for limit, message in (("0.001", "GB are left of what is free or allowed"), ("0", "give gigabytes")):
+    for limit, message in (("0.001", "GB are left of what is free or allowed"), ("0", "(gigabytes)")):
         assert run("--memory-limit", limit) == 2 and not (tmp_path / "out.png").exists()
         assert message in capsys.readouterr().err
 
