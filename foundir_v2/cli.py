@@ -240,7 +240,7 @@ CALL_NAMES = dict(steps="num_inference_steps", guidance="guidance_scale") # the 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]: # by their names as options
     "The settings on the command line. Raises `FoundIRError` for values that no model can use, and for what contradicts."
     from foundir_v2.core import FoundIRError
-    from foundir_v2.pipeline import Settings
+    from foundir_v2.jobs import Settings
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     Settings(**{**dict(steps=1, guidance=1.0, start="noise", upscale=1.0, color_fix="none", tile_size=0, tile_overlap=0.0), **given})
     if args.prompt and args.caption != "none": raise FoundIRError("--prompt and --caption both say what the picture shows: give one of them")
