@@ -186,7 +186,7 @@ CALL_NAMES = dict(steps="num_inference_steps", guidance="guidance_scale") # the 
 def given_settings(config: RestoreConfig) -> dict[str, Any]: # by their names in `config`
     "The settings that were given. Raises `FoundIRError` for values that no model can use, and for what contradicts."
     from foundir_v2.core import FoundIRError
-    from foundir_v2.pipeline import Settings
+    from foundir_v2.jobs import Settings
     given = {name: value for name in SETTINGS if (value := getattr(config, name)) is not None}
     usable = dict(steps=1, guidance=1.0, start="noise", upscale=1.0, color_fix="none", tile_size=0, tile_overlap=0.0)
     Settings(**{**usable, **given})
@@ -266,7 +266,7 @@ def load_restorer(
 # %% ../nbs/84_batch.ipynb #0c42b517
 def prompts_for(config: RestoreConfig, pictures: Sequence[Path]) -> list[str | Exception]:
     "What each picture shows, or why that can't be known."
-    from foundir_v2.pipeline import describe
+    from foundir_v2.loading import describe
     if config.caption == "none": return [config.prompt or ""] * len(pictures)
     return describe(pictures, config.caption, config.caption_cache, config.device)
 
@@ -292,7 +292,8 @@ def call_options(
 ) -> tuple[dict[str, Any], dict[str, Any]]: # keyword arguments of its call, and all settings for the log
     "The preset's settings, and over them those that were given. Raises `FoundIRError` if the model can't use them."
     from dataclasses import asdict
-    from foundir_v2.pipeline import preset_options, resolve_settings
+    from foundir_v2.loading import preset_options
+    from foundir_v2.pipeline import resolve_settings
     preset = config.preset and (config.memory_limit is None or config.preset != "low-memory")
     options = preset_options(config.preset, pipe.config) if preset else {}
     options |= {CALL_NAMES.get(k, k): v for k, v in given.items()}

@@ -13,7 +13,7 @@ from foundir_v2.base import SDXL_SCHEDULE, TINY_SCHEDULE, TINY_UNET, build_found
 from foundir_v2.core import FoundIRError
 from foundir_v2.caption import VLMCaptioner
 from foundir_v2.degrade import upsample_lq
-from foundir_v2.pictures import as_images
+from foundir_v2.pictures import as_images, crop
 from foundir_v2.loading import Recipe, load_pipeline, save_restorer
 from foundir_v2.pipeline import FoundIRv2Pipeline
 from foundir_v2.tiling import tile_starts
@@ -326,7 +326,7 @@ def test_contexts_are_the_whole_pictures_behind_a_groupnorm_too(base, monkeypatc
     run(pipe, images, tile_size=48, tile_batch=2, generator=seeded(0, 1))
     assert unet.lq_margin is None and unet.lq_reach is not None and len(seen) == 2
     for image, context in zip(images, seen):
-        whole = P.crop(image, 0, 0, 112, 160)[None] * 2 - 1
+        whole = crop(image, 0, 0, 112, 160)[None] * 2 - 1
         (expected,) = unet.summarize_lq(unet.pool_lq(whole, slice(None), slice(None)))
         for a, b in zip(context, expected, strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
