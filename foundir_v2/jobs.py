@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
+from fastcore.basics import patch
 from torch import Tensor
 
 from .base import micro_conditioning
@@ -176,15 +177,21 @@ class Job:
         crops = [crop(self.pictures[t.picture], *box(t)) for t in tiles]
         return torch.stack([as_float(x.to(self.device)) for x in crops]) * 2 - 1
 
-    def conditioning(
-        self, tiles: Sequence[Tile], dtype: torch.dtype, guided: bool, offset_unit: str
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        "Text and micro-conditioning of some tiles; with guidance first the negative half, then the positive."
-        halves = [self.negatives, self.prompts] if guided else [self.prompts]
-        embeds, pooled = (torch.stack([half[t.picture][k] for half in halves for t in tiles]).to(dtype) for k in (0, 1))
-        sizes = [tuple(x.shape[-2:]) for x in self.pictures]
-        ids = time_ids(sizes, self.grid, tiles, self.factor, offset_unit).to(embeds.device)
-        return embeds, dict(text_embeds=pooled, time_ids=ids.repeat(len(halves), 1))
+# %% ../nbs/54_jobs.ipynb #366a148b
+@patch
+def conditioning(
+    self: Job,
+    tiles: Sequence[Tile],
+    dtype: torch.dtype,  # of the U-Net
+    guided: bool,
+    offset_unit: str,  # of `OFFSET_UNITS`
+) -> tuple[Tensor, dict[str, Tensor]]:  # text, and what the U-Net takes besides
+    "Text and micro-conditioning of some tiles; with guidance first the negative half, then the positive."
+    halves = [self.negatives, self.prompts] if guided else [self.prompts]
+    embeds, pooled = (torch.stack([half[t.picture][k] for half in halves for t in tiles]).to(dtype) for k in (0, 1))
+    sizes = [tuple(x.shape[-2:]) for x in self.pictures]
+    ids = time_ids(sizes, self.grid, tiles, self.factor, offset_unit).to(embeds.device)
+    return embeds, dict(text_embeds=pooled, time_ids=ids.repeat(len(halves), 1))
 
 # %% ../nbs/54_jobs.ipynb #2c422f85
 def lay_grids(
