@@ -4,7 +4,7 @@
 
 # %% ../nbs/06_runner.ipynb #a5109b62
 from __future__ import annotations
-import argparse, ast, os, re, signal, sys, traceback
+import argparse, ast, logging, os, re, signal, sys, traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int: # exit code
     "Command line of `python -m foundir_v2.runner`."
     args = parser().parse_args(argv)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR) # tells at import what a CPU lacks
     try: run_stage(args)
     except (ValueError, FileNotFoundError, PermissionError) as e:
         print(f"runner: {e}", file=sys.stderr)

@@ -39,7 +39,7 @@ from .data import RestorationDataset, collate
 from .index import load_manifest
 from .mixture import MixtureError, round_scores, write_mixture
 from .objective import WEIGHTED, decoder_gain, draw_noise, prediction_target, sample_losses
-from .process import exit_with_parent
+from .process import exit_with_parent, interruptible
 from .sampler import Draw, MixtureSampler
 from .score import reference_set, restore_batch, score_items
 from .settings import ModelConfig, TrainConfig, build_mixture, parameters, read_config
@@ -332,10 +332,11 @@ def train_steps(
         with averaged(learner.ema, learner.parameters): record = feed.rebalance(learner.restore)
         if main: log.write(kind="mixture", step=feed.step, **record)
     if feed.step == 0 and config.update_every: rebalance()
-    title = f"stage {config.stage}"
-    with tqdm(total=config.steps, initial=feed.step, desc=title, mininterval=1, disable=not main) as bar:
+    bar = tqdm(total=config.steps, initial=feed.step, desc=f"stage {config.stage}", mininterval=1, disable=not main)
+    with interruptible() as check, bar:
         while feed.step < config.steps:
             for batch in feed.loader:
+                check()
                 record = learner.step(batch, list(config.task_table))
                 feed.step += 1
                 if main: log.write(kind="step", step=feed.step, **record)

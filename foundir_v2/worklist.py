@@ -113,10 +113,12 @@ def each_file(
 ) -> int: # exit code
     "Call `work` for every pair. Errors of single files among several are reported at the end."
     from foundir_v2.core import DiskFullError
+    from foundir_v2.process import interruptible
     from tqdm import tqdm
     failed, end = [], None
-    with tqdm(total=len(pairs), unit="file", disable=len(pairs) < 2, dynamic_ncols=True) as bar:
+    with interruptible() as check, tqdm(total=len(pairs), unit="file", disable=len(pairs) < 2, dynamic_ncols=True) as bar:
         for source, target in pairs:
+            check()
             try: work(source, target)
             except (DiskFullError, *fatal) as e:
                 end = e

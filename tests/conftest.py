@@ -3,6 +3,7 @@
 Property tests try the same examples on every run of `make test`; `make fuzz` looks for new ones, within a budget of time."""
 import os
 import random
+import sys
 import time
 
 import pytest
@@ -28,3 +29,12 @@ def pytest_runtest_setup(item):
 def bench(tmp_path_factory):
     from small_training import make_bench
     return make_bench(tmp_path_factory.mktemp('bench'))
+
+
+@pytest.fixture(autouse=True)
+def hub_client():
+    "The command line may leave the hub's client offline for the rest of the process; the next test begins as this one did."
+    client = lambda: sys.modules.get('huggingface_hub.constants')
+    before = client().HF_HUB_OFFLINE if client() else os.environ.get('HF_HUB_OFFLINE', '') in ('1', 'ON', 'YES', 'TRUE')
+    yield
+    if client(): client().HF_HUB_OFFLINE = before
