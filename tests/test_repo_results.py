@@ -22,8 +22,7 @@ def test_results_are_those_of_the_recorded_run(stage, path):
 
 
 def test_the_recorded_mixture_follows_from_its_scores():
-    keys = LOCK["train_stage2"]["params"]["params.yaml"]  # of the run that made it, whatever params.yaml says now
-    section = {k.removeprefix("mixture."): v for k, v in keys.items() if k.startswith("mixture.")}
+    section = LOCK["train_stage2"]["params"]["params.yaml"]["mixture"]  # of the run that made it, whatever params.yaml says now
     policy = build_mixture(from_dict(TrainConfig, section | dict(stage=2, steps=1, update_every=1)))
     records = [json.loads(line) for line in (ROOT / "metrics/mixture.jsonl").read_text().splitlines()]
     assert len(records) >= 6, "the first scores and five updates"
