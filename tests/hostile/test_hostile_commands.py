@@ -485,7 +485,7 @@ def test_ctrl_c(place, tally, words, at, full):
     if not full and not words.startswith('restore'): pytest.skip('in make hostile')
     here = place()
     os.mkdir('many')
-    for i in range(150): pixels(i, 64).save(f'many/{i}.png')
+    for i in range(150 if at else 2000): pixels(i, 64).save(f'many/{i}.png')  # far more than three seconds of work
     run = subprocess.Popen([*PROGRAM, *words.split()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                            start_new_session=True, env=ENVIRONMENT)
     deadline = time.monotonic() + 120
