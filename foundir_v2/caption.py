@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAPTION_COLUMNS', 'PROMPT', 'CAPTIONERS', 'Captioner', 'NoCaption', 'SidecarCaptioner', 'read_captions',
            'CSVCaptioner', 'shipped_captions', 'shorten', 'VLMConfig', 'CaptionerError', 'VLMCaptioner',
-           'CachedCaptioner', 'CaptionerKind', 'captioner_choices', 'make_captioner']
+           'CachedCaptioner', 'CaptionerKind', 'captioner_choices', 'parse_captioner', 'make_captioner']
 
 # %% ../nbs/20_caption.ipynb #7cd3bf9c
 import csv, hashlib, json, re
@@ -232,14 +232,21 @@ def captioner_choices() -> str:
     *most, last = (usage for kind in CAPTIONERS.values() for usage in kind.usages)
     return f"{', '.join(most)} or {last}"
 
+def parse_captioner(
+    spec: str, # a usage of `CAPTIONERS`
+) -> tuple[str, str]: # its name there and its argument, checked without loading anything
+    "Raises `FoundIRError` naming the choices."
+    name, colon, argument = str(spec).partition(":")
+    usages = CAPTIONERS[name].usages if name in CAPTIONERS else ()
+    fits = argument and any(":" in usage for usage in usages) if colon else name in usages
+    if not fits: raise FoundIRError(f"unknown captioner {spec!r}: choose {captioner_choices()}")
+    return name, argument
+
 def make_captioner(
     spec: str, # a usage of `CAPTIONERS`
     cache_dir: str | Path, # for captions of a model
     device: str = "auto",
 ) -> Captioner:
     "A captioner from its name. Raises `FoundIRError` naming the choices."
-    name, colon, argument = str(spec).partition(":")
-    usages = CAPTIONERS[name].usages if name in CAPTIONERS else ()
-    fits = argument and any(":" in usage for usage in usages) if colon else name in usages
-    if not fits: raise FoundIRError(f"unknown captioner {spec!r}: choose {captioner_choices()}")
+    name, argument = parse_captioner(spec)
     return CAPTIONERS[name].make(argument, Path(cache_dir), device)

@@ -6,7 +6,7 @@
 __all__ = ['Text', 'MetricName', 'SubTaskName', 'STAGES', 'SECTIONS', 'OPTIONAL', 'IngestConfig', 'CleanConfig', 'ManifestConfig',
            'OutsideConfig', 'EvaluateConfig', 'ReportConfig', 'section_problems', 'indivisible', 'stage_problems',
            'training_problems', 'restorer_problems', 'evaluation_problems', 'Measures', 'cleaning_problems',
-           'check_params', 'keys_read', 'dvc_params']
+           'captioner_problems', 'check_params', 'keys_read', 'dvc_params']
 
 # %% ../nbs/82_params.ipynb #fcb21d01
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 # %% ../nbs/82_params.ipynb #016c027f
 from annotated_types import Interval, MinLen
 
+from .caption import parse_captioner
 from .clean import Statistics, make_thresholds
 from .config import ConfigError, OneOf, declarations, from_dict, shown
 from .core import FoundIRError
@@ -49,7 +50,7 @@ class CleanConfig:
 @dataclass(frozen=True, kw_only=True)
 class ManifestConfig:
     "Section `manifest`."
-    captioner: Text # none, sidecar, sidecar:.SUFFIX or vlm:MODEL
+    captioner: Text # a usage of `caption.CAPTIONERS`
 
 # %% ../nbs/82_params.ipynb #783105e8
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +183,11 @@ def cleaning_problems(clean: CleanConfig) -> Iterator[str]:
     try: make_thresholds(clean.limits, [Statistics(), Measures(tuple(clean.metrics))])
     except FoundIRError as e: yield f"clean.limits: {e}"
 
+def captioner_problems(manifest: ManifestConfig) -> Iterator[str]:
+    "What is wrong with the captioner's name."
+    try: parse_captioner(manifest.captioner)
+    except FoundIRError as e: yield f"manifest.captioner: {e}"
+
 # %% ../nbs/82_params.ipynb #e1a6c607
 def check_params(
     params: Mapping[str, Mapping[str, Any]], # as `load_params` reads them
@@ -194,6 +200,7 @@ def check_params(
     if not problems:
         made = {s: from_dict(SECTIONS[s], params[s], s) for s in known}
         if {*PARTS, *STAGES} <= set(known): problems += training_problems(params, Path(root))
+        if "manifest" in made: problems += captioner_problems(made["manifest"])
         if "clean" in made: problems += cleaning_problems(made["clean"])
         if "evaluate" in made: problems += evaluation_problems(made["evaluate"], made.get("report"))
     if problems: raise ConfigError(f"{name}: {'; '.join(problems)}")

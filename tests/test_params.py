@@ -28,6 +28,7 @@ def test_the_file_is_fine(): check_params(PARAMS, ROOT)
 
 @pytest.mark.parametrize("settings, words", [
     (dict(ingest__max_pixels=0), "ingest.max_pixels: expected a whole number from 1"), (dict(clean__limits=dict(sharpness=[1, 2])), "clean.limits: unknown measure sharpness"),
+    (dict(manifest__captioner="shiped"), "manifest.captioner: unknown captioner 'shiped': choose none, shipped"),
     (dict(clean__limits__piqe=[70]), "clean.limits.piqe: expected 2 values"), (dict(clean__metrics=["psnr"]), "clean.metrics: psnr compares with a reference"),
     (dict(mixture__options__alfa=1), "train_stage2: policy des has no option alfa"), (dict(mixture__options__alpha=-1), "train_stage2: mixture: alpha is -1"), (dict(mixture__options__alpha=None), "alpha"),
     (dict(mixture__policy="replay", mixture__options=dict(table="schedules/none.csv")), "none.csv"), (dict(mixture__tasks=dict(dehaze=["haze"])), "train_stage2: no score metric for dehaze"),
