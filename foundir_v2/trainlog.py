@@ -17,9 +17,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/60_trainlog.ipynb #60a10006
-from .checkpoint import file_hash, saving
+from .checkpoint import saving
 from .core import FoundIRError, atomic_write
 from .mixture import mixture_rows
+from .targets import file_hash
 
 # %% ../nbs/60_trainlog.ipynb #6eb2de6d
 def read_log(
