@@ -366,7 +366,7 @@ def train(
     main = accelerator.is_main_process
     check_output(config)
     with only_writer(folder) if main else nullcontext():
-        title = f"foundir_v2.train {folder.name}"
+        title = f"foundir_v2.train, stage {config.stage}" # no name of the run: equal results are equal files
         with atomic_folder(config.output, title, force) if main else nullcontext() as result:
             accelerator.wait_for_everyone()
             learner, checkpoints = Learner(config, accelerator), Checkpoints(folder)
