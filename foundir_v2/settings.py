@@ -23,6 +23,7 @@ from .core import FoundIRError
 from .iqa import METRICS
 from .mixture import POLICIES, FixedMixture, Mixture, MixtureError, check_weights, policy_for, policy_options
 from .objective import LOSSES
+from .optim import OPTIMIZERS
 from .tasks import SUBTASKS, by_category
 
 # %% ../nbs/61_settings.ipynb #0c216ee8
@@ -107,6 +108,7 @@ class LoopConfig(Section):
     terminal_fraction: Annotated[Share, UNET] = 0.0 # share of samples at the last timestep; the others are uniform
     noise_offset: Annotated[Share, UNET] = 0.02 # constant noise per channel; must be 0 under zero terminal SNR
     caption_dropout: Annotated[Share, UNET] = 0.2 # share of samples with an empty caption, for classifier-free guidance
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw" # muon: orthogonal steps, for what is a matrix
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     adam_eps: Annotated[float, Interval(gt=0, le=1)] = 1e-8
     weight_decay: Annotated[float, Interval(ge=0, le=100)] = 1e-2

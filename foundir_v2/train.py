@@ -39,6 +39,7 @@ from .data import RestorationDataset, collate
 from .index import load_manifest
 from .mixture import MixtureError, round_scores, write_mixture
 from .objective import WEIGHTED, decoder_gain, draw_noise, prediction_target, sample_losses
+from .optim import make_optimizer
 from .process import exit_with_parent, interruptible
 from .sampler import Draw, MixtureSampler
 from .score import reference_set, restore_batch, score_items
@@ -179,8 +180,8 @@ class Learner:
         self.prompt = lru_cache(maxsize=4096)(encode)
         self.gain = decoder_gain(base.vae) if config.loss in WEIGHTED else None
         groups = parameter_groups(self.unet, config)
-        optimizer = torch.optim.AdamW(groups, betas=tuple(config.adam_betas), eps=config.adam_eps,
-                                      weight_decay=config.weight_decay, fused=True)
+        rule = dict(betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay)
+        optimizer = make_optimizer(config.optimizer, groups, **rule)
         lr_scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
         model = Denoiser(self.unet) if config.stage else LatentReader(self.unet, self.vae)
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model.train(), optimizer, lr_scheduler)

@@ -11,6 +11,7 @@ from foundir_v2.base import load_base
 from foundir_v2.checkpoint import SEAL, Checkpoints, broken_seal, only_writer
 from foundir_v2.core import FoundIRError, generator
 from foundir_v2.mixture import replay_scores
+from foundir_v2.optim import OPTIMIZERS
 from small_training import TASKS, config, equal, weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,8 +178,9 @@ def test_stage_zero_without_steps_builds_the_model(bench, tmp_path):
     assert result.table.empty and equal(weights(result.output), dict(tr.build_unet(zero, load_base(zero.base)).state_dict()))
 
 
-def test_stage_zero_resumes(bench, tmp_path, monkeypatch):
-    c = config(bench, tmp_path, stage=0, steps=5, loss="psnr", lq_context_width=8, output=str(tmp_path / "straight"))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_stage_zero_resumes(bench, tmp_path, monkeypatch, optimizer):
+    c = config(bench, tmp_path, stage=0, steps=5, loss="psnr", lq_context_width=8, optimizer=optimizer, output=str(tmp_path / "straight"))
     straight = tr.train(c)
     with monkeypatch.context() as m:
         die_after(m, 2)
@@ -187,8 +189,10 @@ def test_stage_zero_resumes(bench, tmp_path, monkeypatch):
     assert resumed.resumed_from == 2 and resumed.log == straight.log and equal(weights(straight.output), weights(resumed.output))
 
 
-def test_learning_reduces_the_loss(bench, tmp_path):
-    losses = [r["loss"] for r in tr.train(config(bench, tmp_path, stage=2, steps=40, learning_rate=5e-3, terminal_fraction=1., batch_size=4, checkpoint_every=100)).steps]
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_learning_reduces_the_loss(bench, tmp_path, optimizer):
+    c = config(bench, tmp_path, stage=2, steps=40, optimizer=optimizer, learning_rate=5e-3, terminal_fraction=1., checkpoint_every=100)
+    losses = [r["loss"] for r in tr.train(c).steps]
     assert sum(losses[-8:]) < .9 * sum(losses[:8])
 
 
