@@ -13,23 +13,17 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval, MinLen, Unit
 
+from .inference import ColorFix, Factor, Fraction, Guidance, OffsetUnit, Overlap, Start, Steps, TileBatch, TileSize
 from .targets import RestoreLog, Target, check_targets, file_hash
 from .worklist import each_file, existing, plan_files, results, sidecars
 
 # %% auto #0
-__all__ = ['Steps', 'Factor', 'Guidance', 'Fraction', 'Overlap', 'TileSize', 'Count', 'Pixels', 'Gigabytes', 'Seed', 'SETTINGS',
-           'CALL_NAMES', 'argument', 'RestoreConfig', 'compare_name', 'save_compared', 'restore_file',
-           'quiet_libraries', 'reach_hub', 'model_stamp', 'result_key', 'start_peak', 'peak_memory', 'given_settings',
-           'plan_restore', 'largest_size', 'plan_for', 'load_restorer', 'prompts_for', 'result_keys', 'call_options',
-           'restore_batch']
+__all__ = ['Count', 'Pixels', 'Gigabytes', 'Seed', 'SETTINGS', 'argument', 'RestoreConfig', 'compare_name', 'save_compared',
+           'restore_file', 'quiet_libraries', 'reach_hub', 'model_stamp', 'result_key', 'start_peak', 'peak_memory',
+           'given_settings', 'plan_restore', 'largest_size', 'plan_for', 'load_restorer', 'prompts_for', 'result_keys',
+           'call_options', 'restore_batch']
 
 # %% ../nbs/84_batch.ipynb #ba7c0005
-Steps = Annotated[int, Interval(ge=1, le=1000)] # of diffusion: there are as many timesteps
-Factor = Annotated[float, Interval(ge=1, le=16)]
-Guidance = Annotated[float, Interval(ge=0, le=1000)]
-Fraction = Annotated[float, Interval(ge=0, le=1)]
-Overlap = Annotated[float, Interval(ge=0, lt=1)]
-TileSize = Annotated[int, Interval(ge=0, le=65_536), Unit("pixels")] # 0: no tiles
 Count = Annotated[int, Interval(ge=1, le=65_536)]
 Pixels = Annotated[int, Interval(ge=1, le=10**12)]
 Gigabytes = Annotated[float, Interval(gt=0, le=100_000), Unit("gigabytes")]
@@ -51,21 +45,21 @@ class RestoreConfig:
     model: str | Path = "tiny" # as `foundir_v2.base.resolve_model`
     preset: Literal["paper", "fast", "low-memory"] | None = None
     upscale: Factor | None = None # enlargement before restoring
-    steps: Steps | None = None
-    guidance: Guidance | None = None # 1: none
+    num_inference_steps: Steps | None = None
+    guidance_scale: Guidance | None = None # 1: none
     guidance_interval: tuple[Fraction, Fraction] | None = None # fractions of the steps that it begins and ends at
-    start: Literal["lq", "noise"] | None = None
+    start: Start | None = None
     prompt: str | None = None # what the pictures show
     caption: str = "none" # who says so, picture by picture: as `foundir_v2.caption.make_captioner`
     caption_cache: str | Path = ".cache/captions"
     negative_prompt: str | None = None
-    color_fix: Literal["none", "adain", "wavelet"] | None = None
+    color_fix: ColorFix | None = None
     tile_size: TileSize | None = None
     tile_overlap: Overlap | None = None
-    tile_batch: Count | None = None # tiles at a time
+    tile_batch: TileBatch | None = None # tiles at a time
     vae_tile_size: TileSize | None = None
     noise_scheduler: str | None = None
-    offset_unit: Literal["pixel", "latent"] | None = None
+    offset_unit: OffsetUnit | None = None
     seed: Seed = 0
     device: str | None = None
     dtype: str | None = None
@@ -179,16 +173,16 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/84_batch.ipynb #00e7e713
-SETTINGS = ("steps", "guidance", "guidance_interval", "start", "color_fix", "tile_size", "tile_overlap", "tile_batch",
-            "vae_tile_size", "upscale", "noise_scheduler", "offset_unit") # fields of `pipeline.Settings`
-CALL_NAMES = dict(steps="num_inference_steps", guidance="guidance_scale") # the names of the pipeline's call
+SETTINGS = ("num_inference_steps", "guidance_scale", "guidance_interval", "start", "color_fix", "tile_size",
+            "tile_overlap", "tile_batch", "vae_tile_size", "upscale", "noise_scheduler", "offset_unit") # fields of `pipeline.Settings`
 
 def given_settings(config: RestoreConfig) -> dict[str, Any]: # by their names in `config`
     "The settings that were given. Raises `FoundIRError` for values that no model can use, and for what contradicts."
     from foundir_v2.core import FoundIRError
     from foundir_v2.jobs import Settings
     given = {name: value for name in SETTINGS if (value := getattr(config, name)) is not None}
-    usable = dict(steps=1, guidance=1.0, start="noise", upscale=1.0, color_fix="none", tile_size=0, tile_overlap=0.0)
+    usable = dict(num_inference_steps=1, guidance_scale=1.0, start="noise", upscale=1.0, color_fix="none", tile_size=0,
+                  tile_overlap=0.0)
     Settings(**{**usable, **given})
     if config.prompt and config.caption != "none":
         raise FoundIRError("--prompt and --caption both say what the picture shows: give one of them")
@@ -232,14 +226,15 @@ def plan_for(
 ) -> Any: # a `foundir_v2.planner.Plan`, printed
     "The choice for a limit of memory. Raises `FoundIRError` if nothing fits."
     from foundir_v2.core import pick_device, pick_dtype
+    from foundir_v2.inference import Recipe
     from foundir_v2.loading import preset_options
     from foundir_v2.planner import make_plan, read_skeleton
     device, skeleton = pick_device(config.device or "auto"), read_skeleton(config.model)
-    known = {f"default_{k}": v for k, v in {"steps": 20, "tile_size": 1024, **skeleton.defaults}.items()}
+    known = Recipe(inference=skeleton.defaults).defaults
     preset = preset_options(config.preset, known) if config.preset and config.preset != "low-memory" else {}
     fixed = {k: given.get(k, preset.get(k)) for k in ("tile_size", "tile_batch", "vae_tile_size")}
     dtype = config.dtype and str(pick_dtype(config.dtype, device)).removeprefix("torch.")
-    guidance = given.get("guidance", preset.get("guidance_scale", skeleton.defaults.get("guidance", 5.0)))
+    guidance = given.get("guidance_scale", preset.get("guidance_scale", skeleton.defaults.guidance_scale))
     guided = guidance != 1 and bool(config.prompt or config.negative_prompt or config.caption != "none")
     size, limit = largest_size(sources, given.get("upscale", 1)), int(1e9 * config.memory_limit)
     plan = make_plan(skeleton, size, device, limit, guided, given.get("start"), dtype=dtype, offload=config.offload,
@@ -296,10 +291,8 @@ def call_options(
     from foundir_v2.pipeline import resolve_settings
     preset = config.preset and (config.memory_limit is None or config.preset != "low-memory")
     options = preset_options(config.preset, pipe.config) if preset else {}
-    options |= {CALL_NAMES.get(k, k): v for k, v in given.items()}
-    back = {call: name for name, call in CALL_NAMES.items()}
-    named = {back.get(k, k): v for k, v in options.items() if k != "upscale"}
-    settings = asdict(resolve_settings(pipe, options.get("upscale", 1), **named))
+    options |= given
+    settings = asdict(resolve_settings(pipe, **{"upscale": 1, **options}))
     below = dict(position=1, leave=False, delay=3, disable=not sys.stderr.isatty())
     pipe.set_progress_bar_config(unit="tile", dynamic_ncols=True, **(below if bar else {}))
     if config.negative_prompt: options["negative_prompt"] = config.negative_prompt

@@ -10,9 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .batch import (Count, Factor, Fraction, Gigabytes, Guidance, Overlap, Pixels, RestoreConfig, Seed, Steps,
-                              TileSize, argument, quiet_libraries, reach_hub, restore_batch)
+from .batch import (Count, Gigabytes, Pixels, RestoreConfig, Seed, argument, quiet_libraries, reach_hub,
+                              restore_batch)
 from .cli_mixture import add_mixture
+from .inference import Factor, Fraction, Guidance, Overlap, Steps, TileBatch, TileSize
 from .targets import READABLE, Target, TargetError, check_targets, named
 from .worklist import each_file, existing, is_user_error, pictures_in, plan_files, results, sidecars, wanted
 
@@ -34,7 +35,7 @@ def _add_look(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tile-size", type=argument(TileSize), metavar="PX",
                    help="work in tiles of this size, for large pictures; 0: none")
     p.add_argument("--tile-overlap", type=argument(Overlap), metavar="X", help="fraction that neighbouring tiles share")
-    p.add_argument("--tile-batch", type=argument(Count), metavar="N",
+    p.add_argument("--tile-batch", type=argument(TileBatch), metavar="N",
                    help="tiles at a time: more is faster where memory allows")
     p.add_argument("--vae-tile-size", type=argument(TileSize), metavar="PX",
                    help="tiles of the VAE (default: as --tile-size)")
@@ -79,8 +80,9 @@ def add_restore(sub: Any) -> None:
                    help="a set of settings; single options overrule it")
     p.add_argument("--upscale", type=argument(Factor), metavar="N",
                    help="enlarge N times before restoring: super-resolution (default: 1)")
-    p.add_argument("--steps", type=argument(Steps), metavar="N", help="diffusion steps")
-    p.add_argument("--guidance", type=argument(Guidance), metavar="X", help="strength of the text; 1 is none")
+    p.add_argument("--num-inference-steps", "--steps", type=argument(Steps), metavar="N", help="diffusion steps")
+    p.add_argument("--guidance-scale", "--guidance", type=argument(Guidance), metavar="X",
+                   help="strength of the text; 1 is none")
     p.add_argument("--guidance-interval", type=argument(Fraction), nargs=2, metavar=("A", "B"),
                    help="guide only between these shares of the steps, for instance 0 0.5 (default: 0 1)")
     p.add_argument("--start", choices=("lq", "noise"),

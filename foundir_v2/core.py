@@ -254,6 +254,7 @@ class Restorer(Protocol):
         *,
         subtask: Any = None, # `foundir_v2.tasks.SubTask`, or None if unknown
         seed: int = 0, # for restorers that draw noise
+        caption: str = "", # what the picture shows, for restorers that read
     ) -> Tensor: # (3, H, W) in [0, 1]: the size of `lq`, times `subtask.scale` for super-resolution
         "Restore one picture."
         ...

@@ -201,12 +201,12 @@ def night(image: Tensor) -> Tensor:
     return linear_to_srgb(srgb_to_linear(image) * _NIGHT)
 
 # %% ../nbs/71_outside.ipynb #219ad17e
-def _item(photo: str, gt: Tensor, recipe: Recipe, seed: int) -> Item:
+def _item(photo: str, gt: Tensor, recipe: Recipe, seed: int, caption: str) -> Item:
     "Damage a whole picture."
     darken = night if recipe.name == "lit_night" else lambda x: damage(x, recipe, seed)
     if recipe.group == LIT: lq, gt = lit(gt, darken)
     else: lq = gt if recipe.group == CLEAN else damage(gt, recipe, seed)
-    return Item(lq, gt, recipe, photo, seed, upsample_lq(lq, gt.shape[1:]))
+    return Item(lq, gt, recipe, photo, seed, upsample_lq(lq, gt.shape[1:]), caption)
 
 
 def _plan(
@@ -241,9 +241,10 @@ def outside_items(
     rows = split_rows(manifest, split, 32).drop_duplicates("path").to_dict("records")
     made: list[Item] = []
     for recipe, place, i in _plan(version, per_category, clean, len(rows)):
-        photo = rows[place]["photo"]
+        photo, caption = rows[place]["photo"], rows[place].get("caption")
         gt = whole(load_image(Path(root)/rows[place]["path"]), max_pixels)
-        made.append(_item(photo, gt, recipe, hash_seed("outside", version, recipe.name, photo, i)))
+        made.append(_item(photo, gt, recipe, hash_seed("outside", version, recipe.name, photo, i),
+                          caption if isinstance(caption, str) else ""))
     return made
 
 # %% ../nbs/71_outside.ipynb #5e028646

@@ -81,8 +81,7 @@ class ReportConfig:
     headline: MetricName # metric of the gains
     training: dict[str, Text] # name -> folder with a training log
     loss_window: Count # steps of the running mean
-    gate_model: Text # restorer whose gates are shown
-    gate_options: dict[str, Any] # how it is run for that
+    gate_model: Any # restorer whose gates are shown, as in `evaluate.systems`
     gate_subtasks: Annotated[list[SubTaskName], MinLen(1)]
 
 # %% ../nbs/82_params.ipynb #deed8b7d
@@ -144,11 +143,12 @@ def training_problems(
 def restorer_problems(
     spec: Any, # as in `evaluate.systems`
     where: str, # where it stands
-    options: Mapping[str, Any] | None = None, # given beside it
 ) -> Iterator[str]:
     "What can be seen of a restorer without loading it."
-    if isinstance(spec, Mapping): options, spec = {k: v for k, v in spec.items() if k != "restorer"}, spec.get("restorer")
-    try: parse_restorer(spec if isinstance(spec, str) else shown(spec), map(str, options or ()))
+    options = {}
+    if isinstance(spec, Mapping):
+        options, spec = {str(k): v for k, v in spec.items() if k != "restorer"}, spec.get("restorer")
+    try: parse_restorer(spec if isinstance(spec, str) else shown(spec), options)
     except FoundIRError as e: yield f"{where}: {e}"
 
 def evaluation_problems(
@@ -163,7 +163,7 @@ def evaluation_problems(
     if bad := indivisible(evaluate.size, names):
         yield f"evaluate.size {evaluate.size} is not a multiple of the scale of {', '.join(bad)}"
     if report is None: return
-    yield from restorer_problems(report.gate_model, "report.gate_model", report.gate_options)
+    yield from restorer_problems(report.gate_model, "report.gate_model")
     for key, given, known in (("headline", [report.headline], evaluate.metrics),
                               ("columns", report.columns, [*systems, "photograph"]),
                               ("gate_subtasks", report.gate_subtasks, names)):

@@ -8,7 +8,7 @@ __all__ = ['SDXL_VAE', 'SDXL_TEXT', 'SDXL_TEXT_2', 'STAGES', 'LIBRARIES', 'RESER
            'predict_peak', 'available_memory', 'needed', 'make_plan', 'random_models']
 
 # %% ../nbs/51_planner.ipynb #a73dbebf
-import functools, itertools, json, math, weakref
+import functools, itertools, math, weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -26,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from .base import resolve_model
 from .core import DTYPES, FoundIRError, pick_dtype
+from .inference import InferenceConfig, find_recipe, stored_defaults
 from .tiling import BAND, TileGrid, tile_grid
 from .unet import CONTEXT_WINDOWS, OWN_MODULES, FoundIRUNet
 from .vae import PatchAutoencoderKL, lq_encoder_config, vae_scale_factor
@@ -95,11 +96,12 @@ class Skeleton:
     vae: nn.Module
     text_encoder: CLIPTextModel
     text_encoder_2: CLIPTextModelWithProjection
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # of a call: guidance, start, tile_size, tile_overlap, tile_batch
+    defaults: InferenceConfig = field(default_factory=InferenceConfig)  # of a call
     prior: int = 0  # parameters of a base model's U-Net that is in memory, too, while the restorer is loaded
 
     @property
-    def models(self) -> dict[str, nn.Module]: return {name: getattr(self, name) for name in ("text_encoder", "text_encoder_2", "unet", "vae")}
+    def models(self) -> dict[str, nn.Module]:
+        return {name: getattr(self, name) for name in ("text_encoder", "text_encoder_2", "unet", "vae")}
 
     def parameters(self) -> dict[str, int]:
         "Number of parameters by model."
@@ -133,27 +135,27 @@ def make_skeleton(
         return Skeleton(FoundIRUNet(**arguments(unet), **own), vae, *texts, **rest)
 
 # %% ../nbs/51_planner.ipynb #79ab88d2
-def _recipe(source: Path | str) -> tuple[Path | str, dict]:
+def _origin(source: Path | str) -> tuple[Path | str, InferenceConfig]:
     "Where the base model is, and the defaults of a call, of a restorer in any form."
-    def read(name: str) -> dict:
-        if not isinstance(source, Path) or not (source / name).is_file(): return {}
-        try: return dict(json.loads((source / name).read_text(encoding="utf-8")))
-        except (ValueError, TypeError): raise FoundIRError(f"can't read {source / name} as a JSON object: write the model again") from None
-    defaults = lambda found: {k.removeprefix("default_"): v for k, v in found.items() if k.startswith("default_")}
-    if recipe := read("pipeline.json") or read("config.json"): return resolve_model(recipe.get("base", "base")), defaults(recipe)
-    if isinstance(source, Path) and not (source / "model_index.json").is_file(): return source, {}
-    try: return source, defaults(DiffusionPipeline.load_config(source))
-    except OSError: raise FoundIRError(f"can't get {source!r} from the hub (no network, or no such model): give a folder") from None
+    if recipe := find_recipe(source): return resolve_model(recipe.base), recipe.inference
+    if isinstance(source, Path) and not (source / "model_index.json").is_file(): return source, InferenceConfig()
+    try: return source, stored_defaults(DiffusionPipeline.load_config(source), f"{source}/model_index.json")
+    except OSError:
+        raise FoundIRError(f"can't get {source!r} from the hub (no network, or no such model): give a folder") from None
 
 def read_skeleton(
     name_or_path: str | Path,  # as `foundir_v2.pipeline.load_pipeline`
 ) -> Skeleton:
     "A restorer without its weights, from its configuration files. Raises `FoundIRError` if one is missing."
     source = resolve_model(name_or_path)
-    base, defaults = _recipe(source)
+    base, defaults = _origin(source)
     def config(folder: str, origin: Path | str) -> dict:
-        try: return CLIPTextConfig.get_config_dict(origin, subfolder=folder)[0] if "text" in folder else dict(UNet2DConditionModel.load_config(origin, subfolder=folder))
-        except (OSError, ValueError): raise FoundIRError(f"no {folder}/config.json in {origin}: a model's memory is planned from its configuration files") from None
+        try:
+            if "text" in folder: return CLIPTextConfig.get_config_dict(origin, subfolder=folder)[0]
+            return dict(UNet2DConditionModel.load_config(origin, subfolder=folder))
+        except (OSError, ValueError):
+            raise FoundIRError(f"no {folder}/config.json in {origin}: a model's memory is planned from its configuration "
+                               "files") from None
     unet = config("unet", source)
     parts = {name: config(name, base) for name in ("vae", "text_encoder", "text_encoder_2")}
     skeleton = make_skeleton(unet, **parts, defaults=defaults)
@@ -285,12 +287,12 @@ def predict_peak(
     "Predict what a restoration needs on its device, and loading in main memory."
     dtype, factor = DTYPES[plan.dtype], vae_scale_factor(skeleton.vae)
     canvas = [n // factor for n in skeleton.padded(size)]
-    lay = lambda tile: tile_grid(*canvas, tile // factor, skeleton.defaults.get("tile_overlap", 0.25), skeleton.multiple // factor)
+    lay = lambda tile: tile_grid(*canvas, tile // factor, skeleton.defaults.tile_overlap, skeleton.multiple // factor)
     grid = lay(plan.tile_size)
     vae_grid = grid if plan.vae_tile_size is None else lay(plan.vae_tile_size)
     weights = weight_bytes(skeleton, dtype, plan.fp8)
     peaks = []
-    for stage, held in _canvases(skeleton, plan, size, start or skeleton.defaults.get("start", "lq"), len(grid.corners), len(vae_grid.corners)).items():
+    for stage, held in _canvases(skeleton, plan, size, start or skeleton.defaults.start, len(grid.corners), len(vae_grid.corners)).items():
         g = vae_grid if stage in ("encode", "decode") else grid
         n = min(plan.tile_batch, len(g.corners)) * (2 if guided and stage == "predict" else 1) if stage != "text" else 1
         acts = n * stage_activations(skeleton, stage, factor * g.tile_height, factor * g.tile_width, dtype, plan.fp8, "cpu" if plan.device == "cpu" else "cuda")
@@ -353,13 +355,13 @@ def needed(peak: Peak) -> int:
 
 def _candidates(skeleton: Skeleton, device: torch.device, fixed: Mapping[str, Any]) -> Iterator[Plan]:
     "All combinations that make sense on a device."
-    tile = skeleton.defaults.get("tile_size", 1024)
+    tile = skeleton.defaults.tile_size
     smaller = [n for n in (2048, 1024, 768, 512, 384, 256) if (n < tile or not tile) and n % skeleton.multiple == 0]
     cpu = device.type == "cpu"
     choices = dict(
         dtype=list(dict.fromkeys([str(pick_dtype("auto", device)).removeprefix("torch."), "bfloat16"])),
         tile_size=[tile, *smaller],
-        tile_batch=[skeleton.defaults.get("tile_batch", 1)] if cpu else [4, 2, 1],  # the cores of a CPU are busy with one tile
+        tile_batch=[skeleton.defaults.tile_batch] if cpu else [4, 2, 1],  # the cores of a CPU are busy with one tile
         vae_tile_size=[None, *(n for n in (512, 256) if n % skeleton.multiple == 0)],
         offload=["none"] if cpu else ["none", "model", "sequential"],
         fp8=[False, True])
@@ -379,7 +381,7 @@ def _weights_only(skeleton: Skeleton, plan: Plan) -> Peak:
 # %% ../nbs/51_planner.ipynb #9c53962d
 def _cost(skeleton: Skeleton, plan: Plan, device: torch.device) -> float:
     "Time relative to the fastest way, roughly."
-    tile = skeleton.defaults.get("tile_size", 1024) or 2048
+    tile = skeleton.defaults.tile_size or 2048
     halvings = lambda of: max(math.log2(tile / of), 0) if of else 0
     slow = SLOWDOWN.get(plan.offload, 1) * (SLOWDOWN["fp8"] if plan.fp8 else 1) * (1 if DTYPES[plan.dtype] == pick_dtype("auto", device) else SLOWDOWN["unsuited_dtype"])
     return slow * SLOWDOWN["half_tile"] ** halvings(plan.tile_size) * SLOWDOWN["half_vae_tile"] ** halvings(plan.vae_tile_size) * (1 + 0.1 / plan.tile_batch)
@@ -399,8 +401,8 @@ def make_plan(
     if unknown := set(fixed) - {"dtype", "tile_size", "tile_batch", "vae_tile_size", "offload", "fp8"}: raise FoundIRError(f"a plan has no {', '.join(sorted(unknown))}: choose from dtype, tile_size, tile_batch, vae_tile_size, offload, fp8")
     fixed = {k: v for k, v in fixed.items() if v is not None}
     if fixed.get("tile_batch", 1) < 1: raise FoundIRError(f"tile_batch={fixed['tile_batch']}: give a whole number from 1")
-    size = size or (skeleton.defaults.get("tile_size") or 1024,) * 2
-    guided = skeleton.defaults.get("guidance", 5.0) != 1 if guided is None else guided
+    size = size or (skeleton.defaults.tile_size or 1024,) * 2
+    guided = skeleton.defaults.guidance_scale != 1 if guided is None else guided
     room, host = available_memory(device, memory), available_memory(torch.device("cpu"), memory if device.type == "cpu" else None)
     least = None
     for plan in sorted(_candidates(skeleton, device, fixed), key=lambda p: _cost(skeleton, p, device)):

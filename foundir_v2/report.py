@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_metrics', 'metrics_table', 'gains_table', 'plot_gains', 'outside_part', 'in_and_out', 'apart_table',
-           'control_table', 'before_after', 'read_steps', 'read_stages', 'plot_loss', 'read_mixture', 'record_gates',
-           'gates_by_task', 'gate_shares', 'plot_gates', 'write_figures']
+           'control_table', 'before_after', 'read_steps', 'read_stages', 'plot_loss', 'read_mixture', 'plot_course',
+           'record_gates', 'gates_by_task', 'gate_shares', 'plot_gates', 'write_figures']
 
 # %% ../nbs/80_report.ipynb #1cd84e66
 import json
@@ -24,7 +24,7 @@ from .core import FoundIRError
 from .iqa import metric as lookup
 from .moe import MoEScheduler
 from .tasks import SUBTASKS
-from .viz import grid, save_figure
+from .viz import grid, plot_mixture, save_figure
 
 # %% ../nbs/80_report.ipynb #540d7020
 def read_metrics(
@@ -179,13 +179,24 @@ def plot_loss(
 # %% ../nbs/80_report.ipynb #8b60f95c
 def read_mixture(
     path: str | Path, # metrics/mixture.csv
-) -> pd.DataFrame: # columns step, task, weight, score
+) -> pd.DataFrame: # columns step, stage, task, weight, score
     "The mixture's trajectory. Raises `FoundIRError` if it is missing or lacks a column."
     try: table = pd.read_csv(path)
     except FileNotFoundError: raise FoundIRError(f"no mixture at {path}: run the training stages first") from None
     except (ValueError, pd.errors.ParserError): raise FoundIRError(f"{path} is no table: run the training stages again") from None
-    if lacking := {"step", "task", "weight", "score"} - set(table.columns): raise FoundIRError(f"{path} lacks {', '.join(sorted(lacking))}")
+    if lacking := {"step", "stage", "task", "weight", "score"} - set(table.columns): raise FoundIRError(f"{path} lacks {', '.join(sorted(lacking))}")
     return table
+
+# %% ../nbs/80_report.ipynb #80a00001
+def plot_course(
+    table: pd.DataFrame, # as `read_mixture` returns it
+) -> Figure:
+    "Proportions over all stages, and gains since each stage's first measurement; dashed lines where a stage begins."
+    first = table.groupby(["stage", "task"]).score.transform("first")
+    fig = plot_mixture(table.assign(score=table.score - first))
+    for step in table.groupby("stage").step.min().iloc[1:]:
+        for ax in fig.axes: ax.axvline(step, color="grey", lw=.8, ls="--")
+    return fig
 
 # %% ../nbs/80_report.ipynb #548012f4
 @contextmanager

@@ -12,6 +12,7 @@ __all__ = ['METHODS', 'SIMPLE', 'OPTIONS', 'KINDS', 'Identity', 'Bicubic', 'Unsh
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import convert
 from .core import FoundIRError, Restorer, load_image, save_image, to_pil
 from .degrade import upsample_lq
 from .evaluate import compare
+from .inference import ColorFix, Guidance, Prompt, Start, Steps
 from .iqa import oriented
 from .targets import READABLE
 from .tasks import SubTask, subtask as as_subtask
@@ -35,7 +38,7 @@ class Identity:
     "Returns its input; for super-resolution every pixel repeated."
     name = "identity"
 
-    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
+    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         k = _scale(subtask)
         return lq.repeat_interleave(k, -2).repeat_interleave(k, -1)
 
@@ -43,7 +46,7 @@ class Bicubic:
     "Returns its input; for super-resolution enlarged bicubically, clamped to [0, 1]."
     name = "bicubic"
 
-    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
+    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         k = _scale(subtask)
         return lq if k == 1 else upsample_lq(lq, (lq.shape[-2] * k, lq.shape[-1] * k))
 
@@ -67,7 +70,7 @@ class Unsharp:
         amount: float = 1.0, # how much of the removed detail is added
     ): self.sigma, self.amount = sigma, amount
 
-    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
+    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         x = Bicubic()(lq, subtask=subtask)
         return (x + self.amount * (x - _blurred(x, self.sigma))).clamp(0, 1)
 
@@ -81,7 +84,7 @@ class Levels:
         tail: float = 0.01, # fraction of the pixels that may be cut off at either end
     ): self.tail = tail
 
-    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
+    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         x = Bicubic()(lq, subtask=subtask)
         ordered = x.flatten(1).sort(dim=1).values
         last = ordered.shape[1] - 1
@@ -107,7 +110,7 @@ class NonLocalMeans:
         strength: float = 0.8, # allowed difference of two patches, in standard deviations of the noise
     ): self.strength = strength
 
-    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
+    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         from skimage.restoration import denoise_nl_means
         from foundir_v2.clean import noise
         x = Bicubic()(lq, subtask=subtask)
@@ -126,7 +129,7 @@ class Gamma:
         target: float = 0.45, # mean of the brightened picture
     ): self.target = target
 
-    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
+    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         x = Bicubic()(lq, subtask=subtask)
         low, high = 0.05, 1.0 # the mean of x ** power falls with the power: halve the interval
         for _ in range(20):
@@ -138,7 +141,7 @@ class Clahe:
     "Bicubic enlargement where needed, then contrast-limited adaptive histogram equalisation of the brightness."
     name = "clahe"
 
-    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
+    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         from skimage.exposure import equalize_adapthist
         x = Bicubic()(lq, subtask=subtask)
         return _tensor(equalize_adapthist(_array(x)), x)
@@ -162,7 +165,7 @@ class DarkChannel:
         least: float = 0.1,   # of the transmission
     ): self.window, self.amount, self.least = window, amount, least
 
-    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
+    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         from scipy.ndimage import minimum_filter
         x = Bicubic()(lq, subtask=subtask)
         y = _array(x)
@@ -173,15 +176,6 @@ class DarkChannel:
         return _tensor((y - airlight) / transmission + airlight, x)
 
 # %% ../nbs/76_restorers.ipynb #aab759be
-@torch.no_grad()
-def _decoded(vae: Any, picture: Tensor, latents: Callable[[Tensor], Tensor]) -> Tensor:
-    "What `vae` decodes of the latents that a function makes of a padded picture (1, 3, H, W) in [-1, 1]."
-    from foundir_v2.vae import vae_scale_factor
-    factor, (h, w) = vae_scale_factor(vae), picture.shape[-2:]
-    x = F.pad(picture[None].to(next(vae.parameters())), (0, -w % factor, 0, -h % factor), mode="replicate") * 2 - 1
-    y = vae.decode(latents(x)).sample
-    return (y[0, :, :h, :w].float() / 2 + .5).clamp(0, 1).to(picture.device)
-
 class VAEBound:
     "Decodes the encoded *ground truth*: what a model reaches that predicts the clean picture's latents exactly."
     name = "vae"
@@ -193,8 +187,9 @@ class VAEBound:
     ):
         self.vae = vae
 
-    def __call__(self, gt: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
-        return _decoded(self.vae, gt, lambda x: self.vae.encode(x).latent_dist.mode())
+    def __call__(self, gt: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
+        from foundir_v2.score import decode_padded
+        return decode_padded(self.vae, gt[None], lambda x: self.vae.encode(x).latent_dist.mode())[0]
 
 # %% ../nbs/76_restorers.ipynb #0214c043
 class EncoderRestorer:
@@ -207,30 +202,32 @@ class EncoderRestorer:
         vae: Any,  # of its base model
     ): self.unet, self.vae = unet, vae
 
-    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
-        from foundir_v2.vae import features_to_latents
-        latents = lambda x: features_to_latents(self.vae, self.unet.encode_lq(x))
-        return _decoded(self.vae, Bicubic()(lq, subtask=subtask), latents)
+    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
+        from foundir_v2.score import read_encoder
+        return read_encoder(self.unet, self.vae, Bicubic()(lq, subtask=subtask)[None])[0]
 
 # %% ../nbs/76_restorers.ipynb #ad38f482
 class PipelineRestorer:
-    "A `FoundIRv2Pipeline` as a restorer."
+    "A `FoundIRv2Pipeline` as a restorer. What is `None` is the model's own default."
 
     def __init__(
         self,
-        pipe: Any, # callable as `pipe(image, num_inference_steps=, guidance_scale=, upscale=, start=, generator=, output_type=).images`
+        pipe: Any, # a `FoundIRv2Pipeline`
         name: str = "foundir_v2",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         start: str | None = None, # "lq" or "noise"
+        prompt: str | None = None, # "none", or "caption": it is told the picture's caption
+        negative_prompt: str | None = None, # what guidance leads away from
+        color_fix: str | None = None, # "none", "adain" or "wavelet"
     ):
-        self.pipe, self.name = pipe, name
-        self.options = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, start=start, output_type="pt")
+        given = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, start=start, prompt=prompt,
+                     negative_prompt=negative_prompt, color_fix=color_fix)
+        self.pipe, self.name, self.options = pipe, name, {k: v for k, v in given.items() if v is not None}
 
-    @torch.no_grad()
-    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
-        images = self.pipe(lq, upscale=_scale(subtask), generator=torch.Generator().manual_seed(seed), **self.options).images
-        return images[0].float().to(lq.device)
+    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
+        from foundir_v2.score import restore_pictures
+        return restore_pictures(self.pipe, [lq], [_scale(subtask)], [seed], [caption], **self.options)[0].to(lq.device)
 
 # %% ../nbs/76_restorers.ipynb #7b82e8dc
 def _digest(lq: Tensor) -> str:
@@ -269,7 +266,7 @@ class FolderRestorer:
             self.results[_digest(load_image(path))] = found[0]
         if not self.results: raise FoundIRError(f"no PNG files in {inputs}: export the inputs first")
 
-    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
+    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         path = self.results.get(_digest(lq))
         if path is None: raise FoundIRError(f"{self.name} has no result for this picture: export the inputs of this very benchmark and run it again")
         return load_image(path).to(lq.device)
@@ -284,7 +281,7 @@ class ByCategory:
         methods: Mapping[str, Restorer], # category -> its method
     ): self.methods = dict(methods)
 
-    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0) -> Tensor:
+    def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         method = Bicubic() if subtask is None else self.methods.get(as_subtask(subtask).category, Bicubic())
         return method(lq, subtask=subtask, seed=seed)
 
@@ -307,12 +304,13 @@ def chosen_methods(
 
 # %% ../nbs/76_restorers.ipynb #f24fb790
 def load_trained(
-    folder: str | Path, # output of `foundir_v2.train.train`: `unet/` and `config.json`
+    folder: str | Path, # output of `foundir_v2.train.train`
 ) -> Any: # a FoundIRv2Pipeline
     "The model that a training stage left behind. Raises `FoundIRError` if there is none."
     from foundir_v2.loading import load_pipeline
-    if not all((Path(folder)/name).exists() for name in ("config.json", "unet")):
-        raise FoundIRError(f"no trained model in {folder}: it needs config.json and unet/, as a training stage writes them (dvc repro train_stage2)")
+    if not (Path(folder)/"unet").exists():
+        raise FoundIRError(f"no trained model in {folder}: it needs unet/ and pipeline.json, as a training stage writes them "
+                           "(dvc repro train_stage2)")
     return load_pipeline(Path(folder).resolve())  # never a shipped model of that name
 
 # %% ../nbs/76_restorers.ipynb #8acd1b19
@@ -324,8 +322,8 @@ def _diffusion(load: Callable[[str], Any], argument: str, options: Mapping[str, 
     pipe = load(argument)
     pipe.set_progress_bar_config(disable=True)
     restorer = PipelineRestorer(pipe, **options)
-    chosen = {name: restorer.options[call] for name, call in dict(steps="num_inference_steps", guidance="guidance_scale", start="start").items()}
-    resolve_settings(pipe, 1, **chosen) # refuses what can't be, before any system ran
+    texts = ("prompt", "negative_prompt")
+    resolve_settings(pipe, 1, **{k: v for k, v in restorer.options.items() if k not in texts}) # refuses what can't be
     return restorer
 
 def _bound(base: str) -> VAEBound:
@@ -358,9 +356,10 @@ class Kind(NamedTuple):
     "Restorers that take an argument, `KIND:ARGUMENT`."
     argument: str # what to write behind the colon, for messages
     make: Callable[[str, Mapping[str, Any], Sequence[Any] | None], Restorer] # (argument, options, reference items) -> restorer
-    options: tuple[str, ...] = () # options that it takes
+    options: Mapping[str, Any] = MappingProxyType({}) # options that it takes -> declaration of their values
 
-OPTIONS = ("num_inference_steps", "guidance_scale", "start") # of `PipelineRestorer`
+OPTIONS = MappingProxyType(dict(num_inference_steps=Steps, guidance_scale=Guidance, start=Start, prompt=Prompt,
+                                negative_prompt=str, color_fix=ColorFix)) # of `PipelineRestorer`
 KINDS: dict[str, Kind] = dict(
     best=Kind("NAME,NAME", lambda names, options, reference: _best(names, reference)),
     vae=Kind("BASE", lambda base, options, reference: _bound(base)),
@@ -376,15 +375,16 @@ def restorer_choices() -> str:
 
 def parse_restorer(
     spec: str, # a key of `SIMPLE`, or "KIND:ARGUMENT" with a key of `KINDS`
-    options: Iterable[str] = (), # names of options given beside it
+    options: Mapping[str, Any] = MappingProxyType({}), # given beside it
 ) -> tuple[str, str]: # kind and argument, checked without loading anything
-    "Raises `FoundIRError` naming the choices."
+    "Raises `FoundIRError` naming the choices, or the option that can't be."
     name, _, argument = str(spec).partition(":")
     if not (name in KINDS and argument or name in SIMPLE and not argument):
         raise FoundIRError(f"unknown restorer {str(spec)[:80]!r}: choose {restorer_choices()}")
-    takes = KINDS[name].options if name in KINDS else ()
+    takes = KINDS[name].options if name in KINDS else {}
     if unknown := sorted(set(options) - set(takes)):
         raise FoundIRError(f"{spec}: unknown option {', '.join(unknown)}; it takes {', '.join(takes) or 'none'}")
+    for option, value in options.items(): convert(takes[option], value, f"{spec}: {option}")
     return name, argument
 
 def make_restorer(

@@ -147,7 +147,8 @@ def write_mixture(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = list(rows)
-    columns = ["step", "task", "weight", "score", *(["spread"] if any("spread" in r for r in rows) else [])]
+    more = [name for name in ("spread", "stage") if any(name in r for r in rows)]
+    columns = ["step", "task", "weight", "score", *more]
     with replacing(path) as f:
         out = csv.DictWriter(f, columns, extrasaction="ignore", lineterminator="\n")
         out.writeheader()
@@ -155,8 +156,8 @@ def write_mixture(
 
 # %% ../nbs/26_schedules.ipynb #b6fb81a5
 def read_mixture(
-    path: str | Path, # CSV: step, task, weight and perhaps score, its spread, and samples (drawn since the step before)
-) -> list[dict[str, Any]]: # rows step, task, weight, score, and spread and samples if there are any
+    path: str | Path, # CSV: step, task, weight and perhaps score, its spread, stage, and samples (drawn since the step before)
+) -> list[dict[str, Any]]: # rows step, task, weight, score, and spread, stage, samples if there are any
     "Read a mixture log. Raises `MixtureError` naming file and line."
     try:
         with open(path, newline="", encoding="utf-8-sig") as f: lines = list(csv.DictReader(f))
@@ -168,7 +169,7 @@ def read_mixture(
     rows = []
     for n, line in enumerate(lines, 2):
         try:
-            more = {name: kind(line[name]) for name, kind in (("samples", int), ("spread", float)) if line.get(name)}
+            more = {name: kind(line[name]) for name, kind in (("samples", int), ("spread", float), ("stage", int)) if line.get(name)}
             score = float(line["score"]) if line.get("score") else None
             row = {"step": int(line["step"]), "task": line["task"], "weight": float(line["weight"]), "score": score}
             rows.append(row | more)
@@ -195,6 +196,10 @@ def schedule_of(
 ) -> dict[int, dict[str, float]]: # step -> weights
     "Rows of a log as a table."
     table: dict[int, dict[str, float]] = {}
+    rows = list(rows)
+    if len({row.get("stage") for row in rows}) > 1:
+        raise MixtureError("the mixture log holds several stages, whose steps are counted on: replay the mixture.csv of one "
+                           "stage's folder")
     for row in rows:
         if missing := {"step", "task", "weight"} - set(row):
             raise MixtureError(f"a row of the schedule has no {sorted(missing)[0]}: {shown(dict(row))}")

@@ -35,18 +35,21 @@ from .checkpoint import Checkpoints, atomic_folder, averaged, make_ema
 from .checkpoint import only_writer, run_name, saving
 from .config import describe
 from .core import FoundIRError, generator, pick_device, pick_dtype
-from .data import RestorationDataset, collate
+from .data import Item, RestorationDataset, collate
 from .index import load_manifest
+from .inference import Recipe, write_recipe
 from .mixture import MixtureError, round_scores, write_mixture
 from .objective import WEIGHTED, decoder_gain, draw_noise, prediction_target, sample_losses
 from .optim import make_optimizer
+from .pipeline import assemble, resolve_settings
 from .process import exit_with_parent, interruptible
 from .sampler import Draw, MixtureSampler
-from .score import reference_set, restore_batch, score_items
+from .score import read_encoder, reference_set, restore_pictures, score_items
 from .settings import ModelConfig, TrainConfig, build_mixture, parameters, read_config
-from .trainlog import TrainLog, TrainResult, check_steps, read_log, write_log
+from .trainlog import (COURSE, TrainLog, TrainResult, check_steps, read_course, read_log, write_course,
+                                 write_log)
 from .unet import FoundIRUNet
-from .vae import decode_latents, encode_latents, features_to_latents, vae_scale_factor
+from .vae import encode_latents, features_to_latents
 
 # %% ../nbs/62_train.ipynb #2e2746f7
 class SeededDataset(Dataset):
@@ -63,7 +66,9 @@ class Feed:
         shares = dict(recoloured=config.recoloured, variety=config.variety, clean_share=config.clean_share)
         dataset = RestorationDataset(manifest, "train", config.task_table, crop=config.crop, root=config.root,
                                      scale_range=tuple(config.scale_range), **shares)
-        self.mixture = build_mixture(config, dataset.lengths)
+        self.before = read_course(config.init)
+        start = self.before.last_weights(config.task_table) if config.update_every else None
+        self.mixture = build_mixture(config, dataset.lengths, start)
         self.sampler = MixtureSampler(dataset.lengths, self.mixture, config.batch_size // world_size, config.seed,
                                       rank, world_size, interval=config.update_every or None)
         self.loader = DataLoader(SeededDataset(dataset), batch_sampler=self.sampler, collate_fn=collate,
@@ -176,6 +181,10 @@ class Learner:
             raise FoundIRError(f"noise_offset={offset} with a zero-terminal-SNR noise schedule: "
                                "inference starts from plain noise, set it to 0")
         self.unet, base = build_unet(config, base), replace(base, unet_prior=None)  # the prior's memory is free again
+        self.pipe = assemble(base, self.unet, Recipe(config.base, config.inference))
+        self.pipe.set_progress_bar_config(disable=True)
+        scoring = {k: v for k, v in config.reference_options.call.items() if k != "prompt"}
+        if config.stage: resolve_settings(self.pipe, 1, **scoring)  # refuses what can't be, before the first step
         encode = lambda caption: tuple(e.to(accelerator.device) for e in encode_prompts(base, [caption]))
         self.prompt = lru_cache(maxsize=4096)(encode)
         self.gain = decoder_gain(base.vae) if config.loss in WEIGHTED else None
@@ -261,28 +270,35 @@ def step(
 @patch
 def restore(
     self: Learner,
-    inputs: Tensor, # (B, 3, H, W) in [0, 1]
-    seeds: list[int], # of the diffusion's noise
-) -> Tensor: # (B, 3, H, W) in [0, 1]
-    "Few-step restoration with the present weights; stage 0: what the VAE decodes from the LQ encoder's features."
-    inputs, steps = inputs.to(self.accelerator.device), self.config.reference_steps
-    with self.accelerator.autocast(), torch.no_grad():
+    items: Sequence[Item],
+) -> list[Tensor]: # (3, H, W) in [0, 1] each
+    "Restoration as it will be used, with the present weights; stage 0: the LQ encoder read by the VAE's decoder."
+    options, training = self.config.reference_options, self.unet.training
+    self.unet.eval()
+    with self.accelerator.autocast() if options.autocast else nullcontext():
         if self.config.stage:
-            parts = self.unet, self.vae, self.noise_scheduler, self.prompt("")
-            return restore_batch(*parts, inputs, seeds, steps)
-        return decode_latents(self.vae, self.model(inputs * 2 - 1))
+            arguments = zip(*((i.lq, i.subtask.scale, i.seed, i.caption) for i in items))
+            restored = restore_pictures(self.pipe, *arguments, batch=len(items), **options.call)
+        else: restored = list(read_encoder(self.unet, self.vae, torch.stack([i.input for i in items])))
+    self.unet.train(training)
+    return restored
 
 # %% ../nbs/62_train.ipynb #69097f1b
 def write_output(
     folder: Path, # empty
     config: TrainConfig,
     learner: Learner,
+    feed: Feed,
     log: Path, # the finished log
 ) -> None:
-    "Write the averaged weights, the log and the mixture's trajectory."
+    "Write the averaged weights and how they restore, the log, and the mixture's course."
     with averaged(learner.ema, learner.parameters): learner.unet.save_pretrained(folder / "unet")
+    write_recipe(Recipe(config.base, config.inference), folder)
     shutil.copyfile(log, folder / "log.jsonl")
-    write_mixture(TrainResult(folder, read_log(log), None).mixture, folder / "mixture.csv")
+    result = TrainResult(folder, read_log(log), None)
+    write_mixture(result.mixture, folder / "mixture.csv")
+    course = feed.before.followed_by(config.stage, config.steps, result.log, feed.mixture.weights)
+    write_log(course.records, folder / COURSE)
     (folder / "config.json").write_text(json.dumps(parameters(config), indent=1), encoding="utf-8")
     if config.dvclive: shutil.copytree(log.parent / "dvclive", folder / "dvclive")
 
@@ -293,7 +309,8 @@ def input_files(
     "What the result is made from, apart from the pictures."
     table, base = config.options.get("table"), resolve_model(config.base)
     schedule = [Path(config.root) / table] if isinstance(table, str) else []
-    start = [Path(config.init) / "unet"] if config.init else []
+    start = [Path(config.init) / name for name in ("unet", COURSE)] if config.init else []
+    start = [p for p in start if p.name != COURSE or p.exists()]
     return [Path(config.manifest), *schedule, *start, *([base] if isinstance(base, Path) else [])]
 
 def run_folder(
@@ -379,7 +396,7 @@ def train(
             train_steps(config, learner, feed, log, checkpoints)
             if main:
                 log.close(); log.check()
-                with saving("the result", result.parent): write_output(result, config, learner, log.path)
+                with saving("the result", result.parent): write_output(result, config, learner, feed, log.path)
         if main: remove_run(folder)
         accelerator.wait_for_everyone()
     return TrainResult(Path(config.output), read_log(Path(config.output) / "log.jsonl"), found.step if found else None)
@@ -395,7 +412,7 @@ def reference_pictures(
     manifest = load_manifest(config.manifest)
     found = reference_set(manifest, config.task_table, most, size, config.reference_seed, root=config.root)
     items = {t: some[0] for t, some in found.items()}
-    restored = learner.restore(torch.stack([i.input for i in items.values()]), [i.seed for i in items.values()])
+    restored = learner.restore(list(items.values()))
     return {t: (i.input, r.cpu(), i.gt) for (t, i), r in zip(items.items(), restored)}
 
 # %% ../nbs/62_train.ipynb #b8065744

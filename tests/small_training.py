@@ -28,7 +28,8 @@ def make_bench(folder):
 
 
 def config(bench, out, **changes):
-    values = dict(stage=1, steps=6, tasks=TASKS, score={t: "psnr" for t in TASKS}, policy="des", options=dict(alpha=.5, score_scale="raw"), reference_per_task=2, reference_size=32, reference_steps=1,
+    values = dict(stage=1, steps=6, tasks=TASKS, score={t: "psnr" for t in TASKS}, policy="des", options=dict(alpha=.5, score_scale="raw"), reference_per_task=2, reference_size=32,
+                  inference=dict(num_inference_steps=1, guidance_scale=1, start="noise", tile_size=0),
                   base=str(bench / "base"), lq_norm_groups=0, moe_layers=1, moe_heads=4, crop=32, batch_size=4, terminal_fraction=.5, noise_offset=0., ema_decay=.9,
                   mixed_precision="no", num_workers=0, checkpoint_every=2, warmup_steps=2, learning_rate=2e-3, manifest=str(bench / "manifest.parquet"), root=str(bench),
                   checkpoints=str(out / "runs"), output=str(out / "out"))

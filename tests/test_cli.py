@@ -33,7 +33,7 @@ class Resolved:
 class Enlarge:
     "Stands in for the pipeline: enlarges, adds noise from the generator, records its calls."
     calls = []
-    config = dict(default_steps=4, default_tile_size=64)
+    config = dict(default_num_inference_steps=4, default_tile_size=64)
 
     def set_progress_bar_config(self, **kw): pass
 
@@ -187,7 +187,7 @@ def test_a_line_per_picture(tmp_path, enlarge):
     assert run('restore', tmp_path / 'in', tmp_path / 'out', '--steps', 3, '--seed', 5, '--prompt', 'a cat') == 0
     first, second = records(tmp_path / 'out')
     assert (first['output'], first['input'], first['seed'], first['prompt'], first['model']) == ('a.png', str(tmp_path / 'in/a.png'), 5, 'a cat', 'tiny')
-    assert first['settings']['given'] == dict(steps=3) and 0 <= first['seconds'] < 60 and first['peak_memory'] > 2**20 and first['key'] == second['key']  # two pictures of the same bytes
+    assert first['settings']['given'] == dict(num_inference_steps=3) and 0 <= first['seconds'] < 60 and first['peak_memory'] > 2**20 and first['key'] == second['key']  # two pictures of the same bytes
     assert run('restore', tmp_path / 'in/a.png', tmp_path / 'one.png', '--log', tmp_path / 'logs/my.jsonl') == 0
     assert json.loads((tmp_path / 'logs/my.jsonl').read_text())['output'] == '../one.png' and not (tmp_path / 'restore.jsonl').exists()
 
@@ -280,11 +280,11 @@ def test_settings_that_only_the_model_can_judge_are_refused_once(tmp_path, capsy
 
 def test_a_batch_from_python(tmp_path, enlarge):
     for name in ('a.png', 'deep/b.gif'): picture(tmp_path / 'in' / name)
-    config = batch.RestoreConfig(input=(tmp_path / 'in',), output=tmp_path / 'out', steps=3, guidance_interval=[0, 0.5])
+    config = batch.RestoreConfig(input=(tmp_path / 'in',), output=tmp_path / 'out', num_inference_steps=3, guidance_interval=[0, 0.5])
     assert batch.restore_batch(config) == 0 and (tmp_path / 'out/deep/b.png').exists()
     assert Enlarge.calls[-1] == dict(num_inference_steps=3, guidance_interval=(0.0, 0.5))
     assert batch.restore_batch(config) == 0 and len(Enlarge.calls) == 2
-    for bad in (dict(steps=10**9), dict(upscale=float('nan')), dict(input=()), dict(bits=12), dict(seed=-1)):
+    for bad in (dict(num_inference_steps=10**9), dict(upscale=float('nan')), dict(input=()), dict(bits=12), dict(seed=-1)):
         with pytest.raises(ValueError, match=f'restore.{next(iter(bad))}: expected'):
             batch.RestoreConfig(**{'input': ('in',), 'output': 'out', **bad})
 
@@ -293,7 +293,7 @@ def test_a_training_stages_folder_restores(tmp_path):
     import shutil
     from foundir_v2.base import assets_path
     shutil.copytree(assets_path('tiny') / 'unet', tmp_path / 'stage/unet')
-    (tmp_path / 'stage/config.json').write_text(json.dumps(dict(base='base', reference_steps=1)))
+    (tmp_path / 'stage/pipeline.json').write_text((assets_path('tiny') / 'pipeline.json').read_text())
     assert run('restore', picture(tmp_path / 'a.png'), tmp_path / 'b.png', '--model', tmp_path / 'stage', '--device', 'cpu') == 0
     assert run('restore', tmp_path / 'a.png', tmp_path / 'c.png', '--model', 'tiny', '--device', 'cpu') == 0
     difference = load_pixels(tmp_path / 'b.png').int() - load_pixels(tmp_path / 'c.png').int()

@@ -73,6 +73,21 @@ def test_the_restorer_gets_the_lq_the_sub_task_and_the_items_seed(items):
     for (lq, task, seed), item in zip(seen, items, strict=True): assert lq is item.lq and task is SUBTASKS[item.subtask] and seed == item.seed
 
 
+def test_captions_go_to_those_who_take_them_and_with_the_picture(items):
+    told = [SimpleNamespace(**{**vars(i), "caption": f"a picture of {i.photo}"}) for i in items]
+    seen = []
+    class Reader(Input):
+        def __call__(self, lq, *, subtask=None, seed=0, caption=""): seen.append(caption); return super().__call__(lq, subtask=subtask)
+    class Open(Input):
+        def __call__(self, lq, **told): seen.append(told["caption"]); return super().__call__(lq, subtask=told["subtask"])
+    for restorer in (Reader(), Open(), Input()): evaluate(restorer, told, ["psnr"])
+    assert seen == [i.caption for i in told] * 2
+    wrong = shuffled(told)
+    assert all(w.caption != i.caption for w, i in zip(wrong, told)), "what the picture that is seen shows"
+    seen.clear(); evaluate(Reader(), items, ["psnr"])
+    assert set(seen) == {""}
+
+
 def test_only_a_declared_bound_sees_the_ground_truth(items):
     assert evaluate(Oracle(), items, ["psnr"]).value.min() > 45, "the GT itself, rounded to 8 bits"
     class Undeclared(Oracle): uses_ground_truth = False

@@ -36,7 +36,8 @@ def test_the_file_is_fine(): check_params(PARAMS, ROOT)
     (dict(mixture__reference_per_task=0), "mixture.reference_per_task: expected a whole number from 1"), (dict(train_stage0__proportions=dict(sr=1.0)), "train_stage0: proportions of deblur"),
     (dict(train_stage1__update_every=3), "train_stage1: expected one of the keys"), (dict(train_stage1__lq_encoder_learning_rate=1e-3), "train_stage1: lq_encoder_learning_rate is for stage 2"),
     (dict(train_stage2__conditioning_init="identity"), "train_stage2: conditioning_init: identity would undo"), (dict(train_stage2__steps=0), "train_stage2: steps=0"),
-    (dict(evaluate__systems__input="bicubc"), "evaluate.systems.input: unknown restorer 'bicubc': choose identity, bicubic"), (dict(evaluate__systems__restored__strat="lq"), "unknown option strat"), (dict(evaluate__control="nobody"), "evaluate.control"),
+    (dict(evaluate__systems__input="bicubc"), "evaluate.systems.input: unknown restorer 'bicubc': choose identity, bicubic"), (dict(evaluate__systems__restored=dict(restorer="trained:x", strat="lq")), "unknown option strat"), (dict(report__gate_model=dict(restorer="trained:x", guidance_scale=-1)), "report.gate_model.*guidance_scale: expected"),
+    (dict(inference__tile_overlap=1), "inference.tile_overlap: expected"), (dict(mixture__reference_options=dict(steps=1)), "mixture.reference_options: unknown steps"), (dict(evaluate__control="nobody"), "evaluate.control"),
     (dict(evaluate__subtasks=["haze"]), "report.gate_subtasks: motion_blur, gaussian_noise"), (dict(evaluate__size=1001), "evaluate.size: .* multiple of 8"), (dict(report__headline="musiq"), "report.headline: musiq is not in the evaluation"),
     (dict(report__columns=["input", "restord"]), "report.columns: restord"), (dict(report__gate_model="trained"), "report.gate_model"), (dict(evaluate__split="tests"), "evaluate.split: expected one of")], ids=str)
 def test_each_mistake_is_named(settings, words):
@@ -46,7 +47,7 @@ def test_each_mistake_is_named(settings, words):
 
 
 def test_missing_and_unknown_keys_are_refused():
-    for section, key in (("train", "seed"), ("mixture", "score"), ("train_stage1", "loss"), ("train_stage2", "lq_encoder_learning_rate"), ("train_stage2", "update_every"), ("report", "columns"), ("model", "moe")):
+    for section, key in (("train", "seed"), ("mixture", "score"), ("train_stage1", "loss"), ("train_stage2", "lq_encoder_learning_rate"), ("train_stage2", "update_every"), ("report", "columns"), ("model", "moe"), ("inference", "prompt")):
         params = copy.deepcopy(PARAMS)
         value = params[section].pop(key)
         with pytest.raises(ConfigError, match=f"{section}.*{key}"): check_params(params, ROOT)

@@ -14,7 +14,8 @@ from foundir_v2.core import FoundIRError
 from foundir_v2.caption import VLMCaptioner
 from foundir_v2.degrade import upsample_lq
 from foundir_v2.pictures import as_images, crop
-from foundir_v2.loading import Recipe, load_pipeline, save_restorer
+from foundir_v2.inference import InferenceConfig, Recipe, write_recipe
+from foundir_v2.loading import load_pipeline, save_restorer
 from foundir_v2.pipeline import FoundIRv2Pipeline
 from foundir_v2.tiling import tile_starts
 from foundir_v2.vae import PatchAutoencoderKL, decode_latents, encode_latents, pca_init
@@ -33,7 +34,7 @@ def trained_looking(unet, seed=0):
     return unet.eval()
 
 def assemble(base, unet, schedule=TINY_SCHEDULE, **defaults):
-    defaults = dict(default_steps=1, default_guidance=1.0, default_start="noise", default_tile_size=512) | defaults
+    defaults = dict(default_num_inference_steps=1, default_guidance_scale=1.0, default_start="noise", default_tile_size=512) | defaults
     pipe = FoundIRv2Pipeline(base.vae, base.text_encoder, base.text_encoder_2, base.tokenizer, base.tokenizer_2, unet, EulerDiscreteScheduler(**schedule), **defaults)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -483,7 +484,7 @@ def test_with_sdxls_own_vae_class(base):
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, latent_channels=4)
     own = new_base(vae, {**SMALL_UNET, "in_channels": 4, "out_channels": 4})
-    pipe = assemble(own, trained_looking(build_foundir_unet(own, **SMALL_MOE)), SDXL_SCHEDULE, default_steps=10, default_start="lq", default_tile_size=64)
+    pipe = assemble(own, trained_looking(build_foundir_unet(own, **SMALL_MOE)), SDXL_SCHEDULE, default_num_inference_steps=10, default_start="lq", default_tile_size=64)
     (x,) = run(pipe, picture(70, 33))
     assert x.shape == (3, 70, 33)
     vae.enable_slicing()
@@ -535,7 +536,7 @@ def test_offload_with_tiles_and_a_context_changes_nothing(base):
 def test_a_restorer_needs_no_unet_of_its_base(base, unet, tmp_path):
     save_base(base, tmp_path / "base")
     (tmp_path / "base/unet").rename(tmp_path / "elsewhere")
-    save_restorer(unet, tmp_path / "mine", Recipe(base=str(tmp_path / "base"), default_steps=1, default_start="noise"))
+    save_restorer(unet, tmp_path / "mine", Recipe(str(tmp_path / "base"), InferenceConfig(num_inference_steps=1, start="noise")))
     pipe = load_pipeline(tmp_path / "mine", device="cpu")
     pipe.set_progress_bar_config(disable=True)
     assert run(pipe, picture(16, 16))[0].std() > 0.01
@@ -553,8 +554,8 @@ def test_callback_sees_and_changes_the_latents(pipe):
 
 @pytest.mark.parametrize("bad, words", [
     (dict(num_inference_steps=0), "num_inference_steps"), (dict(num_inference_steps=2.5), "num_inference_steps"), (dict(guidance_scale=-1), "guidance_scale"), (dict(upscale=0), "upscale"),
-    (dict(start="lr"), "lq, noise"), (dict(color_fix="lab"), "none, adain, wavelet"), (dict(tile_size=50), "multiple of 16"), (dict(tile_size=-16), "tile_size=-16"),
-    (dict(vae_tile_size=50), "multiple of 16"), (dict(tile_overlap=1.0), "tile_overlap"), (dict(guidance_interval=(0.5, 0.5)), "guidance_interval"), (dict(guidance_interval=0.5), "guidance_interval"), (dict(prompt=None), "give a text"), (dict(negative_prompt=3), "give a text"), (dict(generator=5), "torch.Generator"), (dict(upscale="2"), "upscale"), (dict(guidance_scale="five"), "five"), (dict(vae_tile_size="512"), "vae_tile_size"), (dict(num_inference_steps=float("inf")), "steps=inf"), (dict(offset_unit="metre"), "pixel, latent"), (dict(noise_scheduler="karras"), "ddim, ddpm"), (dict(tile_batch=0), "tile_batch"), (dict(output_type="latent"), "pil, pt, np"), (dict(prompt=["a", "b"]), "prompt"), (dict(generator=seeded(1, 2)), "generator")])
+    (dict(start="lr"), "lq, noise"), (dict(color_fix="lab"), "none, adain, wavelet"), (dict(tile_size=50), "multiple of 16"), (dict(tile_size=-16), "tile_size: expected .* got -16"),
+    (dict(vae_tile_size=50), "multiple of 16"), (dict(tile_overlap=1.0), "tile_overlap"), (dict(guidance_interval=(0.5, 0.5)), "guidance_interval"), (dict(guidance_interval=0.5), "guidance_interval"), (dict(prompt=None), "give a text"), (dict(negative_prompt=3), "give a text"), (dict(generator=5), "torch.Generator"), (dict(upscale="2"), "upscale"), (dict(guidance_scale="five"), "five"), (dict(vae_tile_size="512"), "vae_tile_size"), (dict(num_inference_steps=float("inf")), "steps: expected .* got inf"), (dict(offset_unit="metre"), "pixel, latent"), (dict(noise_scheduler="karras"), "ddim, ddpm"), (dict(tile_batch=0), "tile_batch"), (dict(output_type="latent"), "pil, pt, np"), (dict(prompt=["a", "b"]), "prompt"), (dict(generator=seeded(1, 2)), "generator")])
 def test_bad_settings_are_one_clear_line(pipe, bad, words):
     with pytest.raises(FoundIRError, match=words) as e: pipe(picture(8, 8), **bad)
     assert "\n" not in str(e.value)
@@ -567,10 +568,10 @@ def test_few_steps_need_trailing_spacing(sdxl, steps, ok):
     run(sdxl, picture(8, 8), num_inference_steps=steps)
 
 def test_defaults_come_from_the_config(base, unet):
-    pipe = assemble(base, unet, default_steps=3, default_guidance=2.0, default_tile_size=32)
+    pipe = assemble(base, unet, default_num_inference_steps=3, default_guidance_scale=2.0, default_tile_size=32)
     calls = count_calls(pipe, image=picture(32, 48), prompt="a cat")
     assert calls["mid"] == [2] * 3 * 2  # 3 steps, 2 tiles, both halves
-    assert assemble(base, unet, default_steps=20).config.default_steps == 20
+    assert assemble(base, unet, default_num_inference_steps=20).config.default_num_inference_steps == 20
 
 def test_a_plain_unet_is_refused(base):
     with pytest.raises(FoundIRError, match="build_foundir_unet"): assemble(base, base.unet_prior)
@@ -584,11 +585,12 @@ def test_save_and_load_a_whole_pipeline(pipe, tmp_path):
         loaded.set_progress_bar_config(disable=True)
         torch.testing.assert_close(run(loaded, picture(20, 33), prompt="a cat", guidance_scale=2.0, num_inference_steps=2)[0], expected, atol=1e-5, rtol=0)
         assert {k: v for k, v in loaded.config.items() if k.startswith("default_")} == {k: v for k, v in pipe.config.items() if k.startswith("default_")}
-        assert (loaded.config.default_steps, loaded.config.default_tile_size) == (1, 512) and not loaded.unet.training
+        assert (loaded.config.default_num_inference_steps, loaded.config.default_tile_size) == (1, 512) and not loaded.unet.training
 
 def test_a_restorer_is_loaded_over_its_base(pipe, base, unet, tmp_path):
     save_base(base, tmp_path / "base", torch.float32)
-    recipe = Recipe(str(tmp_path / "base"), default_steps=2, default_guidance=1.0, default_start="noise", default_tile_size=64, default_tile_overlap=0.5)
+    inference = InferenceConfig(num_inference_steps=2, guidance_scale=1.0, start="noise", tile_size=64, tile_overlap=0.5)
+    recipe = Recipe(str(tmp_path / "base"), inference)
     save_restorer(unet, tmp_path / "mine", recipe, torch.float32)
     assert unet.dtype == torch.float32 and sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["pipeline.json", "unet"]
     loaded = load_pipeline(tmp_path / "mine")
@@ -597,23 +599,64 @@ def test_a_restorer_is_loaded_over_its_base(pipe, base, unet, tmp_path):
     assert loaded.config.default_tile_overlap == 0.5 and loaded.config.default_start == "noise"
     assert load_pipeline(tmp_path / "mine", dtype="bfloat16").unet.dtype == torch.bfloat16
 
-def trained_folder(unet, base, folder, **config):
+def trained_folder(unet, base, folder, **inference):
     "What a training stage leaves behind."
     save_base(base, folder / "base", torch.float32)
     unet.save_pretrained(folder / "stage/unet")
-    (folder / "stage/config.json").write_text(json.dumps(dict(base=str(folder / "base"), stage=2, **config)))
+    (folder / "stage/config.json").write_text(json.dumps(dict(base=str(folder / "base"), stage=2)))
+    write_recipe(Recipe(str(folder / "base"), InferenceConfig(**inference)), folder / "stage")
     return folder / "stage"
 
-def test_a_training_stages_folder_is_a_restorer(pipe, base, unet, tmp_path):
-    loaded = load_pipeline(trained_folder(unet, base, tmp_path, reference_steps=2))
-    loaded.set_progress_bar_config(disable=True)
-    assert (loaded.config.default_steps, loaded.config.default_guidance, loaded.config.default_start, loaded.config.default_tile_size) == (2, 1.0, "noise", 512)
-    torch.testing.assert_close(run(loaded, picture(20, 20))[0], run(pipe, picture(20, 20), num_inference_steps=2)[0], atol=1e-5, rtol=0)
+def test_planner_pipeline_and_settings_have_one_origin(base, unet, tmp_path):
+    "Once a trained folder had tiles of 128 latents and no guidance for one, 1024 pixels and guidance 5 for the other."
+    from foundir_v2.planner import read_skeleton
+    from foundir_v2.restorers import make_restorer
+    inference = dict(num_inference_steps=3, guidance_scale=2.5, start="noise", prompt="caption", tile_size=48,
+                     tile_overlap=0.125, tile_batch=2)
+    assert all(getattr(InferenceConfig(), k) != v for k, v in inference.items()), "none of them is a default"
+    folder = trained_folder(unet, base, tmp_path, **inference)
+    pipe, skeleton = load_pipeline(folder), read_skeleton(folder)
+    assert skeleton.defaults == InferenceConfig(**inference)
+    assert {k: pipe.config[f"default_{k}"] for k in inference} == inference
+    settings, prompt = P.resolve_settings(pipe, 1), inference.pop("prompt")
+    assert {k: getattr(settings, k) for k in inference} == inference and prompt == "caption"
+    evaluated = make_restorer(f"trained:{folder}").pipe
+    assert {k: v for k, v in evaluated.config.items() if k.startswith("default_")} == {
+        k: v for k, v in pipe.config.items() if k.startswith("default_")}
+    pipe.save_pretrained(tmp_path / "whole")
+    assert read_skeleton(tmp_path / "whole").defaults == skeleton.defaults
 
-def test_train_writes_what_load_pipeline_reads():
-    "The two names that both sides rely on."
-    from foundir_v2.settings import NO_INFLUENCE, TrainConfig
-    assert {"base", "reference_steps"} <= set(TrainConfig.__dataclass_fields__) - set(NO_INFLUENCE)
+def test_the_pipelines_own_defaults_are_the_declared_ones():
+    import inspect
+    parameters = inspect.signature(FoundIRv2Pipeline.__init__).parameters
+    own = {name: p.default for name, p in parameters.items() if name.startswith("default_")}
+    assert Recipe().defaults == {k: v for k, v in own.items() if k != "default_vae_tile_size"}
+
+def test_a_training_stages_folder_is_a_restorer(pipe, base, unet, tmp_path):
+    settings = dict(num_inference_steps=2, guidance_scale=1.0, start="noise", tile_size=512)
+    loaded = load_pipeline(trained_folder(unet, base, tmp_path, **settings))
+    loaded.set_progress_bar_config(disable=True)
+    restored, expected = run(loaded, picture(20, 20))[0], run(pipe, picture(20, 20), num_inference_steps=2)[0]
+    torch.testing.assert_close(restored, expected, atol=1e-5, rtol=0)
+
+def test_a_stage_from_before_it_wrote_a_recipe_is_refused(base, unet, tmp_path):
+    from foundir_v2.planner import read_skeleton
+    stage = trained_folder(unet, base, tmp_path)
+    (stage / "pipeline.json").unlink()
+    for read in (load_pipeline, read_skeleton):
+        with pytest.raises(FoundIRError, match="no pipeline.json.*run its training stage again") as e: read(stage)
+        assert "\n" not in str(e.value)
+
+@pytest.mark.parametrize("name", ["pipeline.json", "model_index.json"])
+def test_old_names_are_told_the_new_ones(pipe, base, unet, tmp_path, name):
+    if name == "pipeline.json": folder = trained_folder(unet, base, tmp_path)
+    else: pipe.save_pretrained(folder := tmp_path / "whole")
+    found = json.loads((folder / name).read_text())
+    found["default_steps"] = found.pop("default_num_inference_steps")
+    (folder / name).write_text(json.dumps(found))
+    with pytest.raises(FoundIRError, match=f"{name}.*default_steps is now default_num_inference_steps") as e:
+        load_pipeline(folder)
+    assert "\n" not in str(e.value)
 
 def test_damaged_training_folders(base, unet, tmp_path):
     stage = trained_folder(unet, base, tmp_path)
@@ -621,8 +664,8 @@ def test_damaged_training_folders(base, unet, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(FoundIRError, match="can't load the U-Net") as e: load_pipeline(stage)
     assert "\n" not in str(e.value)
-    for text, words in (("{", "JSON"), ("{}", "names no base"), ("[]", "names no base"), ('{"base": "no-such-base"}', "no-such-base")):
-        (stage / "config.json").write_text(text)
+    for text, words in (("{", "JSON"), ("[]", "no object"), ('{"base": 3}', "base"), ('{"base": "no-such-base"}', "no-such")):
+        (stage / "pipeline.json").write_text(text)
         with pytest.raises(FoundIRError, match=words): load_pipeline(stage)
 
 def test_a_base_model_gives_an_untrained_restorer(base, tmp_path):
@@ -643,7 +686,7 @@ def test_the_hub_out_of_reach_is_one_clear_line(monkeypatch):
     assert "\n" not in str(e.value)
 
 def test_damaged_recipes(unet, tmp_path):
-    for text, words in (("{", "JSON"), ('{"steps": 3}', "default_steps")):
+    for text, words in (("{", "JSON"), ('{"steps": 3}', "default_num_inference_steps"), ('{"default_guidance": 5}', "now default_guidance_scale")):
         (tmp_path / "pipeline.json").write_text(text)
         with pytest.raises(FoundIRError, match=words): load_pipeline(tmp_path)
 
@@ -674,9 +717,12 @@ def test_diffusers_sees_one_class_with_its_call():
 @pytest.mark.parametrize("name", L.PRESETS)
 def test_presets_are_usable(pipe, name):
     options = L.preset_options(name, pipe.config)
-    settings = P.resolve_settings(pipe, 1, **{{"num_inference_steps": "steps", "guidance_scale": "guidance"}.get(k, k): v for k, v in options.items()})
-    if name == "paper": assert (settings.steps, settings.guidance, settings.start, settings.tile_size, settings.tile_overlap) == (20, 5.0, "lq", 1024, 0.5)
-    if name == "fast": assert settings.steps <= pipe.config.default_steps and settings.guidance == 1
+    settings = P.resolve_settings(pipe, 1, **options)
+    if name == "paper":
+        expected = dict(num_inference_steps=20, guidance_scale=5.0, start="lq", tile_size=1024, tile_overlap=0.5)
+        assert {k: getattr(settings, k) for k in expected} == expected
+    if name == "fast":
+        assert settings.num_inference_steps <= pipe.config.default_num_inference_steps and settings.guidance_scale == 1
     if name == "low-memory": assert settings.tile_batch == 1 and settings.vae_tile_size <= settings.tile_size <= 512
     assert run(pipe, picture(16, 16), **options)[0].shape == (3, 16, 16)
 
@@ -781,7 +827,7 @@ def test_a_recipe_that_is_no_object_is_one_clear_line(tmp_path, content):
     with pytest.raises(FoundIRError, match="holds no object"): L.read_recipe(tmp_path)
 
 def test_more_steps_than_the_schedule_has_are_refused(pipe):
-    with pytest.raises(FoundIRError, match="2000 steps"): pipe(picture(8, 8), num_inference_steps=2000, noise_scheduler="ddim")
+    with pytest.raises(FoundIRError, match="num_inference_steps: expected .* to 1000, got 2000"): pipe(picture(8, 8), num_inference_steps=2000)
 
 def test_only_noise_schedulers_that_can_run_the_model_are_offered(pipe):
     with pytest.raises(FoundIRError) as e: S.make_noise_scheduler("karras", pipe.scheduler)

@@ -6,6 +6,7 @@ from foundir_v2 import planner
 from foundir_v2.base import SDXL_UNET, TINY_UNET, assets_path
 from foundir_v2.cli import main
 from foundir_v2.core import FoundIRError
+from foundir_v2.inference import InferenceConfig, Recipe, write_recipe
 from foundir_v2.loading import load_pipeline
 from foundir_v2.planner import SDXL_TEXT, SDXL_TEXT_2, SDXL_VAE, Plan, available_memory, make_plan, make_skeleton, metered, needed, predict_peak, random_models, read_skeleton, weight_bytes
 from foundir_v2.unet import OWN_MODULES
@@ -15,7 +16,7 @@ def tiny(): return read_skeleton("tiny")
 
 @pytest.fixture(scope="module")
 def wide(): return make_skeleton(TINY_UNET | dict(in_channels=4, out_channels=4), dict(SDXL_VAE, block_out_channels=(32, 32, 32, 64)), SDXL_TEXT | dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2),
-                                 SDXL_TEXT_2 | dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, projection_dim=16), defaults=dict(tile_size=1024, tile_batch=1, guidance=5.0))
+                                 SDXL_TEXT_2 | dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, projection_dim=16), defaults=InferenceConfig())
 
 @pytest.fixture
 def room(monkeypatch):
@@ -46,10 +47,10 @@ def test_a_skeleton_has_the_models_parameters(name):
 def test_a_skeleton_of_a_whole_pipeline_and_of_a_training_stage(tmp_path):
     load_pipeline("tiny", device="cpu", tile_size=256).save_pretrained(tmp_path / "whole")
     whole = read_skeleton(tmp_path / "whole")
-    assert whole.prior == 0 and whole.defaults["tile_size"] == 256
+    assert whole.prior == 0 and whole.defaults.tile_size == 256
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage/unet").symlink_to(assets_path("tiny") / "unet")
-    (tmp_path / "stage/config.json").write_text(json.dumps(dict(base="base")))
+    write_recipe(Recipe(), tmp_path / "stage")
     assert read_skeleton(tmp_path / "stage").parameters() == whole.parameters()
 
 def test_sdxl_has_its_number_of_parameters():
@@ -146,7 +147,7 @@ def test_random_models_are_a_whole_restorer(tiny, tmp_path):
     from foundir_v2.base import TINY_SCHEDULE, load_tokenizers
     from foundir_v2.pipeline import FoundIRv2Pipeline
     models, (first, second) = random_models(tiny, torch.bfloat16), load_tokenizers(assets_path("base"))
-    pipe = FoundIRv2Pipeline(**models, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**TINY_SCHEDULE), default_guidance=2.0, default_start="noise")
+    pipe = FoundIRv2Pipeline(**models, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**TINY_SCHEDULE), default_guidance_scale=2.0, default_start="noise")
     pipe.save_pretrained(tmp_path)
     again = load_pipeline(tmp_path, device="cpu", dtype="bfloat16")
     restore = lambda p: p(torch.full((3, 64, 64), 0.5), prompt="x", num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="pt").images[0]

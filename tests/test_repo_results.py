@@ -22,15 +22,21 @@ def test_results_are_those_of_the_recorded_run(stage, path):
 
 
 def test_the_recorded_mixture_follows_from_its_scores():
-    section = LOCK["train_stage2"]["params"]["params.yaml"]["mixture"]  # of the run that made it, whatever params.yaml says now
-    policy = build_mixture(from_dict(TrainConfig, section | dict(stage=2, steps=1, update_every=1)))
+    "Stage by stage, from the image scores, by the rule of the run that made it, whatever params.yaml says now."
     records = [json.loads(line) for line in (ROOT / "metrics/mixture.jsonl").read_text().splitlines()]
-    assert len(records) >= 6, "the first scores and five updates"
-    replayed = replay_scores(policy, records)
-    assert replayed == [dict(step=r["step"], weights=r["weights"]) for r in records], "bit for bit"
+    rule = ("tasks", "start", "policy", "options")
+    updates = {k: [r for r in records if r["stage"] == k and r["scores"]] for k in sorted({r["stage"] for r in records})}
+    for stage, scored in updates.items():
+        if not scored: continue
+        section = LOCK[f"train_stage{stage}"]["params"]["params.yaml"]["mixture"]
+        config = from_dict(TrainConfig, {k: section[k] for k in rule} | dict(stage=stage, steps=1, update_every=1))
+        policy = build_mixture(config, start=scored[0]["weights"])
+        replayed = replay_scores(policy, [dict(r, step=r["stage_step"]) for r in scored])
+        assert [r["weights"] for r in replayed] == [r["weights"] for r in scored], "bit for bit"
+    assert sum(map(len, updates.values())) >= 6, "the first scores and five updates"
     assert len({tuple(r["weights"].values()) for r in records}) >= 3
     rows = read_mixture(ROOT / "metrics/mixture.csv")
-    assert rows == [row for r in records for row in mixture_rows(r["step"], r["weights"], r["scores"])]
+    assert rows == [row | dict(stage=r["stage"]) for r in records for row in mixture_rows(r["step"], r["weights"], r["scores"])]
 
 
 def test_the_metrics_are_complete():

@@ -12,7 +12,7 @@ from foundir_v2.degrade import degrade
 from foundir_v2.evaluate import Pictures, compare, load_pictures, metrics_tree, write_metrics
 from foundir_v2.moe import MoEScheduler
 from foundir_v2.report import (apart_table, before_after, control_table, gate_shares, gates_by_task, gains_table, in_and_out,
-                               metrics_table, outside_part, plot_gains, plot_gates, plot_loss, read_metrics, read_mixture, read_stages, read_steps, record_gates, write_figures)
+                               metrics_table, outside_part, plot_course, plot_gains, plot_gates, plot_loss, read_metrics, read_mixture, read_stages, read_steps, record_gates, write_figures)
 from foundir_v2.restorers import Bicubic, Levels
 
 
@@ -145,12 +145,20 @@ def test_the_loss_curve_is_the_running_mean(tmp_path):
 def test_the_mixture_file_is_checked(tmp_path):
     path = tmp_path/"mixture.csv"
     with pytest.raises(FoundIRError, match="training"): read_mixture(path)
-    path.write_text("step,task,weight\n0,sr,1\n")
+    path.write_text("step,stage,task,weight\n0,0,haze,1\n")
     with pytest.raises(FoundIRError, match="score"): read_mixture(path)
-    path.write_text("step,task,weight,score\n0,sr,1,0.2\n")
+    path.write_text("step,stage,task,weight,score\n0,0,haze,1,0.2\n")
     assert read_mixture(path).score[0] == 0.2
     path.write_text("")
     with pytest.raises(FoundIRError): read_mixture(path)
+
+
+def test_the_course_shows_where_stages_begin_and_gains_within_them():
+    told = [(0, 0, None), (10, 1, 20.), (20, 1, 21.), (20, 2, 30.), (30, 2, 30.5)]
+    fig = plot_course(pd.DataFrame(told, columns=["step", "stage", "score"]).assign(task="haze", weight=1.))
+    left, right = fig.axes
+    assert [float(line.get_xdata()[0]) for line in left.get_lines()[1:]] == [10, 20]
+    assert right.get_lines()[0].get_ydata().tolist() == [0, 1, 0, .5]
 
 
 @pytest.fixture

@@ -147,11 +147,14 @@ def test_vae_bound_of_the_real_classes():
 
 
 class Recorder:
+    config = dict(default_prompt="none")
+
     def __init__(self): self.calls = []
 
-    def __call__(self, image, **options):
+    def __call__(self, images, **options):
         self.calls.append(options)
-        return SimpleNamespace(images=[Identity()(image, subtask={1: "haze", 4: "sr_x4"}[options["upscale"]])])
+        task = {1: "haze", 4: "sr_x4"}[options["upscale"]]
+        return SimpleNamespace(images=[Identity()(x, subtask=task) for x in images])
 
 
 def test_pipeline_restorer_is_blind_and_seeded():
@@ -159,9 +162,30 @@ def test_pipeline_restorer_is_blind_and_seeded():
     r = PipelineRestorer(pipe, num_inference_steps=3, guidance_scale=1.0, start="lq")
     assert isinstance(r, Restorer)
     assert r(rand(), subtask="haze", seed=11).shape == (3, 24, 20) and r(rand(), subtask="sr_x4", seed=12).shape == (3, 96, 80)
-    assert [c["generator"].initial_seed() for c in pipe.calls] == [11, 12] and [c["upscale"] for c in pipe.calls] == [1, 4]
+    assert [c["generator"][0].initial_seed() for c in pipe.calls] == [11, 12] and [c["upscale"] for c in pipe.calls] == [1, 4]
     assert all((c["num_inference_steps"], c["guidance_scale"], c["start"]) == (3, 1.0, "lq") for c in pipe.calls)
-    assert not {"subtask", "task", "prompt"} & set(pipe.calls[0]), "the model is not told what is wrong with the picture"
+    assert not {"subtask", "task"} & set(pipe.calls[0]), "the model is not told what is wrong with the picture"
+
+
+def test_captions_are_told_where_they_are_wanted():
+    pipe = Recorder()
+    for prompt in (None, "none", "caption"): PipelineRestorer(pipe, prompt=prompt)(rand(), caption="a cat")
+    pipe.config = dict(default_prompt="caption")
+    PipelineRestorer(pipe)(rand(), caption="a cat")
+    assert [c["prompt"] for c in pipe.calls] == [[""], [""], ["a cat"], ["a cat"]]
+    with pytest.raises(FoundIRError, match="prompt: expected one of none, caption"):
+        make_restorer("pipeline:tiny", {"prompt": "always"})
+
+
+def test_guidance_and_captions_reach_the_evaluation():
+    from foundir_v2.evaluate import compare
+    of = lambda guidance, **more: make_restorer("pipeline:tiny", dict(guidance_scale=guidance, prompt="caption", **more))
+    todo = [SimpleNamespace(lq=degrade(rand(32, 32), "haze", 1), gt=rand(32, 32), subtask="haze", photo="a", seed=1,
+                            caption="a cup of coffee on a table")]
+    systems = dict(plain=of(1.0), guided=of(5.0), negative=of(5.0, negative_prompt="blur"), silent=of(5.0))
+    systems["silent"].options["prompt"] = "none"
+    value = compare(systems, todo, ["psnr"]).set_index("restorer").value
+    assert len({round(value[name], 6) for name in ("plain", "guided", "negative")}) == 3 and value["silent"] != value["guided"]
 
 
 def items():
@@ -218,11 +242,11 @@ def test_the_real_pipeline_behind_the_interface(untrained):
 
 
 def test_the_output_of_a_training_stage_is_a_restorer(untrained, tmp_path, monkeypatch):
-    import json
+    from foundir_v2.inference import Recipe, write_recipe
     tmp_path = tmp_path/"tiny" # also the name of a shipped model
     untrained.pipe.unet.save_pretrained(tmp_path/"unet")
-    with pytest.raises(FoundIRError, match="train_stage2"): make_restorer(f"trained:{tmp_path}")
-    (tmp_path/"config.json").write_text(json.dumps({"base": "base"}))
+    with pytest.raises(FoundIRError, match="train_stage2"): make_restorer(f"trained:{tmp_path}/unet")
+    write_recipe(Recipe(), tmp_path)
     again = make_restorer(f"trained:{tmp_path}", {"num_inference_steps": 1, "guidance_scale": 1.0, "start": "noise"})
     monkeypatch.chdir(tmp_path.parent)
     named = make_restorer("trained:tiny")

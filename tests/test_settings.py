@@ -8,7 +8,7 @@ import pytest
 from foundir_v2.config import ConfigError, declarations, load_params
 from foundir_v2.core import FoundIRError
 from foundir_v2.mixture import POLICIES, write_mixture
-from foundir_v2.settings import (NO_INFLUENCE, PARTS, LoopConfig, MixtureConfig, ModelConfig, TrainConfig, build_mixture, fields_read, parameters,
+from foundir_v2.settings import (FLAT, NO_INFLUENCE, PARTS, LoopConfig, MixtureConfig, ModelConfig, TrainConfig, build_mixture, fields_read, parameters,
                                  read_config)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +23,7 @@ def config(**changes): return TrainConfig(**(dict(stage=2, steps=1, update_every
     dict(weight_decay=-1), dict(adam_betas=[1, 1]), dict(adam_betas=[.9]), dict(adam_eps=-1), dict(adam_eps=0), dict(lq_norm_groups=-1), dict(batch_size=10**9), dict(num_workers=10**6),
     dict(moe_layers=10**6), dict(moe_heads=0), dict(learning_rate=math.nan), dict(learning_rate=math.inf), dict(terminal_fraction=math.nan), dict(noise_offset=-.1), dict(seed=2**64),
     dict(seed=-1), dict(steps=-1), dict(steps=10**12), dict(crop=100), dict(crop=0), dict(scale_range=[.5, 2]), dict(scale_range=[1, .5]), dict(ema_decay=1), dict(max_grad_norm=0), dict(loss="l3"), dict(moe="sotf"),
-    dict(mixed_precision="fp8"), dict(conditioning_init="identiy"), dict(moe_experts=["spatail"]), dict(moe_experts=[]), dict(reference_steps=0), dict(stage=True), dict(base=""),
+    dict(mixed_precision="fp8"), dict(conditioning_init="identiy"), dict(moe_experts=["spatail"]), dict(moe_experts=[]), dict(reference_options=dict(num_inference_steps=0)), dict(reference_options=dict(steps=1)), dict(inference=dict(start="lp")), dict(stage=True), dict(base=""),
     dict(policy="dse"), dict(score=dict(denoise="pnsr", sr="psnr")), dict(tasks=dict(sr=[])), dict(start=dict(denoise=.5)), dict(proportions=dict(denoise=.9, sr=.9))], ids=str)
 def test_impossible_values_are_refused_by_name_in_one_line(changes):
     with pytest.raises(FoundIRError, match=next(iter(changes))) as caught: config(**changes)
@@ -65,7 +65,8 @@ def test_start_and_sizes_reach_the_policies_that_take_them():
 
 
 def test_a_stage_is_told_and_named_by_what_it_reads():
-    def made(stage, **mixture): return TrainConfig.from_sections(stage, dict(steps=1) | (dict(update_every=1) if stage == 2 else {}), mixture=dict(policy="des") | mixture, train=dict(caption_dropout=.7))
+    def made(stage, **mixture): return TrainConfig.from_sections(stage, dict(steps=1) | (dict(update_every=1) if stage == 2 else {}), mixture=dict(policy="des") | mixture, train=dict(caption_dropout=.7), inference=dict(start="noise"))
+    assert [made(s).inference.start for s in (0, 1, 2)] == ["lq", "noise", "noise"]
     for stage in (0, 1): assert parameters(made(stage, options=dict(alpha=1))) == parameters(made(stage, options=dict(alpha=2), reference_seed=3))
     assert parameters(made(2, options=dict(alpha=1))) != parameters(made(2, options=dict(alpha=2)))
     assert [made(s).caption_dropout for s in (0, 1, 2)] == [.2, .7, .7]
@@ -77,7 +78,7 @@ def test_sections_are_checked_even_where_they_are_not_read():
 
 
 def test_parts_are_the_fields_of_the_whole():
-    names = [f for part in PARTS.values() for f in declarations(part)]
+    names = [f for part in FLAT.values() for f in declarations(part)]
     assert len(names) == len(set(names)) and set(names) < {f.name for f in fields(TrainConfig)} and set(NO_INFLUENCE) < {f.name for f in fields(TrainConfig)}
     assert set(fields_read(LoopConfig, 1, False)) - set(fields_read(LoopConfig, 0, False)) == {"terminal_fraction", "noise_offset", "caption_dropout"}
     assert fields_read(MixtureConfig, 1, False) == ["tasks", "start"] and fields_read(ModelConfig, 0, False) == list(declarations(ModelConfig))
@@ -93,4 +94,16 @@ def test_the_command_line_and_the_pipeline_read_one_configuration(stage):
 
 def test_a_file_without_the_sections_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("mixture:\n  policy: des\n")
-    with pytest.raises(ConfigError, match="no section model, train, train_stage1"): read_config(tmp_path / "a.yaml", 1)
+    with pytest.raises(ConfigError, match="no section model, train, inference, train_stage1"): read_config(tmp_path / "a.yaml", 1)
+
+
+def test_cheaper_scoring_holds_only_what_was_chosen():
+    assert config().reference_options.call == {} and not config().reference_options.autocast
+    chosen = config(reference_options=dict(guidance_scale=1, color_fix="none", autocast=True)).reference_options
+    assert chosen.call == dict(guidance_scale=1.0, color_fix="none") and chosen.autocast
+
+
+def test_updates_go_on_from_given_proportions():
+    led = dict(denoise=.7, sr=.3)
+    assert build_mixture(config(policy="des", options=dict(alpha=1), start=dict(denoise=.2, sr=.8)), start=led).weights == led
+    assert build_mixture(config(policy="des", options=dict(alpha=1), proportions=dict(denoise=.2, sr=.8)), start=led).weights["sr"] == .8

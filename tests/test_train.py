@@ -1,6 +1,6 @@
 "Training: the loss follows the noise schedule, the mixture follows the scores, and nothing that happens to the process changes the result."
 import csv, gc, json, os, signal, statistics, subprocess, sys, time, weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil, pytest, torch
@@ -10,8 +10,10 @@ from foundir_v2 import train as tr
 from foundir_v2.base import load_base
 from foundir_v2.checkpoint import SEAL, Checkpoints, broken_seal, only_writer
 from foundir_v2.core import FoundIRError, generator
-from foundir_v2.mixture import replay_scores
+from foundir_v2.inference import InferenceConfig, read_recipe
+from foundir_v2.mixture import read_mixture, replay_scores
 from foundir_v2.optim import OPTIMIZERS
+from foundir_v2.score import reference_set, restore_pictures
 from small_training import TASKS, config, equal, weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,7 +111,7 @@ def test_noise_is_a_function_of_the_sample():
     (dict(base="nobody"), "nobody"), (dict(update_every=2, score={"denoise": "psnr"}), "lowlight, sr"), (dict(tasks={"denoise": ["sharpness"]}), "sharpness"), (dict(steps=0), "steps=0"),
     (dict(update_every=2, score=dict.fromkeys(TASKS, "beauty")), "beauty"), (dict(update_every=2, reference_per_task=0), "reference_per_task"),
     (dict(manifest="gone.parquet"), "gone.parquet"), (dict(lq_encoder_learning_rate=1e-3), "is for stage 2"), (dict(proportions={"denoise": 1.}), "lowlight, sr missing"),
-    (dict(max_grad_norm=-1.), "max_grad_norm"), (dict(warmup_steps=-3), "warmup_steps"), (dict(scale_range=[1.]), "scale_range"), (dict(adam_betas=[.9]), "adam_betas"), (dict(reference_steps=0), "reference_steps")])
+    (dict(max_grad_norm=-1.), "max_grad_norm"), (dict(warmup_steps=-3), "warmup_steps"), (dict(scale_range=[1.]), "scale_range"), (dict(adam_betas=[.9]), "adam_betas"), (dict(reference_options=dict(num_inference_steps=0)), "reference_options"), (dict(inference=dict(tile_size=50)), "tile_size=50")])
 def test_bad_configurations_are_refused_in_one_line(bench, tmp_path, changes, words):
     with pytest.raises((FoundIRError, FileNotFoundError), match=words) as e: tr.train(config(bench, tmp_path, **changes))
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
@@ -133,7 +135,7 @@ def test_stages_train_their_parameters_with_their_rates(bench, tmp_path):
     assert two.steps[0]["lr"] == {"lq_encoder": 1e-4, "unet": 1e-3} and two.steps[-1]["lr"]["unet"] < 1e-3
     second = weights(two.output)
     assert sum(torch.equal(first[k], second[k]) for k in first) < len(first) / 10
-    assert sorted(p.name for p in two.output.iterdir()) == [SEAL, "config.json", "log.jsonl", "mixture.csv", "unet"] and not broken_seal(two.output)
+    assert sorted(p.name for p in two.output.iterdir()) == [SEAL, "config.json", "log.jsonl", "mixture.csv", "mixture.jsonl", "pipeline.json", "unet"] and not broken_seal(two.output)
     assert not list((tmp_path / "runs").glob("stage*-*/step*"))  # finished runs leave no checkpoints
 
 
@@ -213,7 +215,7 @@ def test_ranks_share_one_stream_of_samples(bench, tmp_path):
 def test_two_processes_train_like_one(bench, tmp_path):
     c = config(bench, tmp_path, stage=2, steps=4, update_every=2)
     alone = tr.train(c)
-    file = tmp_path / "config.json"; file.write_text(json.dumps(dict(c.__dict__, output=str(tmp_path / "two"))))
+    file = tmp_path / "config.json"; file.write_text(json.dumps(dict(asdict(c), output=str(tmp_path / "two"))))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "foundir_v2.train", "--config", str(file)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("4 steps") == 1, done.stderr[-2000:]
@@ -265,11 +267,69 @@ def test_weights_in_the_log_follow_from_the_scores_of_its_images(bench, tmp_path
 
 def test_scores_come_from_the_averaged_weights(bench, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(tr, "restore_batch", lambda unet, *a: seen.append({k: v.clone() for k, v in unet.state_dict().items()}) or a[3].clamp(0, 1))
+    def spy(pipe, *pictures, **options):
+        seen.append({k: v.clone() for k, v in pipe.unet.state_dict().items()})
+        return restore_pictures(pipe, *pictures, **options)
+    monkeypatch.setattr(tr, "restore_pictures", spy)
     result = tr.train(config(bench, tmp_path, steps=4, update_every=4, ema_decay=.9))
     final = weights(result.output)
     assert equal(final, {k: v for k, v in seen[-1].items()})   # what was scored last is what is delivered
     assert not equal(seen[0], seen[-1])
+
+
+def test_a_stage_is_scored_as_the_evaluation_will_use_it(bench, tmp_path):
+    "Defaults come from the parameters, by way of the folder: change one, and both restore in another way, alike."
+    from foundir_v2.index import load_manifest
+    from foundir_v2.restorers import make_restorer
+    plain = config(bench, tmp_path, steps=2, mixed_precision="bf16")
+    items = [replace(some[0], caption="a boat on a lake")
+             for some in reference_set(load_manifest(plain.manifest), TASKS, 1, 32, root=str(bench)).values()]
+    guided = dict(num_inference_steps=2, guidance_scale=5, start="noise", prompt="caption", tile_size=0)
+    results = []
+    for inference in (plain.inference, InferenceConfig(**guided)):
+        c = replace(plain, inference=inference)
+        out = tr.train(c).output
+        assert read_recipe(out).inference == inference and read_recipe(out).base == c.base
+        learner = tr.Learner(replace(c, init=str(out)), tr.make_accelerator(c))
+        scored, evaluated = learner.restore(items), make_restorer(f"trained:{out}")
+        for x, i in zip(scored, items):
+            used = evaluated(i.lq, subtask=i.subtask, seed=i.seed, caption=i.caption)
+            torch.testing.assert_close(x, used, atol=1e-4, rtol=0)
+        assert learner.unet.training
+        results.append(scored)
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(*results))
+    cheap = replace(c, init=str(out), reference_options=dict(num_inference_steps=1, guidance_scale=1, prompt="none", color_fix="none"))
+    cheaper = tr.Learner(cheap, tr.make_accelerator(cheap)).restore(items)
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(cheaper, results[1]))
+
+
+def test_the_mixture_goes_on_over_the_stages(bench, tmp_path):
+    "Stages 0 and 2 follow the scores, stage 1 keeps its proportions: one course, in which every stage can be recomputed."
+    kept = dict(denoise=.2, lowlight=.2, sr=.6)
+    common = dict(options=dict(alpha=2., floor=.05, max_step=10., score_scale="zscore"), learning_rate=1e-2)
+    stages = [dict(stage=0, steps=4, update_every=2), dict(stage=1, steps=3, proportions=kept), dict(stage=2, steps=4, update_every=2)]
+    done, init = [], None
+    for stage in stages:
+        c = config(bench, tmp_path, **common, **stage, init=init, output=str(tmp_path / f"stage{stage['stage']}"))
+        done.append((c, tr.train(c)))
+        init = c.output
+    course = tr.read_course(init)
+    of = lambda k: [r for r in course.records if r["stage"] == k]
+    assert [(r["stage"], r["step"], r["stage_step"]) for r in course.records] == [
+        (0, 0, 0), (0, 2, 2), (0, 4, 4), (1, 4, 0), (2, 7, 0), (2, 9, 2), (2, 11, 4)]
+    assert of(0)[-1]["weights"] != dict.fromkeys(TASKS, 1 / 3) and of(1)[0]["weights"] == kept
+    assert of(2)[0]["weights"] == of(0)[-1]["weights"], "where the updates had led"
+    assert of(2)[0]["scores"] != of(0)[-1]["scores"], "another system is scored"
+    for k, start in ((0, None), (2, of(2)[0]["weights"])):
+        policy = tr.build_mixture(done[k][0], start=start)
+        replayed = replay_scores(policy, [dict(r, step=r["stage_step"]) for r in of(k)])
+        assert [r["weights"] for r in replayed] == [r["weights"] for r in of(k)], "bit for bit"
+    tr.write_course(course, tmp_path / "mixture")
+    rows = read_mixture(tmp_path / "mixture.csv")
+    assert rows == [{k: v for k, v in row.items()} for row in course.rows]
+    assert [r["score"] for r in rows if r["stage"] == 1] == [None] * 3
+    again = tr.train(replace(done[2][0], init=done[0][0].output, tasks={"denoise": ["jpeg"], "sr": ["sr_x2"]}, output=str(tmp_path / "other")))
+    assert again.mixture[0]["weight"] == .5, "the trajectory of other tasks says nothing about these"
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------------------------------
@@ -286,14 +346,14 @@ def test_resumed_run_equals_the_straight_one(bench, tmp_path, monkeypatch, cut):
     resumed = tr.train(replace(c, output=str(tmp_path / "cut"), num_workers=1))
     assert resumed.resumed_from == cut and resumed.log == straight.log
     assert equal(weights(straight.output), weights(resumed.output))
-    for f in ("mixture.csv", "log.jsonl", "config.json"): assert (straight.output / f).read_bytes() == (resumed.output / f).read_bytes()
+    for f in ("mixture.csv", "mixture.jsonl", "log.jsonl", "config.json", "pipeline.json"): assert (straight.output / f).read_bytes() == (resumed.output / f).read_bytes()
     tsv = [(p / "dvclive/plots/metrics/loss.tsv").read_text().split("\n") for p in (straight.output, resumed.output)]
     assert len(tsv[0]) == len(tsv[1]) == 7 + 2
 
 
 def test_kill_9_and_again(bench, tmp_path):
     c = config(bench, tmp_path, stage=2, steps=400, update_every=0, checkpoint_every=3, seed=3)
-    file = tmp_path / "config.json"; file.write_text(json.dumps(dict(c.__dict__)))   # JSON is YAML
+    file = tmp_path / "config.json"; file.write_text(json.dumps(asdict(c)))   # JSON is YAML
     command = [sys.executable, "-m", "foundir_v2.train", "--config", str(file)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -405,7 +465,7 @@ def test_numbers_that_are_none_are_refused_by_name(bench, tmp_path, value):
 
 def test_ctrl_c_is_one_line_and_130(bench, tmp_path):
     c = config(bench, tmp_path, stage=2, steps=4000, checkpoint_every=3, num_workers=1)
-    file = tmp_path / "config.json"; file.write_text(json.dumps(c.__dict__))
+    file = tmp_path / "config.json"; file.write_text(json.dumps(asdict(c)))
     process = subprocess.Popen([sys.executable, "-m", "foundir_v2.train", "--config", str(file)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "runs").glob("stage2-*/step-*")) and time.monotonic() < deadline: time.sleep(.05)
@@ -417,7 +477,7 @@ def test_ctrl_c_is_one_line_and_130(bench, tmp_path):
 
 def test_workers_end_with_their_launcher(bench, tmp_path):
     c = config(bench, tmp_path, stage=2, steps=4000)
-    file = tmp_path / "config.json"; file.write_text(json.dumps(c.__dict__))
+    file = tmp_path / "config.json"; file.write_text(json.dumps(asdict(c)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "foundir_v2.train", "--config", str(file)]
     agent = subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 180
@@ -443,7 +503,7 @@ def test_a_folder_of_somebody_is_refused_before_any_work(bench, tmp_path, monkey
         c = config(bench, tmp_path, output=output)
         refuses(c, "folder")
         if "mine" not in output: refuses(c, "folder", force=True)  # no force against what the run needs
-    (tmp_path / "c.json").write_text(json.dumps(config(bench, tmp_path, output="mine").__dict__))
+    (tmp_path / "c.json").write_text(json.dumps(asdict(config(bench, tmp_path, output="mine"))))
     assert tr.main(["--config", "c.json"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "mine holds what we did not make" in said and "--force" in said
@@ -457,7 +517,7 @@ def test_a_result_is_replaced_as_long_as_it_is_what_was_written(bench, tmp_path)
     assert tr.train(c).output == first.output and (first.output / SEAL).read_bytes() == seal  # the same bytes, so the same seal
     (first.output / "my notes.txt").write_text("mine")
     refuses(c, "my notes.txt doesn't belong there")
-    (tmp_path / "c.json").write_text(json.dumps(c.__dict__))
+    (tmp_path / "c.json").write_text(json.dumps(asdict(c)))
     assert tr.main(["--config", str(tmp_path / "c.json"), "--force"]) == 0
     assert not broken_seal(first.output) and not (first.output / "my notes.txt").exists()
 
@@ -495,7 +555,7 @@ def test_training_never_opens_the_shipped_restorer(bench, tmp_path):
     shipped = dict(base="base") if (ROOT / "foundir_v2/assets/base/vae").is_dir() else {}
     one = config(bench, tmp_path, steps=1, output=str(tmp_path / "one"), **shipped)
     two = config(bench, tmp_path, stage=2, steps=1, update_every=1, init=str(tmp_path / "one"), **shipped)
-    (tmp_path / "c.json").write_text(json.dumps([c.__dict__ for c in (one, two)]))
+    (tmp_path / "c.json").write_text(json.dumps([asdict(c) for c in (one, two)]))
     done = subprocess.run([sys.executable, "-c", AUDIT, str(tmp_path / "c.json")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == []
