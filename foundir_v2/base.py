@@ -6,7 +6,7 @@
 __all__ = ['SDXL_UNET', 'TINY_UNET', 'SDXL_SCHEDULE', 'TINY_SCHEDULE', 'ASSETS', 'training_scheduler', 'clip_vocabulary',
            'clip_tokenizers', 'random_text_encoders', 'Base', 'new_base', 'save_base', 'assets_path', 'resolve_model',
            'load_base', 'load_tokenizers', 'on_hub', 'go_offline', 'encode_prompts', 'micro_conditioning',
-           'build_foundir_unet', 'start_at_identity']
+           'build_foundir_unet', 'start_at_identity', 'identity_path']
 
 # %% ../nbs/46_base.ipynb #82dc1642
 import gzip, importlib.util, json, math, shutil
@@ -343,3 +343,11 @@ def start_at_identity(
     _pass_latents(unet, base.vae, generator("identity start", seed))
     _mix_nothing(unet)
     _pass_output(unet, signs[schedule.prediction_type])
+
+# %% ../nbs/46_base.ipynb #46pa0001
+def identity_path(
+    unet: FoundIRUNet,
+) -> list[nn.Parameter]: # in the order of the model
+    "The weights that hand the LQ's latents to the output where `start_at_identity` has set them."
+    layers = unet.lq_embedding, unet.moe_projection, unet.up_blocks[-1].resnets[-1].conv_shortcut, unet.conv_norm_out, unet.conv_out
+    return [p for layer in layers for p in layer.parameters()]

@@ -147,6 +147,7 @@ class StageConfig(Section):
     loss: Loss = "l1" # rmse, psnr: root or logarithm of the error that the decoder makes of it
     learning_rate: Rate = 5e-5
     lq_encoder_learning_rate: Annotated[Rate | None, ReadBy(stages=(2,))] = None # None: as `learning_rate`
+    path_learning_rate: Annotated[Rate | None, ReadBy(stages=(2,))] = None # of the layers that hand the LQ through
     warmup_steps: Steps = 300 # the learning rate rises linearly, then falls as a cosine to 0
     proportions: dict[str, Share] | None = None # task -> share of the samples; None: as the mixture says
     update_every: Steps = 0 # between two updates of the mixture; 0: none
@@ -159,8 +160,9 @@ def misfits(
     "The checks that take more than one value."
     tasks = config.task_table
     if config.stage and not config.steps: yield "steps=0: only stage 0 may have none"
-    if config.stage != 2 and config.lq_encoder_learning_rate is not None:
-        yield f"lq_encoder_learning_rate is for stage 2: stage {config.stage} has one learning rate"
+    for name in ("lq_encoder_learning_rate", "path_learning_rate"):
+        if config.stage != 2 and getattr(config, name) is not None:
+            yield f"{name} is for stage 2: stage {config.stage} has one learning rate"
     if config.stage == 2 and config.init and config.conditioning_init == "identity":
         yield "conditioning_init: identity would undo what stage 1 has taught: choose zero where stage 2 starts from it"
     low, high = config.scale_range

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 # %% ../nbs/62_train.ipynb #476fecfb
 from .base import Base, build_foundir_unet, encode_prompts, load_base, micro_conditioning
-from .base import resolve_model, start_at_identity, training_scheduler
+from .base import identity_path, resolve_model, start_at_identity, training_scheduler
 from .checkpoint import Checkpoints, atomic_folder, averaged, make_ema
 from .checkpoint import only_writer, run_name, saving
 from .config import describe
@@ -148,10 +148,14 @@ def parameter_groups(
     unet: FoundIRUNet,
     config: TrainConfig,
 ) -> list[dict]: # for the optimizer: name, params, lr
-    "The stage's parameters with their learning rates: the LQ encoder has its own."
-    rate = {"lq_encoder": config.lq_encoder_learning_rate or config.learning_rate}
+    "The stage's parameters with their learning rates; in stage 2 the LQ encoder and the identity's path have their own."
     groups = unet.trainable_parameters(config.stage)
-    return [dict(group, lr=rate.get(group["name"], config.learning_rate)) for group in groups]
+    if config.path_learning_rate is not None:
+        path, rest = identity_path(unet), groups.pop()
+        among = set(map(id, path))
+        groups += [dict(name="path", params=path), dict(rest, params=[p for p in rest["params"] if id(p) not in among])]
+    rate = dict(lq_encoder=config.lq_encoder_learning_rate, path=config.path_learning_rate)
+    return [dict(group, lr=rate.get(group["name"]) or config.learning_rate) for group in groups]
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     "Device and processes as `accelerate launch` or the machine say, precision as the configuration says."

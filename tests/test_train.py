@@ -133,6 +133,10 @@ def test_stages_train_their_parameters_with_their_rates(bench, tmp_path):
     assert sum(not torch.equal(start[k], first[k]) for k in first if new(k)) > 10
     two = tr.train(config(bench, tmp_path, stage=2, steps=3, init=str(tmp_path / "one"), learning_rate=1e-3, lq_encoder_learning_rate=1e-4, warmup_steps=0))
     assert two.steps[0]["lr"] == {"lq_encoder": 1e-4, "unet": 1e-3} and two.steps[-1]["lr"]["unet"] < 1e-3
+    groups = tr.parameter_groups(tr.build_unet(replace(one, stage=2), load_base(one.base)), replace(one, stage=2, path_learning_rate=1e-5))
+    assert {g["name"]: g["lr"] for g in groups} == {"lq_encoder": 2e-3, "path": 1e-5, "unet": 2e-3}
+    ours = [id(p) for g in groups for p in g["params"]]
+    assert len(ours) == len(set(ours)) == len(list(tr.build_unet(one, load_base(one.base)).parameters()))
     second = weights(two.output)
     assert sum(torch.equal(first[k], second[k]) for k in first) < len(first) / 10
     assert sorted(p.name for p in two.output.iterdir()) == [SEAL, "config.json", "log.jsonl", "mixture.csv", "mixture.jsonl", "pipeline.json", "unet"] and not broken_seal(two.output)
