@@ -250,4 +250,6 @@ def read_config(
     params, own = load_params(path), f"train_stage{stage}"
     if missing := [s for s in (*PARTS, own) if s not in params]:
         raise ConfigError(f"{Path(path).name} has no section {', '.join(missing)}; it has {', '.join(params)}")
-    return replace(TrainConfig.from_sections(stage, params[own], **{s: params[s] for s in PARTS}), **changes)
+    mine = params[own] | {k: v for k, v in changes.items() if k in declarations(StageConfig)}
+    if mine.get("update_every") == 0: del mine["update_every"] # then nothing reads how the mixture is updated
+    return replace(TrainConfig.from_sections(stage, mine, **{s: params[s] for s in PARTS}), **changes)

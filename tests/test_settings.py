@@ -92,6 +92,13 @@ def test_the_command_line_and_the_pipeline_read_one_configuration(stage):
     assert read_config(ROOT / "params.yaml", stage, ["seed=3", "output=elsewhere"]) == replace(piped, seed=3, output="elsewhere")
 
 
+def test_a_stage_that_is_told_to_update_reads_how():
+    "Not the defaults of the code: those of the parameter file."
+    c, params = read_config(ROOT / "params.yaml", 0, ["proportions=null", "update_every=300"]), load_params(ROOT / "params.yaml")
+    assert (c.policy, c.reference_size, c.proportions) == (params["mixture"]["policy"], params["mixture"]["reference_size"], None)
+    assert read_config(ROOT / "params.yaml", 2, ["update_every=0"]).update_every == 0
+
+
 def test_a_file_without_the_sections_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("mixture:\n  policy: des\n")
     with pytest.raises(ConfigError, match="no section model, train, inference, train_stage1"): read_config(tmp_path / "a.yaml", 1)
