@@ -16,13 +16,17 @@ LOCK = load_yaml(ROOT / "dvc.lock")["stages"]
 def recorded(stage, path): return next(o["md5"] for o in LOCK[stage]["outs"] if o["path"] == path)
 
 
-@pytest.mark.parametrize("stage, path", [("evaluate", "metrics/evaluate.json"), ("train_stage2", "metrics/mixture.csv"), ("train_stage2", "metrics/mixture.jsonl")])
+@pytest.mark.parametrize("stage, path", [
+    ("evaluate", "metrics/evaluate.json"),
+    ("train_stage2", "metrics/mixture.csv"),
+    ("train_stage2", "metrics/mixture.jsonl")])
 def test_results_are_those_of_the_recorded_run(stage, path):
     assert hashlib.md5((ROOT / path).read_bytes()).hexdigest() == recorded(stage, path)
 
 
 def test_the_recorded_mixture_follows_from_its_scores():
-    section = LOCK["train_stage2"]["params"]["params.yaml"]["mixture"]  # of the run that made it, whatever params.yaml says now
+    # of the run that made it, whatever params.yaml says now
+    section = LOCK["train_stage2"]["params"]["params.yaml"]["mixture"]
     policy = build_mixture(from_dict(TrainConfig, section | dict(stage=2, steps=1, update_every=1)))
     records = [json.loads(line) for line in (ROOT / "metrics/mixture.jsonl").read_text().splitlines()]
     assert len(records) >= 6, "the first scores and five updates"

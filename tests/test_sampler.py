@@ -8,7 +8,8 @@ from foundir_v2.sampler import Draw, MixtureSampler, choose_tasks, coverage_repo
 LENGTHS = {"c": 50, "a": 1000, "b": 7}
 WEIGHTS = {"a": 0.5, "b": 0.2, "c": 0.3}
 
-def sampler(batch_size=8, seed=0, mixture=None, **options): return MixtureSampler(LENGTHS, mixture or FixedMixture(WEIGHTS), batch_size, seed, **options)
+def sampler(batch_size=8, seed=0, mixture=None, **options):
+    return MixtureSampler(LENGTHS, mixture or FixedMixture(WEIGHTS), batch_size, seed, **options)
 
 def stream(world, batch, steps, make=lambda: FixedMixture(WEIGHTS), seed=0, **options):
     "Draws of all ranks in the order of the global stream."
@@ -17,7 +18,8 @@ def stream(world, batch, steps, make=lambda: FixedMixture(WEIGHTS), seed=0, **op
 
 def test_ten_million_draws_follow_the_mixture():
     n, weights = 10**7, np.array([0.02, 0.38, 0.6])
-    counts = sum(np.bincount(choose_tasks(philox_words(11, at, 10**6)[:, 0], weights), minlength=3) for at in range(0, n, 10**6))
+    counts = sum(np.bincount(choose_tasks(philox_words(11, at, 10**6)[:, 0], weights), minlength=3)
+                 for at in range(0, n, 10**6))
     bounds = 3.2905 * np.sqrt(n * weights * (1 - weights)) # 99.9 % of a binomial, normal approximation
     assert counts.sum() == n and (np.abs(counts - n * weights) < bounds).all()
 
@@ -26,7 +28,8 @@ def test_items_are_uniform():
     items = np.bincount([d.index for d in draws if d.task == "b"], minlength=7)
     chi2 = ((items - items.mean()) ** 2 / items.mean()).sum()
     assert len(items) == 7 and chi2 < 22.46 # 99.9 % of chi2 with 6 degrees of freedom
-    assert all(0 <= d.index < LENGTHS[d.task] and 0 <= d.seed < 2**63 for d in draws) and len({d.seed for d in draws}) == len(draws)
+    assert all(0 <= d.index < LENGTHS[d.task] and 0 <= d.seed < 2**63 for d in draws)
+    assert len({d.seed for d in draws}) == len(draws)
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_every_split_gives_one_stream(world):
@@ -41,7 +44,8 @@ def test_every_split_gives_one_stream_through_updates(world):
     assert len({json.dumps(s.state_dict()) for s in [*ranks, alone]}) == 1
 
 def test_order_of_names_does_not_matter():
-    other = MixtureSampler(dict(reversed(LENGTHS.items())), FixedMixture(dict(sorted(WEIGHTS.items(), reverse=True))), 8, 0)
+    other = MixtureSampler(dict(reversed(LENGTHS.items())), FixedMixture(dict(sorted(WEIGHTS.items(), reverse=True))),
+                           8, 0)
     assert next(iter(other)) == next(iter(sampler()))
 
 def closed_loop(): return DataEquilibrium(sorted(LENGTHS), 0.5, initial_scores=dict.fromkeys(LENGTHS, 20.0))
@@ -82,7 +86,8 @@ def test_ranks_may_change_between_runs(stop, world, batch):
     for s in others: s.load_state_dict(state)
     runs = [iter(s) for s in others]
     tail = [d for _ in range(12) for r in runs for d in next(r)]
-    assert head + tail == whole[:len(head) + len(tail)] and others[0].position == (stop + 12, stop * 24 + 12 * world * batch)
+    assert head + tail == whole[:len(head) + len(tail)]
+    assert others[0].position == (stop + 12, stop * 24 + 12 * world * batch)
 
 def test_state_of_what_was_consumed():
     s = sampler()
@@ -137,8 +142,10 @@ def test_report_counts_the_whole_stream():
     for _ in range(20): drawn += [d for r in runs for d in next(r)]
     for s in world:
         rows = {r["task"]: r for r in coverage_report(s)}
-        assert {t: r["drawn"] for t, r in rows.items()} == {t: sum(d.task == t for d in drawn) for t in "abc"} == {"a": 48, "b": 80, "c": 192}
-        assert rows["a"]["target"] == pytest.approx(3 / 20) and rows["b"]["epochs"] == 80 / 7 and 0.99 < rows["b"]["coverage"] <= 1
+        assert ({t: r["drawn"] for t, r in rows.items()} == {t: sum(d.task == t for d in drawn) for t in "abc"}
+                == {"a": 48, "b": 80, "c": 192})
+        assert rows["a"]["target"] == pytest.approx(3 / 20) and rows["b"]["epochs"] == 80 / 7
+        assert 0.99 < rows["b"]["coverage"] <= 1
     again = sampler(8, rank=1, world_size=2, mixture=SequentialMixture(["a", "b", "c"], [3, 8]))
     again.load_state_dict(json.loads(json.dumps(world[0].state_dict())))
     assert coverage_report(again) == coverage_report(world[0])
@@ -161,7 +168,8 @@ def test_a_mixture_that_never_rests_keeps_a_small_state():
 @pytest.mark.parametrize("exhaustion", ["stop", "downweight"])
 def test_exhaustion_is_the_same_for_every_split(world, exhaustion):
     def all_draws(world):
-        samplers = [sampler(8 // world, seed=3, rank=r, world_size=world, exhaustion=exhaustion, epochs=2) for r in range(world)]
+        samplers = [sampler(8 // world, seed=3, rank=r, world_size=world, exhaustion=exhaustion, epochs=2)
+                    for r in range(world)]
         runs, out = [iter(s) for s in samplers], []
         for _ in range(60):
             batches = [next(r, None) for r in runs]
@@ -171,7 +179,8 @@ def test_exhaustion_is_the_same_for_every_split(world, exhaustion):
     draws, samplers = all_draws(world)
     assert draws == all_draws(1)[0]
     b = sum(d.task == "b" for d in draws)
-    if exhaustion == "stop": assert 14 <= b < 14 + 8 and all(s.exhausted == ["b"] for s in samplers) and list(samplers[0]) == []
+    if exhaustion == "stop":
+        assert 14 <= b < 14 + 8 and all(s.exhausted == ["b"] for s in samplers) and list(samplers[0]) == []
     else: assert len(draws) == 480 and b < 0.7 * 0.2 * 480 and samplers[0].exhausted == []
 
 def test_downweighting_survives_a_resume():
@@ -186,10 +195,14 @@ def test_downweighting_survives_a_resume():
     batches = iter(second)
     assert [next(batches) for _ in range(47)] == whole[33:]
 
-@pytest.mark.parametrize("options", [dict(lengths={**LENGTHS, "b": 0}), dict(lengths={**LENGTHS, "b": -1}), dict(lengths={**LENGTHS, "b": 1.5}), dict(lengths={"a": 3}), dict(lengths={**LENGTHS, "d": 4}), dict(lengths={}), dict(batch_size=0), dict(seed=-1), dict(seed=0.5),
-                                     dict(rank=1), dict(rank=-1), dict(world_size=0), dict(interval=0), dict(exhaustion="loop"), dict(epochs=0), dict(decay=2)])
+@pytest.mark.parametrize("options", [
+    dict(lengths={**LENGTHS, "b": 0}), dict(lengths={**LENGTHS, "b": -1}), dict(lengths={**LENGTHS, "b": 1.5}),
+    dict(lengths={"a": 3}), dict(lengths={**LENGTHS, "d": 4}), dict(lengths={}), dict(batch_size=0), dict(seed=-1),
+    dict(seed=0.5), dict(rank=1), dict(rank=-1), dict(world_size=0), dict(interval=0), dict(exhaustion="loop"),
+    dict(epochs=0), dict(decay=2)])
 def test_bad_arguments(options):
-    with pytest.raises(MixtureError): MixtureSampler(**{"lengths": LENGTHS, "mixture": FixedMixture(WEIGHTS), "batch_size": 8, "seed": 0, **options})
+    with pytest.raises(MixtureError):
+        MixtureSampler(**{"lengths": LENGTHS, "mixture": FixedMixture(WEIGHTS), "batch_size": 8, "seed": 0, **options})
 
 def test_a_mixture_gone_bad_is_noticed():
     class Broken: weights = {"a": 0.5, "b": 0.2, "c": 0.3}
@@ -199,8 +212,10 @@ def test_a_mixture_gone_bad_is_noticed():
     s.mixture.weights = {"a": 0.5, "b": 0.2, "c": math.nan}
     with pytest.raises(MixtureError, match="finite"): next(batches)
 
-@pytest.mark.parametrize("change", [dict(version=9), dict(seed=1), dict(lengths={"a": 1000, "b": 8, "c": 50}), dict(lengths={"a": 1000}), dict(step=-1), dict(sample=None), dict(tally={}), dict(tally={"start": 0, "drawn": [1], "target": [1.0], "notes": []}),
-                                    dict(mixture={"version": 1})])
+@pytest.mark.parametrize("change", [
+    dict(version=9), dict(seed=1), dict(lengths={"a": 1000, "b": 8, "c": 50}), dict(lengths={"a": 1000}), dict(step=-1),
+    dict(sample=None), dict(tally={}), dict(tally={"start": 0, "drawn": [1], "target": [1.0], "notes": []}),
+    dict(mixture={"version": 1})])
 def test_foreign_states_change_nothing(change):
     s = sampler()
     next(iter(s))
@@ -219,7 +234,11 @@ class Shares:
     def __init__(self, weights): self.weights = weights
 
 
-@pytest.mark.parametrize("change, match", [(dict(mixture=None), "holds no mixture"), (dict(sample=0), "0 samples after 3 steps"), (dict(sample=2), "2 samples after 3 steps"), (dict(step=0), "after 0 steps")])
+@pytest.mark.parametrize("change, match", [
+    (dict(mixture=None), "holds no mixture"),
+    (dict(sample=0), "0 samples after 3 steps"),
+    (dict(sample=2), "2 samples after 3 steps"),
+    (dict(step=0), "after 0 steps")])
 def test_damaged_states_change_nothing(change, match):
     make = lambda: MixtureSampler({"a": 5, "b": 7}, DataEquilibrium(["a", "b"], 0.5), 4, seed=1)
     one, other = make(), make()
@@ -234,7 +253,8 @@ def test_mixtures_without_state_or_weights():
     with pytest.raises(MixtureError, match="without weights"): MixtureSampler({"a": 5}, object(), 4, seed=1)
     plain = MixtureSampler({"a": 5}, Shares({"a": 1.0}), 4, seed=1)
     plain.load_state_dict(plain.state_dict())
-    with pytest.raises(MixtureError, match="holds a mixture"): plain.load_state_dict(MixtureSampler({"a": 5}, FixedMixture({"a": 1.0}), 4, seed=1).state_dict())
+    with pytest.raises(MixtureError, match="holds a mixture"):
+        plain.load_state_dict(MixtureSampler({"a": 5}, FixedMixture({"a": 1.0}), 4, seed=1).state_dict())
 
 
 def test_a_state_from_before_the_last_update_is_gone():
