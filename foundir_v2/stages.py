@@ -28,7 +28,8 @@ def imported_modules(
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, [PACKAGE if node.level else "", node.module]))  # the package is flat: one dot is the package
+            # the package is flat: one dot is the package
+            module = ".".join(filter(None, [PACKAGE if node.level else "", node.module]))
             names = [f"{module}.{a.name}" for a in node.names] if module == PACKAGE else [module]
         else: continue
         found |= {n.split(".")[1] for n in names if n.startswith(PACKAGE + ".")}
@@ -41,7 +42,8 @@ def notebook_source(
     "The Python of a notebook as one text."
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    return "\n".join(re.sub(r"^(\s*)[%!].*$", r"\1pass", s, flags=re.M) for s in sources if not s.lstrip().startswith("%%"))
+    return "\n".join(re.sub(r"^(\s*)[%!].*$", r"\1pass", s, flags=re.M)
+                     for s in sources if not s.lstrip().startswith("%%"))
 
 # %% ../nbs/07_stages.ipynb #54b21965
 def import_closure(
@@ -53,7 +55,9 @@ def import_closure(
     while todo:
         name = todo.pop()
         path = Path(root)/PACKAGE/f"{name}.py"
-        if not path.is_file(): raise FoundIRError(f"{PACKAGE}.{name} is imported but {path} doesn't exist: export its notebook, or correct the import")
+        if not path.is_file():
+            raise FoundIRError(f"{PACKAGE}.{name} is imported but {path} doesn't exist: export its notebook, "
+                               "or correct the import")
         done.add(name)
         todo |= imported_modules(path.read_text(encoding="utf-8")) - done
     return [f"{PACKAGE}/{n}.py" for n in sorted(done)]
@@ -95,7 +99,8 @@ def read_by(
 ) -> list[str]: # for `params:` in dvc.yaml
     "The keys that a stage with these sections reads; without a params.yaml, the sections."
     path = Path(root)/"params.yaml"
-    return importlib.import_module(PARAMETERS).dvc_params(sections, load_params(path)) if path.is_file() else list(sections)
+    return (importlib.import_module(PARAMETERS).dvc_params(sections, load_params(path)) if path.is_file()
+            else list(sections))
 
 def expected_stage(
     name: str, # of the stage
@@ -103,12 +108,14 @@ def expected_stage(
     root: str | Path, # repository root
 ) -> dict[str, Any]: # the entries that follow from the code: some of deps, params, outs
     "What dvc.yaml should say about a stage."
-    if name == "export": return dict(deps=library_notebooks(root), outs=[{m: dict(cache=False, persist=True)} for m in modules(root)])
+    if name == "export":
+        return dict(deps=library_notebooks(root), outs=[{m: dict(cache=False, persist=True)} for m in modules(root)])
     arguments = runner_arguments(stage["cmd"])
     if arguments is None: return {}
     notebook, sections = arguments
     params = read_by(sections, root)
-    data = [d for d in stage.get("deps", []) if d != notebook and not d.startswith((PACKAGE + "/", "nbs/")) or d.startswith(f"{PACKAGE}/assets")]
+    data = [d for d in stage.get("deps", [])
+            if d != notebook and not d.startswith((PACKAGE + "/", "nbs/")) or d.startswith(f"{PACKAGE}/assets")]
     return dict(deps=data + code_deps(notebook, root)) | (dict(params=params) if params else {})
 
 # %% ../nbs/07_stages.ipynb #87bacde9
@@ -128,7 +135,9 @@ def _sync(document: Any, root: Path) -> list[str]:
             old = stage.get(key, [])
             if list(old) == value: continue
             as_text = lambda items: [i if isinstance(i, str) else next(iter(i)) for i in items]
-            changes.append(f"{name}.{key}: " + ", ".join([f"+{v}" for v in as_text(value) if v not in as_text(old)] + [f"-{v}" for v in as_text(old) if v not in as_text(value)] or ["order"]))
+            added = [f"+{v}" for v in as_text(value) if v not in as_text(old)]
+            gone = [f"-{v}" for v in as_text(old) if v not in as_text(value)]
+            changes.append(f"{name}.{key}: " + ", ".join(added + gone or ["order"]))
             stage[key] = value
     return changes
 
@@ -154,7 +163,8 @@ def update(
 # %% ../nbs/07_stages.ipynb #4b31ec51
 def main(argv: list[str] | None = None) -> int: # exit code
     "Command line of `python -m foundir_v2.stages`."
-    p = argparse.ArgumentParser(prog="python -m foundir_v2.stages", description="Write the code dependencies of every stage into dvc.yaml.")
+    p = argparse.ArgumentParser(prog="python -m foundir_v2.stages",
+                                description="Write the code dependencies of every stage into dvc.yaml.")
     p.add_argument("--check", action="store_true", help="write nothing; exit with 1 if dvc.yaml is not right")
     args = p.parse_args(argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR) # tells at import what a CPU lacks

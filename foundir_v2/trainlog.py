@@ -39,7 +39,8 @@ def check_steps(
 ) -> None:
     "Raises `FoundIRError` unless each of the steps stands in the log, once and in order."
     found = [r.get("step") for r in read_log(log) if isinstance(r, dict) and r.get("kind") == "step"]
-    if found != list(range(1, steps + 1)): raise FoundIRError(f"{log} doesn't tell of steps 1 to {steps}: move its folder away")
+    if found != list(range(1, steps + 1)):
+        raise FoundIRError(f"{log} doesn't tell of steps 1 to {steps}: move its folder away")
 
 def write_log(
     records: Sequence[dict[str, Any]],
