@@ -9,6 +9,7 @@ from foundir_v2.sampler import MixtureSampler
 
 TASKS = ["deblur", "denoise", "weather", "lowlight", "sr"]
 
+
 def seconds(work, repeat=3):
     "Best CPU time of some repeats."
     times = []
@@ -18,12 +19,14 @@ def seconds(work, repeat=3):
         times.append(time.process_time() - start)
     return min(times)
 
+
 def test_draws_per_second():
     batches = iter(MixtureSampler({t: 10_000 + i for i, t in enumerate(TASKS)}, FixedMixture(dict.fromkeys(TASKS, 0.2)),
                                   batch_size=32, seed=0))
     rate = 2000 * 32 / seconds(lambda: [next(batches) for _ in range(2000)])
     print(f"\n{rate:,.0f} draws per second at batch 32")
     assert rate >= 200_000
+
 
 @pytest.mark.parametrize("options", [
     {},
@@ -36,6 +39,7 @@ def test_one_update_of_64_tasks(options):
     took = seconds(lambda: [policy.update(next(rounds), 0) for _ in range(200)]) / 200
     print(f"\n{1e3 * took:.3f} ms per update of 64 tasks with 10 images each")
     assert took < 1e-3
+
 
 def test_race_of_ten_policies():
     curves = load_curves("tiny")
@@ -55,6 +59,7 @@ def test_race_of_ten_policies():
     took = seconds(lambda: race(curves, policies, updates=150, interval=100, seeds=100), repeat=1)
     print(f"\n{took:.1f} s for 10 policies x 100 seeds x 150 updates")
     assert took < 60
+
 
 def test_import():
     code = "import numpy, time; t = time.process_time(); import foundir_v2.mixture; print(time.process_time() - t)"

@@ -18,9 +18,11 @@ SIDE = int(os.environ.get("BENCH_SIDE", 2048))
 TILE, STEPS, GUIDANCE, PROMPT = SIDE // 4, 1, 5.0, "a photograph of a harbour"
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", 5))
 
+
 def picture(side, seed=0):
     coarse = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, (side, side), mode="bicubic")[0].clamp(0, 1)
+
 
 @pytest.fixture(scope="module")
 def pipe():
@@ -29,10 +31,12 @@ def pipe():
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+
 def restore(pipe, image, **options):
     options = dict(
         tile_size=TILE, num_inference_steps=STEPS, guidance_scale=GUIDANCE, prompt=PROMPT, start="noise") | options
     return pipe(image, generator=torch.Generator().manual_seed(0), output_type="pt", **options).images[0]
+
 
 @torch.no_grad()
 def plain_restore(pipe, image):
@@ -72,6 +76,7 @@ def plain_restore(pipe, image):
         weight[at] += bell
     return (total / weight)[0]
 
+
 def test_speed_against_the_plain_way(pipe):
     """2048 x 2048 in tiles of 512, a prompt and guidance 5: the same picture sooner; with less overlap, and where
     guidance has no effect, much sooner. The largest difference comes from Euler, whose float32 sample is 4096 times
@@ -98,6 +103,7 @@ def test_speed_against_the_plain_way(pipe):
     assert difference <= 1e-4
     assert equal >= 1.15 and default >= 1.8 and unguided >= 2 * 1.8
 
+
 @contextmanager
 def clocked(calls, spent):
     "Add up the seconds of some methods in `spent[0]`."
@@ -113,6 +119,7 @@ def clocked(calls, spent):
     finally:
         for o, name, _ in before: object.__delattr__(o, name)
 
+
 def test_time_is_spent_in_the_models(pipe):
     "Share of the time inside forward passes; the methods don't call one another."
     calls = [(pipe.unet, "forward"), (pipe.unet, "condition"), (pipe.unet, "pool_lq"), (pipe.unet, "summarize_lq"),
@@ -125,6 +132,7 @@ def test_time_is_spent_in_the_models(pipe):
         print(f"\n{name}: {share:.1%} of the time inside the models")
         assert share >= 0.9
 
+
 PEAK = '''
 import sys, torch
 torch.set_num_threads(1)
@@ -136,6 +144,7 @@ out = pipe(path, num_inference_steps=2, tile_size=128, tile_overlap=0, generator
            output_type=output_type).images[0]
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 '''
+
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 @pytest.mark.parametrize("output_type", ["pil", "pt"])

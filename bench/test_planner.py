@@ -47,11 +47,13 @@ SDXL = [dict(model="sdxl", size=(side, side), tile_size=1024, tile_batch=1, dtyp
              fp8=fp8) for side, fp8 in ((256, False), (512, False))]
 name = lambda c: " ".join(f"{k}={v}" for k, v in c.items() if k not in ("steps",))
 
+
 def measure(c):
     environment = os.environ | dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", OMP_NUM_THREADS="2")
     done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(c)], check=True, capture_output=True, text=True,
                           env=environment)
     return json.loads(done.stdout.splitlines()[-1])
+
 
 def predict(c):
     from foundir_v2.base import SDXL_UNET
@@ -59,6 +61,7 @@ def predict(c):
                 else read_skeleton(c["model"]))
     plan = Plan("cpu", c["dtype"], c["tile_size"], c["tile_batch"], c.get("vae_tile_size"), fp8=c.get("fp8", False))
     return predict_peak(skeleton, plan, c["size"], c["guidance"] != 1, start="lq" if c["model"] == "sdxl" else None)
+
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 @pytest.mark.parametrize("c", [*TINY, *SDXL], ids=name)

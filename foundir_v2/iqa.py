@@ -19,7 +19,7 @@ from torch import Tensor
 from .core import FoundIRError, repo_root
 
 # %% ../nbs/16_iqa.ipynb #012d1670
-HUB = "hub" # value of `Metric.weights`: pyiqa downloads them
+HUB = "hub"  # value of `Metric.weights`: pyiqa downloads them
 
 @dataclass(frozen=True)
 class Metric:
@@ -28,8 +28,8 @@ class Metric:
     pyiqa_name: str         # pyiqa's name
     full_reference: bool    # compares with the ground truth
     higher_is_better: bool
-    range: tuple[float, float] # values it can take, or takes in practice
-    weights: str | None = None # None: needs none; a file name in the weights folder; or `HUB`
+    range: tuple[float, float]  # values it can take, or takes in practice
+    weights: str | None = None  # None: needs none; a file name in the weights folder; or `HUB`
     minimum: int = 1        # smallest side in pixels for which it is defined or meaningful
     note: str = ""          # definition used, source
 
@@ -62,7 +62,7 @@ class Unscorable(FoundIRError):
 
 # %% ../nbs/16_iqa.ipynb #78ba2b58
 def metric(
-    name: str, # a key of `METRICS`
+    name: str,  # a key of `METRICS`
 ) -> Metric:
     "Look a metric up. Raises `FoundIRError` naming the choices."
     if name not in METRICS: raise FoundIRError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
@@ -71,13 +71,13 @@ def metric(
 # %% ../nbs/16_iqa.ipynb #bd4a731a
 def oriented(
     name: str,    # a key of `METRICS`
-    value: float, # a score of that metric
-) -> float: # `value`, negated where lower is better
+    value: float,  # a score of that metric
+) -> float:  # `value`, negated where lower is better
     "A score in the direction 'higher is better'."
     return value if metric(name).higher_is_better else -value
 
 # %% ../nbs/16_iqa.ipynb #38bd8c98
-def weights_folder() -> Path: # may not exist yet
+def weights_folder() -> Path:  # may not exist yet
     """Where metric weights lie: `$FOUNDIR_V2_WEIGHTS`, else `data/weights` of the repository.
     Raises `MetricUnavailable` outside of one."""
     if named := os.environ.get("FOUNDIR_V2_WEIGHTS"): return Path(named)
@@ -139,7 +139,7 @@ def _load_tensors(net: torch.nn.Module, path: Path) -> None:
     except Exception as e: raise MetricUnavailable(f"can't read metric weights ({type(e).__name__}): {again}") from None
     found = net.load_state_dict(tensors, strict=False)
     state = net.state_dict()
-    filled = {state[k].data_ptr() for k in tensors if k in state} # pyiqa registers some layers under two names
+    filled = {state[k].data_ptr() for k in tensors if k in state}  # pyiqa registers some layers under two names
     wrong = found.unexpected_keys + [k for k in found.missing_keys if state[k].data_ptr() not in filled]
     if wrong:
         raise MetricUnavailable(f"metric weights don't fit {type(net).__name__} ({', '.join(wrong[:3])}): {again}")
@@ -168,7 +168,7 @@ def _create(name: str, weights: Path | None, device: str) -> Any:
 
 # %% ../nbs/16_iqa.ipynb #4bdc1d23
 def prepare(
-    names: list[str], # keys of `METRICS`
+    names: list[str],  # keys of `METRICS`
     device: str | torch.device = "cpu",
 ) -> None:
     "Build metrics now, so that a long run fails in its first second. Raises `FoundIRError` or `MetricUnavailable`."
@@ -200,8 +200,8 @@ def _checked(m: Metric, image: Tensor, reference: Tensor | None) -> tuple[Tensor
 def score(
     name: str,                       # a key of `METRICS`
     image: Tensor,                   # (3, H, W) or (B, 3, H, W) in [0, 1]
-    reference: Tensor | None = None, # the same shape; ignored by no-reference metrics
-) -> float: # in the metric's own unit and direction; of a batch the mean over its pictures
+    reference: Tensor | None = None,  # the same shape; ignored by no-reference metrics
+) -> float:  # in the metric's own unit and direction; of a batch the mean over its pictures
     "Score pictures. Raises `FoundIRError` (bad input), `Unscorable` or `MetricUnavailable`."
     m = metric(name)
     image, reference = _checked(m, image, reference)

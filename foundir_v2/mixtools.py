@@ -20,14 +20,14 @@ from .core import FoundIRError, atomic_write, naming_full_disk
 from .mixlaw import MixLaw, fit_law, recommend
 from .mixsim import (OBJECTIVES, SHIPPED_CURVES, Curves, fit_curves, load_curves, race, regret_table,
                                save_curves)
-from .mixture import (DataEquilibrium, Mixture, MixtureError, ReplayMixture, check_scores, check_tasks,
-                                mixture_rows, policy_for, read_mixture, write_mixture)
+from .mixture import (Mixture, ReplayMixture, check_scores, check_tasks, mixture_rows, policy_for,
+                                read_mixture, write_mixture)
 from .viz import plot_mixture
 
 # %% ../nbs/36_mixtools.ipynb #cd336577
 @contextmanager
 def one_line(
-    path: str | Path, # the file at hand, for the message
+    path: str | Path,  # the file at hand, for the message
 ) -> Iterator[None]:
     "Turn a `ValueError` into a `FoundIRError` that names the file."
     try: yield
@@ -36,8 +36,8 @@ def one_line(
         raise FoundIRError(text if str(path) in text else f"{path}: {text}") from None
 
 def write_rows(
-    rows: Sequence[Mapping[str, Any]], # at least one
-    path: str | Path, # CSV
+    rows: Sequence[Mapping[str, Any]],  # at least one
+    path: str | Path,  # CSV
 ) -> None:
     "Write a table; its columns are the keys of the first row."
     if not rows: raise FoundIRError(f"{path}: there are no rows to write")
@@ -47,8 +47,8 @@ def write_rows(
         out.writerows(rows)
 
 def write_figure(
-    figure: Any, # of matplotlib
-    path: str | Path, # PNG, PDF or SVG
+    figure: Any,  # of matplotlib
+    path: str | Path,  # PNG, PDF or SVG
 ) -> None:
     "Write a picture, complete or not at all. Raises `FoundIRError` for a format that matplotlib doesn't know."
     import matplotlib.pyplot as plt
@@ -58,9 +58,9 @@ def write_figure(
     finally: plt.close(figure)
 
 def plot_regret(
-    rows: Sequence[Mapping[str, Any]], # policy, regret, error; from `regret_table`
-    kind: str, # objective
-) -> Any: # figure
+    rows: Sequence[Mapping[str, Any]],  # policy, regret, error; from `regret_table`
+    kind: str,  # objective
+) -> Any:  # figure
     "Regret per policy against the best fixed mixture."
     import matplotlib.pyplot as plt
     figure, ax = plt.subplots(figsize=(6, 0.6 + 0.32 * len(rows)))
@@ -72,8 +72,8 @@ def plot_regret(
 
 # %% ../nbs/36_mixtools.ipynb #9449ef0f
 def parse_policy(
-    text: str, # name, or name:option=value,option=value; values are JSON
-    tasks: Sequence[str], # names of the tasks
+    text: str,  # name, or name:option=value,option=value; values are JSON
+    tasks: Sequence[str],  # names of the tasks
 ) -> Mixture:
     "A policy from the command line. Raises `FoundIRError` naming the choices."
     name, _, rest = text.partition(":")
@@ -103,8 +103,8 @@ def rest_as_json(rest: str) -> str:
 
 # %% ../nbs/36_mixtools.ipynb #b5e60cd7
 def read_training_log(
-    path: str | Path, # `log.jsonl` of a training: a record per step (samples per task) and per update of the mixture
-) -> list[dict[str, Any]]: # rows step, task, weight, score, samples (of that task since the update before)
+    path: str | Path,  # `log.jsonl` of a training: a record per step (samples per task) and per update of the mixture
+) -> list[dict[str, Any]]:  # rows step, task, weight, score, samples (of that task since the update before)
     "The trajectory of the mixture with what was really drawn. Raises `FoundIRError` if the file is no such log."
     drawn, rows = {}, []
     lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -119,16 +119,16 @@ def read_training_log(
             else: drawn = {t: drawn.get(t, 0) + int(c) for t, c in record["samples"].items()}
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             if n == len(lines) and isinstance(e, json.JSONDecodeError):
-                break # a run that was killed may leave half a line
+                break  # a run that was killed may leave half a line
             raise FoundIRError(f"{path}, line {n}: no record of a training log ({type(e).__name__}: {e})") from None
     if not rows: raise FoundIRError(f"{path} holds no update of the mixture: train with update_every above 0")
     return rows
 
 def curves_of_file(
-    path: str | Path, # curves (JSON, or a name), or the record of a run (CSV or JSONL) to fit them to
-    samples_per_step: float | None = None, # batch size of all ranks together, for a CSV that doesn't count samples
-    images: int = 10, # |D_ref| per task of that run
-) -> tuple[Curves, float | None]: # the curves, and the relative residual if they were fitted
+    path: str | Path,  # curves (JSON, or a name), or the record of a run (CSV or JSONL) to fit them to
+    samples_per_step: float | None = None,  # batch size of all ranks together, for a CSV that doesn't count samples
+    images: int = 10,  # |D_ref| per task of that run
+) -> tuple[Curves, float | None]:  # the curves, and the relative residual if they were fitted
     "Learning curves for the simulator."
     kind = Path(path).suffix.lower()
     with one_line(path):
@@ -141,18 +141,18 @@ DEFAULT_RACE = ("fixed", "des:alpha=0.1", "des:alpha=0.3", "des:alpha=1.0", "des
                 "des:alpha=0.3,score_scale=zscore,dead_band=1.8,min_step=5,max_step=10,floor=0.05", "slope")
 
 def simulate_file(
-    path: str | Path = "tiny", # as `curves_of_file`
-    output: str | Path | None = None, # regret table (CSV)
-    policies: Sequence[str] = DEFAULT_RACE, # see `parse_policy`
-    updates: int = 30, # evaluations per run
-    interval: float = 160, # samples between two; with 30 updates a run is about as long as the record of "tiny"
-    seeds: int = 20, # runs per policy
-    images: int = 10, # |D_ref| per task
-    kind: str = "share", # objective: "mean", "share" or "worst"
-    samples_per_step: float | None = None, # for a log
-    curves_output: str | Path | None = None, # keep the (fitted) curves as JSON
-    picture: str | Path | None = None, # PNG, PDF or SVG
-) -> list[dict[str, Any]]: # rows policy, runs, regret, error; best first
+    path: str | Path = "tiny",  # as `curves_of_file`
+    output: str | Path | None = None,  # regret table (CSV)
+    policies: Sequence[str] = DEFAULT_RACE,  # see `parse_policy`
+    updates: int = 30,  # evaluations per run
+    interval: float = 160,  # samples between two; with 30 updates a run is about as long as the record of "tiny"
+    seeds: int = 20,  # runs per policy
+    images: int = 10,  # |D_ref| per task
+    kind: str = "share",  # objective: "mean", "share" or "worst"
+    samples_per_step: float | None = None,  # for a log
+    curves_output: str | Path | None = None,  # keep the (fitted) curves as JSON
+    picture: str | Path | None = None,  # PNG, PDF or SVG
+) -> list[dict[str, Any]]:  # rows policy, runs, regret, error; best first
     "Race policies on learning curves. They get the scores of the single reference images."
     if kind not in OBJECTIVES:
         raise FoundIRError(f"unknown objective {kind!r}; the choices are {', '.join(OBJECTIVES)}")
@@ -172,8 +172,8 @@ def simulate_file(
 
 # %% ../nbs/36_mixtools.ipynb #938d3ffb
 def read_runs(
-    path: str | Path, # CSV: run, task, weight, score
-) -> tuple[list[dict[str, float]], list[dict[str, float]]]: # per run: its mixture, its scores
+    path: str | Path,  # CSV: run, task, weight, score
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:  # per run: its mixture, its scores
     "A table of small runs. Raises `FoundIRError` naming file and line."
     with open(path, newline="", encoding="utf-8-sig") as f: lines = list(csv.DictReader(f))
     if not lines: raise FoundIRError(f"{path} is no table of runs: it has no rows")
@@ -190,8 +190,8 @@ def read_runs(
     return list(mixtures.values()), list(scores.values())
 
 def fit_file(
-    path: str | Path, # CSV: run, task, weight, score
-    output: str | Path | None = None, # mixing law (JSON)
+    path: str | Path,  # CSV: run, task, weight, score
+    output: str | Path | None = None,  # mixing law (JSON)
 ) -> MixLaw:
     "Fit a mixing law to small runs."
     with one_line(path): law = fit_law(*read_runs(path))
@@ -201,7 +201,7 @@ def fit_file(
     return law
 
 def load_law(
-    path: str | Path, # JSON of `fit_file`
+    path: str | Path,  # JSON of `fit_file`
 ) -> MixLaw:
     "Read a mixing law back."
     try:
@@ -214,7 +214,7 @@ def load_law(
 
 # %% ../nbs/36_mixtools.ipynb #5bdc807f
 def parse_objective(
-    text: str, # "mean", "worst", or SCORE=IMPORTANCE,SCORE=IMPORTANCE
+    text: str,  # "mean", "worst", or SCORE=IMPORTANCE,SCORE=IMPORTANCE
 ) -> str | dict[str, float]:
     "An objective from the command line."
     if "=" not in text: return text
@@ -225,11 +225,11 @@ def parse_objective(
         raise FoundIRError(f"can't read the objective {text!r}: {expected}") from None
 
 def recommend_file(
-    path: str | Path, # mixing law (JSON)
-    output: str | Path | None = None, # mixture (CSV: step 0, task, weight, predicted score), ready for `ReplayMixture`
-    objective: str | Mapping[str, float] = "mean", # "mean", "worst", or importance per score
-    floor: float = 0.0, # smallest share of a task
-) -> list[dict[str, Any]]: # rows step, task, weight, score, error
+    path: str | Path,  # mixing law (JSON)
+    output: str | Path | None = None,  # mixture (CSV: step 0, task, weight, predicted score), ready for `ReplayMixture`
+    objective: str | Mapping[str, float] = "mean",  # "mean", "worst", or importance per score
+    floor: float = 0.0,  # smallest share of a task
+) -> list[dict[str, Any]]:  # rows step, task, weight, score, error
     "The best mixture according to a law."
     law = load_law(path)
     with one_line(path): mixture, scores, errors = recommend(law, objective, floor)
@@ -240,8 +240,8 @@ def recommend_file(
 
 # %% ../nbs/36_mixtools.ipynb #fa525f97
 def plot_file(
-    path: str | Path, # mixture log (CSV)
-    output: str | Path, # picture (PNG, PDF or SVG)
+    path: str | Path,  # mixture log (CSV)
+    output: str | Path,  # picture (PNG, PDF or SVG)
 ) -> None:
     "Weights and scores of a recorded run, over its steps."
     import pandas as pd
@@ -249,10 +249,10 @@ def plot_file(
     write_figure(plot_mixture(pd.DataFrame(rows)), output)
 
 def replay_file(
-    path: str | Path, # mixture log of a proxy run (CSV)
-    output: str | Path, # schedule (CSV: step, task, weight)
-    stretch: float = 1.0, # length of the new run / length of the recorded one
-) -> list[dict[str, Any]]: # rows step, task, weight
+    path: str | Path,  # mixture log of a proxy run (CSV)
+    output: str | Path,  # schedule (CSV: step, task, weight)
+    stretch: float = 1.0,  # length of the new run / length of the recorded one
+) -> list[dict[str, Any]]:  # rows step, task, weight
     "Convert a recorded mixture into the schedule of another run, from step 0 on."
     with one_line(path): schedule = ReplayMixture(path, stretch)
     rows = [{"step": step, "task": t, "weight": w, "score": None}

@@ -19,9 +19,9 @@ from .core import FoundIRError
 
 # %% ../nbs/42_moe.ipynb #05cd7216
 def gate_softmax(
-    logits: Tensor, # (B, n, H, W) scores of the n experts
-    top_k: int | None = None, # keep only this many weights per pixel, not renormalised; None: keep all
-) -> Tensor: # (B, n, H, W), non-negative; sums to 1 over n if `top_k` is None
+    logits: Tensor,  # (B, n, H, W) scores of the n experts
+    top_k: int | None = None,  # keep only this many weights per pixel, not renormalised; None: keep all
+) -> Tensor:  # (B, n, H, W), non-negative; sums to 1 over n if `top_k` is None
     "Eq. 4 per pixel, with the paper's hard variant."
     w = logits.softmax(1)
     if top_k is None: return w
@@ -32,13 +32,13 @@ def gate_softmax(
 class MoEScheduler(nn.Module):
     "Per-pixel mixture of attention experts (Eqs. 4 and 5 of the paper): (B, C, H, W) → (B, C, H, W)."
     def __init__(self,
-        channels: int, # C, width of `z`: features of the noisy latents and of the LQ picture together
-        experts: Sequence[str] = ("spatial", "channel", "sparse"), # names in `attention.EXPERTS`
-        layers: int = 2, # blocks per expert
-        heads: int = 8, # attention heads; must divide `channels`
-        gating: str = "soft", # "soft": mix all experts; "hard": only the `top_k` best of each pixel
-        top_k: int = 1, # experts per pixel under hard gating
-        batch_axis_attention: bool = False, # the authors' quirk, see notebook 40
+        channels: int,  # C, width of `z`: features of the noisy latents and of the LQ picture together
+        experts: Sequence[str] = ("spatial", "channel", "sparse"),  # names in `attention.EXPERTS`
+        layers: int = 2,  # blocks per expert
+        heads: int = 8,  # attention heads; must divide `channels`
+        gating: str = "soft",  # "soft": mix all experts; "hard": only the `top_k` best of each pixel
+        top_k: int = 1,  # experts per pixel under hard gating
+        batch_axis_attention: bool = False,  # the authors' quirk, see notebook 40
     ):
         super().__init__()
         if gating not in ("soft", "hard"): raise FoundIRError(f"unknown gating {gating!r}: choose 'soft' or 'hard'")

@@ -16,7 +16,7 @@ from types import MappingProxyType
 # %% ../nbs/48_official.ipynb #09821b78
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 # %% ../nbs/48_official.ipynb #624ea457
 from .attention import SpatialBlock
@@ -28,7 +28,7 @@ from .unet import OWN_MODULES, FoundIRUNet
 # who wrote the file → its experts
 LAYOUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"FoundIR-v2": ("spatial", "channel", "sparse"), "FaithDiff": ("spatial",)})
-_TRANSFORMER = "information_transformer_layes" # FaithDiff's only expert; in FoundIR-v2's file never read
+_TRANSFORMER = "information_transformer_layes"  # FaithDiff's only expert; in FoundIR-v2's file never read
 _MODULES = dict(lq_features="denoise_encoder", lq_embedding="condition_embedding", moe_projection="spatial_ch_projs")
 _SPATIAL = {"norm1": "ln_1", "norm2": "ln_2", "to_qkv.weight": "attn.in_proj_weight",
             "to_qkv.bias": "attn.in_proj_bias", "to_out": "attn.out_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
@@ -49,9 +49,9 @@ def _block_key(kind: str, name: str) -> str:
     return table[name] if name in table else f"{table[layer]}.{leaf}"
 
 def official_key(
-    key: str, # name of a weight of a `FoundIRUNet`
-    experts: Sequence[str] = LAYOUTS["FoundIR-v2"], # the mixture's experts: one of the values of `LAYOUTS`
-) -> str | None: # None: the gate of a single expert, which their file doesn't have
+    key: str,  # name of a weight of a `FoundIRUNet`
+    experts: Sequence[str] = LAYOUTS["FoundIR-v2"],  # the mixture's experts: one of the values of `LAYOUTS`
+) -> str | None:  # None: the gate of a single expert, which their file doesn't have
     "The authors' name of one of our weights."
     module, _, rest = key.partition(".")
     if module in _MODULES: return f"{_MODULES[module]}.{rest}"
@@ -66,9 +66,9 @@ def official_key(
 # %% ../nbs/48_official.ipynb #d535681e
 def _names(
     unet: FoundIRUNet,
-    moe: MoEScheduler, # the mixture to speak about: the U-Net's own, or the one that a file asks for
-    layout: str, # a key of `LAYOUTS`
-) -> dict[str, tuple[str, torch.Size]]: # their name → our name, their shape
+    moe: MoEScheduler,  # the mixture to speak about: the U-Net's own, or the one that a file asks for
+    layout: str,  # a key of `LAYOUTS`
+) -> dict[str, tuple[str, torch.Size]]:  # their name → our name, their shape
     "What a file of this layout must hold to fit `unet`."
     state = {k: v for k, v in unet.state_dict().items() if not k.startswith("moe_scheduler.")}
     state |= {f"moe_scheduler.{k}": v for k, v in moe.state_dict().items()}
@@ -92,15 +92,15 @@ def _reader(path: Path) -> Callable:
     with path.open("rb") as f: head = f.read(16)
     if not head: raise FoundIRError(f"{path} is empty (0 bytes): copy or download it again")
     if head.startswith(b"PK"): return partial(_load_torch, mapped=True)
-    if head.startswith(b"\x80"): return partial(_load_torch, mapped=False) # the format before torch 1.6
+    if head.startswith(b"\x80"): return partial(_load_torch, mapped=False)  # the format before torch 1.6
     if head[8:9] == b"{": return load_file
     raise FoundIRError(f"{path} is neither a torch file nor safetensors (it starts with {head.decode('latin-1')!r}): "
                        "a web page or a Git LFS pointer in its place? Download the weights again")
 
 # %% ../nbs/48_official.ipynb #dbf0eda8
 def read_weights(
-    path: str | Path, # written by `torch.save`, or a safetensors file
-) -> dict[str, Tensor]: # on the CPU, mapped from the file where the format allows it
+    path: str | Path,  # written by `torch.save`, or a safetensors file
+) -> dict[str, Tensor]:  # on the CPU, mapped from the file where the format allows it
     """Read a state dict without executing anything.
     Raises `FoundIRError` for what is missing, damaged, of another kind or holds more than weights."""
     path = Path(path)
@@ -137,10 +137,10 @@ def _some(items: Sequence, show: int = 3) -> str:
 @dataclass(frozen=True)
 class OfficialReport:
     "What `load_official` found in a file."
-    layout: str # a key of `LAYOUTS`
-    used: tuple[str, ...] # their names of the weights that were loaded
-    unused: tuple[str, ...] # in the file, but nothing reads it
-    kept: tuple[str, ...] # the plain U-Net's weights that the file lacks (strict=False): left as they were
+    layout: str  # a key of `LAYOUTS`
+    used: tuple[str, ...]  # their names of the weights that were loaded
+    unused: tuple[str, ...]  # in the file, but nothing reads it
+    kept: tuple[str, ...]  # the plain U-Net's weights that the file lacks (strict=False): left as they were
 
     def __str__(self) -> str:
         parts = [f"{self.layout} layout: {len(self.used)} weights loaded"]
@@ -163,10 +163,10 @@ def _advice(missing: list[str], unknown: list[str], own: bool) -> str:
 
 # %% ../nbs/48_official.ipynb #c4d8009f
 def _compare(
-    weights: Mapping[str, Tensor], # a file's content
-    wanted: Mapping[str, tuple[str, torch.Size]], # from `_names`
-    layout: str, # a key of `LAYOUTS`
-    source: str | Path, # for messages
+    weights: Mapping[str, Tensor],  # a file's content
+    wanted: Mapping[str, tuple[str, torch.Size]],  # from `_names`
+    layout: str,  # a key of `LAYOUTS`
+    source: str | Path,  # for messages
     strict: bool,
 ) -> OfficialReport:
     "Raises `FoundIRError` with everything that doesn't fit."
@@ -202,9 +202,9 @@ def _mixture(unet: FoundIRUNet, experts: tuple[str, ...]) -> MoEScheduler:
 
 # %% ../nbs/48_official.ipynb #1153ab99
 def _fill(
-    unet: FoundIRUNet, # changed
-    weights: dict[str, Tensor], # under our names; may lack some
-    own: bool, # a model on the meta device gets copies, not the tensors themselves
+    unet: FoundIRUNet,  # changed
+    weights: dict[str, Tensor],  # under our names; may lack some
+    own: bool,  # a model on the meta device gets copies, not the tensors themselves
 ) -> None:
     "Copy weights into the model, or give them to it if it has no memory yet."
     state, meta = unet.state_dict(), any(p.is_meta for p in unet.parameters())
@@ -222,10 +222,10 @@ def _set_switch(unet: FoundIRUNet, batch_axis_attention: bool) -> None:
 
 # %% ../nbs/48_official.ipynb #6ae80791
 def load_official(
-    state_dict_or_path: Mapping[str, Tensor] | str | Path, # the published file (torch or safetensors), or its content
-    unet: FoundIRUNet, # changed in place
-    batch_axis_attention: bool = True, # attend along the batch, as in their training; kept in the config
-    strict: bool = True, # False: the plain U-Net's own weights may be absent, and then stay as they are
+    state_dict_or_path: Mapping[str, Tensor] | str | Path,  # the published file (torch or safetensors), or its content
+    unet: FoundIRUNet,  # changed in place
+    batch_axis_attention: bool = True,  # attend along the batch, as in their training; kept in the config
+    strict: bool = True,  # False: the plain U-Net's own weights may be absent, and then stay as they are
 ) -> OfficialReport:
     "Load the authors' or FaithDiff's weights. Raises `FoundIRError`, and leaves `unet` unchanged, if they don't fit."
     if not isinstance(unet, FoundIRUNet):
@@ -250,7 +250,7 @@ def load_official(
     return report
 
 # %% ../nbs/48_official.ipynb #37567391
-def _exportable(unet: FoundIRUNet) -> str: # a key of `LAYOUTS`
+def _exportable(unet: FoundIRUNet) -> str:  # a key of `LAYOUTS`
     "Raises `FoundIRError` for a model that the authors' code would not run as it is."
     c = unet.config
     experts = next((name for name, e in LAYOUTS.items() if e == tuple(c.moe_experts)), None)
@@ -268,8 +268,8 @@ def _exportable(unet: FoundIRUNet) -> str: # a key of `LAYOUTS`
 
 # %% ../nbs/48_official.ipynb #651ea775
 def to_official(
-    unet: FoundIRUNet, # unchanged
-) -> dict[str, Tensor]: # shares memory with the model, like a `state_dict`
+    unet: FoundIRUNet,  # unchanged
+) -> dict[str, Tensor]:  # shares memory with the model, like a `state_dict`
     "The model's weights under the authors' names. Raises `FoundIRError` for a model that their layout can't hold."
     layout = _exportable(unet)
     if not unet.config.batch_axis_attention:

@@ -19,16 +19,16 @@ from .simplex import equilibrium_step, project
 
 # %% ../nbs/29_online.ipynb #de1b121e
 def gaps(
-    images: Mapping[str, Sequence[float]], # checked scores
-    targets: Mapping[str, Sequence[float]], # checked scores to reach
-) -> np.ndarray: # (k,) what is missing, not below 0
+    images: Mapping[str, Sequence[float]],  # checked scores
+    targets: Mapping[str, Sequence[float]],  # checked scores to reach
+) -> np.ndarray:  # (k,) what is missing, not below 0
     "How far each task's mean score is under its target."
     return np.array([max(0.0, mean(targets[t]) - mean(now)) for t, now in images.items()])
 
 def excesses(
-    images: Mapping[str, Sequence[float]], # checked scores
-    reference: Mapping[str, Sequence[float]], # checked scores of a reference model, one per task or one per image
-) -> np.ndarray: # (k,) what is missing, not below 0
+    images: Mapping[str, Sequence[float]],  # checked scores
+    reference: Mapping[str, Sequence[float]],  # checked scores of a reference model, one per task or one per image
+) -> np.ndarray:  # (k,) what is missing, not below 0
     "As `gaps`, but with the reference's image scores every image has its own gap, cut off at 0 before the mean."
     def excess(task: str) -> float:
         now, goal = images[task], reference[task]
@@ -49,10 +49,10 @@ class ExcessLossMixture(Mixture):
     released code has c = 1e-4)."""
 
     def __init__(self,
-        tasks: Iterable[str], # names
-        reference: Mapping[str, float | Sequence[float]], # the reference model's score per task, or one per D_ref image
-        eta: float = 1.0, # rate per unit of missing score
-        smoothing: float = 1e-3, # c, share of the uniform mixture in every update
+        tasks: Iterable[str],  # names
+        reference: Mapping[str, float | Sequence[float]],  # the reference model's, per task or per D_ref image
+        eta: float = 1.0,  # rate per unit of missing score
+        smoothing: float = 1e-3,  # c, share of the uniform mixture in every update
     ):
         super().__init__(tasks)
         self.reference, self.eta = check_scores(reference, self.tasks), check_number(eta, "eta", 0, LARGEST)
@@ -89,10 +89,10 @@ class TargetGapMixture(Mixture):
     mixture."""
 
     def __init__(self,
-        tasks: Iterable[str], # names
-        targets: Mapping[str, float], # per task, the score predicted for the end of training
-        rate: float = 1.0, # per unit of missing score; 1 in the paper (nats)
-        start: Mapping[str, float] | None = None, # first weights; None: uniform
+        tasks: Iterable[str],  # names
+        targets: Mapping[str, float],  # per task, the score predicted for the end of training
+        rate: float = 1.0,  # per unit of missing score; 1 in the paper (nats)
+        start: Mapping[str, float] | None = None,  # first weights; None: uniform
     ):
         super().__init__(tasks, start)
         self.targets, self.rate = check_scores(targets, self.tasks), check_number(rate, "rate", 0, LARGEST)
@@ -110,12 +110,12 @@ class OnlineDataMixing(Mixture):
     score is on a scale from 0 to 1. (The released code averages exp(loss) without dividing by the weight.)"""
 
     def __init__(self,
-        tasks: Iterable[str], # names
-        best: float | Mapping[str, float], # score that earns reward 0, one for all or per task
-        worst: float | Mapping[str, float], # score that earns reward 1
-        keep: float = 0.5, # share of the old average in the new one
+        tasks: Iterable[str],  # names
+        best: float | Mapping[str, float],  # score that earns reward 0, one for all or per task
+        worst: float | Mapping[str, float],  # score that earns reward 1
+        keep: float = 0.5,  # share of the old average in the new one
     ):
-        super().__init__(tasks, low=1e-9) # it always explores
+        super().__init__(tasks, low=1e-9)  # it always explores
         def ends(name: str, end: float | Mapping[str, float]) -> dict[str, float]:
             if isinstance(end, Mapping): check_names(end, self.tasks, name)
             return {t: check_score(end[t] if isinstance(end, Mapping) else end, "best and worst") for t in self.tasks}
@@ -140,12 +140,12 @@ class OnlineDataMixing(Mixture):
 
 # %% ../nbs/29_online.ipynb #cc76145f
 def slopes(
-    at: np.ndarray, # (n,) steps of the last evaluations
-    scores: np.ndarray, # (n, k) scores there
-) -> np.ndarray: # (k,) score per step, of the least-squares line
+    at: np.ndarray,  # (n,) steps of the last evaluations
+    scores: np.ndarray,  # (n, k) scores there
+) -> np.ndarray:  # (k,) score per step, of the least-squares line
     "How fast each task gains."
     away = at - at.mean()
-    return away @ (scores - scores[0]) / (away ** 2).sum() # minus the first: no change is exactly 0
+    return away @ (scores - scores[0]) / (away ** 2).sum()  # minus the first: no change is exactly 0
 
 # %% ../nbs/29_online.ipynb #1671969f
 class SlopeMixture(Mixture):
@@ -158,13 +158,13 @@ class SlopeMixture(Mixture):
     version = 2
 
     def __init__(self,
-        tasks: Iterable[str], # names
-        prior: Mapping[str, float] | None = None, # first weights, and factors of the speeds; None: uniform
-        window: int = 4, # evaluations in the line
-        s: float = 0.5, # exponent of the credit
-        gamma1: float = 0.1, # share of the present weights in the credit
-        gamma2: float = 0.1, # share of rho in the weights
-        floor: float = 0.01, # smallest weight
+        tasks: Iterable[str],  # names
+        prior: Mapping[str, float] | None = None,  # first weights, and factors of the speeds; None: uniform
+        window: int = 4,  # evaluations in the line
+        s: float = 0.5,  # exponent of the credit
+        gamma1: float = 0.1,  # share of the present weights in the credit
+        gamma2: float = 0.1,  # share of rho in the weights
+        floor: float = 0.01,  # smallest weight
     ):
         super().__init__(tasks, prior)
         self.prior, self.window, self.s = self._weights, check_whole(window, "window", 2), check_number(s, "s", 0)
@@ -175,7 +175,7 @@ class SlopeMixture(Mixture):
         past = [*self._memory.get("past", []), [step, {t: mean(images[t]) for t in self.tasks}]][-self.window:]
         kept = lambda name: np.array([self._memory[name][t] for t in self.tasks]) if self._memory else self.prior
         credit, average, count, new = kept("credit"), kept("average"), self._memory.get("count", 0), self._weights
-        if len({s for s, _ in past}) > 1: # a line takes two steps
+        if len({s for s, _ in past}) > 1:  # a line takes two steps
             at = np.array([float(s) for s, _ in past])
             scores = np.array([[row[t] for t in self.tasks] for _, row in past])
             credit = self.gamma1 * self._weights + (1 - self.gamma1) * credit

@@ -31,9 +31,9 @@ from .vae import PatchAutoencoderKL, encode_latents, pca_init
 
 # %% ../nbs/47_pretrain.ipynb #ee07d144
 def photographs(
-    data_dir: str | Path = "data", # a fetched data folder
-    split: str = "train", # train, reference or test
-) -> dict[str, Tensor]: # name → (3, H, W) in [0, 1]
+    data_dir: str | Path = "data",  # a fetched data folder
+    split: str = "train",  # train, reference or test
+) -> dict[str, Tensor]:  # name → (3, H, W) in [0, 1]
     "The photographs of one split. Raises `FoundIRError` if there are none."
     found = {Path(s.file).stem: Path(data_dir) / s.file for s in read_sources(data_dir) if s.split == split}
     if not found:
@@ -46,8 +46,8 @@ def power_law(
     count: int,
     smallest: float,
     largest: float,
-    alpha: float = 3.0, # exponent, not 1; 3 makes the picture scale-invariant
-) -> np.ndarray: # (count,)
+    alpha: float = 3.0,  # exponent, not 1; 3 makes the picture scale-invariant
+) -> np.ndarray:  # (count,)
     "Radii with density proportional to r^(−alpha)."
     lo, hi = smallest ** (1 - alpha), largest ** (1 - alpha)
     return (lo + (hi - lo) * rng.random(count)) ** (1 / (1 - alpha))
@@ -64,13 +64,13 @@ def _leaf(rng: np.random.Generator, x: float, y: float, r: float) -> list[tuple[
 
 # %% ../nbs/47_pretrain.ipynb #fa674d17
 def dead_leaves(
-    size: int, # side in pixels
-    palette: Tensor, # (N, 3) colours in [0, 1]
+    size: int,  # side in pixels
+    palette: Tensor,  # (N, 3) colours in [0, 1]
     seed: int,
-    leaves: int = 900, # shapes with radii from the power law
-    smallest: float = 3.0, # radii in pixels
-    largest: float | None = None, # default: 0.35 · size
-) -> Tensor: # (3, size, size) in [0, 1]
+    leaves: int = 900,  # shapes with radii from the power law
+    smallest: float = 3.0,  # radii in pixels
+    largest: float | None = None,  # default: 0.35 · size
+) -> Tensor:  # (3, size, size) in [0, 1]
     "A dead leaves image: a pure function of its arguments. Lee, Mumford & Huang, IJCV 2001."
     rng, largest = np.random.default_rng(hash_seed("dead leaves", seed)), largest or 0.35 * size
     colours = [tuple(c) for c in (palette * 255).round().to(torch.uint8).tolist()]
@@ -90,19 +90,19 @@ def dead_leaves(
 @dataclass(frozen=True)
 class Crops:
     "A batch of training crops."
-    images: Tensor # (B, 3, size, size) in [−1, 1]
-    is_leaves: Tensor # (B,) bool
-    time_ids: Tensor # (B, 6), see `base.micro_conditioning`
+    images: Tensor  # (B, 3, size, size) in [−1, 1]
+    is_leaves: Tensor  # (B,) bool
+    time_ids: Tensor  # (B, 6), see `base.micro_conditioning`
 
 # %% ../nbs/47_pretrain.ipynb #6ecf57ef
 class CropPool:
     "Photographs at several scales and dead leaves in their colours, to cut random crops from."
     def __init__(self,
-        photos: Mapping[str, Tensor], # (3, H, W) each, in [0, 1]
-        leaves: int = 300, # dead leaves images to make
-        size: int = 384, # their side
-        scales: tuple[float, ...] = (1.0, 0.7, 0.5), # sizes of each photograph
-        smallest: int = 128, # scaled photographs with a shorter side than this are left out
+        photos: Mapping[str, Tensor],  # (3, H, W) each, in [0, 1]
+        leaves: int = 300,  # dead leaves images to make
+        size: int = 384,  # their side
+        scales: tuple[float, ...] = (1.0, 0.7, 0.5),  # sizes of each photograph
+        smallest: int = 128,  # scaled photographs with a shorter side than this are left out
         seed: int = 0,
     ):
         as_bytes = lambda t: (t * 255).round().to(torch.uint8)
@@ -148,16 +148,16 @@ def _random_crop(
 class PretrainConfig:
     "How long and how to train; a checkpoint of other settings is refused (pools are not compared)."
     steps: int
-    lr: float # peak; cosine to zero
-    warmup: int = 50 # steps of linear warm-up
+    lr: float  # peak; cosine to zero
+    warmup: int = 50  # steps of linear warm-up
     batch_size: int = 16
-    crop: int = 128 # pixels
-    leaf_share: float = 0.3 # probability that a crop is dead leaves
+    crop: int = 128  # pixels
+    leaf_share: float = 0.3  # probability that a crop is dead leaves
     weight_decay: float = 0.0
-    clip: float = 1.0 # largest gradient norm
-    ema_decay: float = 0.99 # of the averaged weights, which are the result
+    clip: float = 1.0  # largest gradient norm
+    ema_decay: float = 0.99  # of the averaged weights, which are the result
     seed: int = 0
-    save_every: int = 200 # steps between checkpoints
+    save_every: int = 200  # steps between checkpoints
 
     def __post_init__(self):
         for name in ("steps", "warmup", "batch_size", "crop", "save_every"):
@@ -235,9 +235,9 @@ VAE_RECIPE = PretrainConfig(steps=600, lr=4e-4, clip=0.2)
 
 def vae_loss(
     vae: PatchAutoencoderKL,
-    images: Tensor, # (B, 3, H, W) in [−1, 1]
-    noise: Tensor, # like the latents, standard normal
-    kl_weight: float = 1e-8, # per nat of a whole latent picture
+    images: Tensor,  # (B, 3, H, W) in [−1, 1]
+    noise: Tensor,  # like the latents, standard normal
+    kl_weight: float = 1e-8,  # per nat of a whole latent picture
 ) -> Tensor:
     "Mean squared error of a sampled reconstruction, plus KL."
     posterior = vae.encode(images).latent_dist
@@ -246,11 +246,11 @@ def vae_loss(
 
 def pretrain_vae(
     pool: CropPool,
-    folder: str | Path, # for the checkpoint and the result, `folder/vae`
+    folder: str | Path,  # for the checkpoint and the result, `folder/vae`
     config: PretrainConfig = VAE_RECIPE,
-    vae_config: Mapping | None = None, # `PatchAutoencoderKL`'s arguments
-    stop_at: int | None = None, # end early, as if interrupted after this step
-) -> tuple[PatchAutoencoderKL, list[float]]: # trained, in fp32, and the loss of every step
+    vae_config: Mapping | None = None,  # `PatchAutoencoderKL`'s arguments
+    stop_at: int | None = None,  # end early, as if interrupted after this step
+) -> tuple[PatchAutoencoderKL, list[float]]:  # trained, in fp32, and the loss of every step
     "Start at PCA, train, measure the scaling factor, save. Goes on from the checkpoint in `folder`."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash_seed("vae weights", config.seed))
@@ -272,7 +272,7 @@ def pretrain_vae(
 
 # %% ../nbs/47_pretrain.ipynb #4d894bd6
 PRIOR_RECIPE = PretrainConfig(steps=6000, lr=2e-3, warmup=200, crop=96, weight_decay=1e-2, ema_decay=0.999)
-CAPTIONS = ("a photograph", "dead leaves", "") # of a photograph, of dead leaves, dropped
+CAPTIONS = ("a photograph", "dead leaves", "")  # of a photograph, of dead leaves, dropped
 
 # %% ../nbs/47_pretrain.ipynb #0b500e72
 class PriorLoss:
@@ -297,12 +297,12 @@ class PriorLoss:
 
 # %% ../nbs/47_pretrain.ipynb #6c2612b2
 def pretrain_prior(
-    base: Base, # its VAE and text encoders are used as they are
+    base: Base,  # its VAE and text encoders are used as they are
     pool: CropPool,
-    folder: str | Path, # for the checkpoint and the result, `folder/unet`
+    folder: str | Path,  # for the checkpoint and the result, `folder/unet`
     config: PretrainConfig = PRIOR_RECIPE,
-    stop_at: int | None = None, # end early, as if interrupted after this step
-) -> tuple[UNet2DConditionModel, list[float]]: # a trained copy of `base.unet_prior`, and the loss of every step
+    stop_at: int | None = None,  # end early, as if interrupted after this step
+) -> tuple[UNet2DConditionModel, list[float]]:  # a trained copy of `base.unet_prior`, and the loss of every step
     "Train the diffusion prior on clean crops. Goes on from the checkpoint in `folder`."
     unet = UNet2DConditionModel.from_config(base.unet_prior.config)
     unet.load_state_dict(base.unet_prior.state_dict())

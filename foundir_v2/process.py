@@ -31,8 +31,8 @@ def _gone(watched: list[tuple[int, float]]) -> bool:
 
 # %% ../nbs/05_process.ipynb #2e58ef06
 def exit_with_parent(
-    interval: float = 0.5, # seconds between two looks
-) -> threading.Thread: # the watching thread
+    interval: float = 0.5,  # seconds between two looks
+) -> threading.Thread:  # the watching thread
     "End this process, at once and with status 1, when its parent ends."
     watched = ancestors()
     def watch():
@@ -44,7 +44,7 @@ def exit_with_parent(
 
 # %% ../nbs/05_process.ipynb #05c7a002
 @contextmanager
-def interruptible() -> Iterator[Callable[[], None]]: # raises `KeyboardInterrupt` if Ctrl-C was pressed meanwhile
+def interruptible() -> Iterator[Callable[[], None]]:  # raises `KeyboardInterrupt` if Ctrl-C was pressed meanwhile
     "For loops: what is called once per round. Outside of the main thread, which alone gets signals, it does nothing."
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

@@ -34,12 +34,12 @@ def checkout() -> Path:
     return root
 
 def check_interpreter(
-    root: Path, # repository root
-    prefix: str = sys.prefix, # of the interpreter in question
+    root: Path,  # repository root
+    prefix: str = sys.prefix,  # of the interpreter in question
 ) -> None:
     """Raises `RunnerError` unless the interpreter is that of `root/.venv`, or, where there is none, has what root's
     lock pins."""
-    own, installed = root/".venv", Path(prefix)/"requirements.lock" # `make venv` leaves a copy of what it installed
+    own, installed = root/".venv", Path(prefix)/"requirements.lock"  # `make venv` leaves a copy of what it installed
     if Path(prefix).resolve() == own.resolve(): return
     if not own.exists() and installed.is_file() and installed.read_bytes() == (root/"requirements.lock").read_bytes():
         return
@@ -47,9 +47,9 @@ def check_interpreter(
 
 # %% ../nbs/06_runner.ipynb #dcfe27d2
 def notebook_parameters(
-    nb: Any, # a notebook read by nbformat
-    name: str = "notebook", # for the messages
-) -> dict[str, Any]: # name -> default value
+    nb: Any,  # a notebook read by nbformat
+    name: str = "notebook",  # for the messages
+) -> dict[str, Any]:  # name -> default value
     """What the cell tagged `parameters` assigns.
     Raises `RunnerError` if there isn't exactly one such cell or it holds something other than `name = literal`."""
     tagged = [c for c in nb.cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
@@ -70,10 +70,10 @@ def notebook_parameters(
 
 # %% ../nbs/06_runner.ipynb #c0a05302
 def check_parameters(
-    given: Iterable[str], # names from params.yaml
-    wanted: Iterable[str], # names of the notebook's parameters
-    name: str, # of the notebook
-    sections: Iterable[str] = (), # that `given` was read from
+    given: Iterable[str],  # names from params.yaml
+    wanted: Iterable[str],  # names of the notebook's parameters
+    name: str,  # of the notebook
+    sections: Iterable[str] = (),  # that `given` was read from
 ) -> None:
     "Raises `RunnerError` unless both are the same names."
     given, wanted = set(given), set(wanted)
@@ -86,10 +86,10 @@ def check_parameters(
 
 # %% ../nbs/06_runner.ipynb #bceb9274
 def set_value(
-    params: dict[str, dict[str, Any]], # changed in place
-    sections: Iterable[str], # where a key without a section is looked for
-    setting: str, # key=value, the value in YAML
-) -> dict[str, Any]: # {} or, for a key that is in no section, key -> value
+    params: dict[str, dict[str, Any]],  # changed in place
+    sections: Iterable[str],  # where a key without a section is looked for
+    setting: str,  # key=value, the value in YAML
+) -> dict[str, Any]:  # {} or, for a key that is in no section, key -> value
     "Apply one `--set`. Raises `RunnerError` if it isn't key=value, or leads nowhere."
     from foundir_v2.config import parse_yaml
     key, equals, text = setting.partition("=")
@@ -106,11 +106,11 @@ def set_value(
 
 # %% ../nbs/06_runner.ipynb #29bd04ce
 def read_parameters(
-    sections: list[str], # of the parameter file, each `section` or `name=section`
-    wanted: Iterable[str], # names of the notebook's parameters
-    settings: list[str] = (), # `key=value`, see `set_value`
-    path: str | Path | None = None, # parameter file; default: params.yaml
-) -> dict[str, Any]: # name -> value
+    sections: list[str],  # of the parameter file, each `section` or `name=section`
+    wanted: Iterable[str],  # names of the notebook's parameters
+    settings: list[str] = (),  # `key=value`, see `set_value`
+    path: str | Path | None = None,  # parameter file; default: params.yaml
+) -> dict[str, Any]:  # name -> value
     """What the notebook gets.
     Raises `ConfigError` on parameters that no stage could work with, `RunnerError` on a key in two sections."""
     from foundir_v2.config import load_params
@@ -145,8 +145,8 @@ def _strip_output(output: Any, ids: dict[str, str]) -> None:
 
 # %% ../nbs/06_runner.ipynb #92639a8d
 def strip_volatile(
-    nb: Any, # an executed notebook, changed in place
-) -> Any: # the same notebook
+    nb: Any,  # an executed notebook, changed in place
+) -> Any:  # the same notebook
     "Remove everything that differs between two executions of the same code on the same data."
     nb.metadata = type(nb.metadata)({k: v for k, v in nb.metadata.items() if k in ("kernelspec", "language_info")})
     ids: dict[str, str] = {}
@@ -175,11 +175,11 @@ def _temporary(out: Path) -> Path:
 
 # %% ../nbs/06_runner.ipynb #38694a38
 def execute(
-    src: str | Path, # pipeline notebook
-    out: str | Path, # where the executed copy goes
-    parameters: dict[str, Any], # a value for every parameter of the notebook
-    root: str | Path, # working directory of the kernel, first on its import path; failed copies go to its logs/
-) -> Path: # `out`
+    src: str | Path,  # pipeline notebook
+    out: str | Path,  # where the executed copy goes
+    parameters: dict[str, Any],  # a value for every parameter of the notebook
+    root: str | Path,  # working directory of the kernel, first on its import path; failed copies go to its logs/
+) -> Path:  # `out`
     """Run a notebook and write its report.
     Raises `papermill.PapermillExecutionError` when a cell fails; then `out` is as it was before."""
     import nbformat, papermill
@@ -228,15 +228,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("out", help="the executed copy, written when the run has succeeded")
     p.add_argument("sections", nargs="*", metavar="[NAME=]SECTION",
                    help="sections of the parameter file: a mapping for the parameter NAME, or its keys as parameters")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", 
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                    help="set a key of a section, or a parameter that no section gives (YAML); may be repeated")
     p.add_argument("--params", metavar="FILE", help="another parameter file than params.yaml")
     return p
 
-def main(argv: list[str] | None = None) -> int: # exit code
+def main(argv: list[str] | None = None) -> int:  # exit code
     "Command line of `python -m foundir_v2.runner`."
     args = parser().parse_args(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR) # tells at import what a CPU lacks
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells at import what a CPU lacks
     try: run_stage(args)
     except (ValueError, FileNotFoundError, PermissionError) as e:
         print(f"runner: {e}", file=sys.stderr)

@@ -20,42 +20,42 @@ from .mixchecks import (Check, MixtureError, check_names, check_number, check_ta
 
 # %% ../nbs/32_sampler.ipynb #59dd8509
 def philox_words(
-    seed: int, # from 0, under 2**64
-    first: int, # global index of the first sample
-    count: int, # how many consecutive samples
-) -> np.ndarray: # (count, 4) uint64, row i a pure function of (seed, first + i)
+    seed: int,  # from 0, under 2**64
+    first: int,  # global index of the first sample
+    count: int,  # how many consecutive samples
+) -> np.ndarray:  # (count, 4) uint64, row i a pure function of (seed, first + i)
     "Philox-4x64-10 (Salmon et al. 2011) with the sample's index as its counter."
     return np.random.Philox(key=seed, counter=first).random_raw(4 * count).reshape(count, 4)
 
 # %% ../nbs/32_sampler.ipynb #f4d807f5
 class Draw(NamedTuple):
     "One sample to load."
-    task: str # which dataset
-    index: int # which of its items, 0 <= index < its length
-    seed: int # 63 bits, for everything random about this sample
+    task: str  # which dataset
+    index: int  # which of its items, 0 <= index < its length
+    seed: int  # 63 bits, for everything random about this sample
 
 def choose_tasks(
-    words: np.ndarray, # (n,) uint64, uniform
-    weights: np.ndarray, # (k,) proportions, sum 1
-) -> np.ndarray: # (n,) number of the task
+    words: np.ndarray,  # (n,) uint64, uniform
+    weights: np.ndarray,  # (k,) proportions, sum 1
+) -> np.ndarray:  # (n,) number of the task
     "First half of Eq. 1: a task from the mixture. The upper 53 bits make the uniform number."
     edges = np.cumsum(weights)
-    edges[np.flatnonzero(weights)[-1]:] = 1.0 # rounding must leave no gap at the end
+    edges[np.flatnonzero(weights)[-1]:] = 1.0  # rounding must leave no gap at the end
     return np.searchsorted(edges, (words >> np.uint64(11)) * 2.0**-53, side="right")
 
 # %% ../nbs/32_sampler.ipynb #0eb271c2
 check_count: Check = partial(check_whole, low=1)
-check_seed = partial(check_whole, what="seed", high=2**64 - 1) # what Philox can take as its key
+check_seed = partial(check_whole, what="seed", high=2**64 - 1)  # what Philox can take as its key
 
 def read_draws(
-    words: np.ndarray, # (n, 4) from `philox_words`
-    weights: np.ndarray, # (k,) proportions
-    tasks: tuple[str, ...], # (k,) their names
-    lengths: np.ndarray, # (k,) uint64, items per dataset
-) -> list[Draw]: # n draws
+    words: np.ndarray,  # (n, 4) from `philox_words`
+    weights: np.ndarray,  # (k,) proportions
+    tasks: tuple[str, ...],  # (k,) their names
+    lengths: np.ndarray,  # (k,) uint64, items per dataset
+) -> list[Draw]:  # n draws
     "Both halves of Eq. 1: a task from the mixture, then one of its items uniformly."
     chosen = choose_tasks(words[:, 0], weights)
-    index = words[:, 1] % lengths[chosen] # a bias under length / 2**64
+    index = words[:, 1] % lengths[chosen]  # a bias under length / 2**64
     seeds = words[:, 2] >> np.uint64(1)
     return list(map(Draw, map(tasks.__getitem__, chosen.tolist()), index.tolist(), seeds.tolist()))
 
@@ -66,8 +66,8 @@ class Position(NamedTuple):
     sample: int
 
     def after(self,
-        steps: int, # training steps from here
-        per_step: int, # samples per step of all ranks together
+        steps: int,  # training steps from here
+        per_step: int,  # samples per step of all ranks together
     ) -> "Position":
         "The point that many steps further on."
         return Position(self.step + steps, self.sample + steps * per_step)
@@ -77,22 +77,22 @@ class Tally:
     "Draws per task of the whole stream, from the notes of when the weights changed."
 
     def __init__(self,
-        seed: int, # of the stream
-        k: int, # number of tasks
-        start: int = 0, # samples that were counted and dropped
-        drawn: Sequence[int] | None = None, # (k,) draws among them
-        target: Sequence[float] | None = None, # (k,) draws expected among them
-        notes: Iterable[tuple[int, Sequence[float]]] = (), # (first sample, weights (k,)) since then
+        seed: int,  # of the stream
+        k: int,  # number of tasks
+        start: int = 0,  # samples that were counted and dropped
+        drawn: Sequence[int] | None = None,  # (k,) draws among them
+        target: Sequence[float] | None = None,  # (k,) draws expected among them
+        notes: Iterable[tuple[int, Sequence[float]]] = (),  # (first sample, weights (k,)) since then
     ):
         self.seed, self.k, self.start = seed, k, start
         self.drawn = np.zeros(k, np.int64) if drawn is None else np.array(drawn, np.int64)
         self.target = np.zeros(k) if target is None else np.array(target, float)
         self.notes = [(sample, np.array(weights, float)) for sample, weights in notes]
-        self._last = (self.start, self.drawn, self.target) # where the last count ended
+        self._last = (self.start, self.drawn, self.target)  # where the last count ended
 
     def note(self,
-        sample: int, # from this sample on
-        weights: np.ndarray, # (k,) these are in force
+        sample: int,  # from this sample on
+        weights: np.ndarray,  # (k,) these are in force
     ) -> None:
         "Remember new weights; the same again costs nothing."
         if self.notes and np.array_equal(self.notes[-1][1], weights): return
@@ -102,8 +102,8 @@ class Tally:
             self.start, self.notes = self.notes[32][0], self.notes[32:]
 
     def count(self,
-        stop: int, # count the samples before this one
-    ) -> tuple[np.ndarray, np.ndarray]: # (k,) draws, (k,) draws expected from the weights
+        stop: int,  # count the samples before this one
+    ) -> tuple[np.ndarray, np.ndarray]:  # (k,) draws, (k,) draws expected from the weights
         "Realised and expected draws per task of samples 0 to `stop`."
         if stop < self.start:
             raise MixtureError(f"samples before {self.start} are counted and can't be taken back to {stop}")
@@ -118,9 +118,9 @@ class Tally:
 
 # %% ../nbs/32_sampler.ipynb #ae3facb6
 def tally_state(
-    tally: Tally, # the notes
-    stop: int, # as of this sample
-) -> dict[str, Any]: # JSON
+    tally: Tally,  # the notes
+    stop: int,  # as of this sample
+) -> dict[str, Any]:  # JSON
     "What must be saved to go on counting after sample `stop`."
     if stop < tally.start:
         raise MixtureError(f"samples before {tally.start} are counted and can't be taken back to {stop}")
@@ -136,10 +136,10 @@ def tally_check(k: int) -> Check:
     return record(start=check_whole, drawn=drawn, target=target, notes=notes)
 
 def load_tally(
-    seed: int, # of the stream
-    k: int, # number of tasks
-    state: Mapping[str, Any], # what `tally_state` gave
-    stop: int, # for this sample
+    seed: int,  # of the stream
+    k: int,  # number of tasks
+    state: Mapping[str, Any],  # what `tally_state` gave
+    stop: int,  # for this sample
 ) -> Tally:
     "The way back. Raises `MixtureError` if it doesn't fit."
     good = tally_check(k)(state, "the tally in the state")
@@ -154,18 +154,18 @@ def load_tally(
 EXHAUSTION = ("repeat", "stop", "downweight")
 
 def passes(
-    drawn: np.ndarray, # (k,) draws so far
-    lengths: np.ndarray, # (k,) items
-    epochs: float, # how many times its length a dataset may be drawn
-) -> np.ndarray: # (k,) whole passes of `epochs` epochs
+    drawn: np.ndarray,  # (k,) draws so far
+    lengths: np.ndarray,  # (k,) items
+    epochs: float,  # how many times its length a dataset may be drawn
+) -> np.ndarray:  # (k,) whole passes of `epochs` epochs
     "How often each dataset's allowance has been used up."
     return np.floor(drawn / (lengths * epochs))
 
 def downweighted(
-    weights: np.ndarray, # (k,) of the mixture
-    used: np.ndarray, # (k,) from `passes`
-    decay: float, # factor per pass
-) -> np.ndarray: # (k,) sum 1
+    weights: np.ndarray,  # (k,) of the mixture
+    used: np.ndarray,  # (k,) from `passes`
+    decay: float,  # factor per pass
+) -> np.ndarray:  # (k,) sum 1
     "The mixture after repeated datasets lost weight; only their differences count."
     positive = weights > 0
     lowered = np.where(positive, weights * decay ** (used - used[positive].min()), 0.0)
@@ -176,10 +176,10 @@ class Exhaustion:
     "What happens when a dataset has been drawn as often as it has items, times `epochs`."
 
     def __init__(self,
-        lengths: Mapping[str, int], # task -> items in its dataset
-        kind: str = "repeat", # one of `EXHAUSTION`
-        epochs: float = 1.0, # how many times its length a dataset may be drawn before that
-        decay: float = 0.5, # for "downweight": factor per pass
+        lengths: Mapping[str, int],  # task -> items in its dataset
+        kind: str = "repeat",  # one of `EXHAUSTION`
+        epochs: float = 1.0,  # how many times its length a dataset may be drawn before that
+        decay: float = 0.5,  # for "downweight": factor per pass
     ):
         if kind not in EXHAUSTION:
             raise MixtureError(f"unknown exhaustion {shown(kind)}; the choices are {', '.join(EXHAUSTION)}")
@@ -187,16 +187,16 @@ class Exhaustion:
         self.epochs, self.decay = check_number(epochs, "epochs", 1e-9), check_number(decay, "decay", 1e-9, 1)
 
     def used_up(self,
-        count: Callable[[], np.ndarray], # gives the (k,) draws so far; asked only if they matter
-    ) -> list[str]: # tasks whose data ends the iteration
+        count: Callable[[], np.ndarray],  # gives the (k,) draws so far; asked only if they matter
+    ) -> list[str]:  # tasks whose data ends the iteration
         "With \"stop\": the tasks that were drawn as often as they may be. Otherwise none."
         if self.kind != "stop": return []
         return [t for t, used in zip(self.tasks, passes(count(), self.lengths, self.epochs)) if used >= 1]
 
     def lowered(self,
-        weights: np.ndarray, # (k,) of the mixture
-        count: Callable[[], np.ndarray], # gives the (k,) draws so far; asked only if they matter
-    ) -> np.ndarray: # (k,) sum 1
+        weights: np.ndarray,  # (k,) of the mixture
+        count: Callable[[], np.ndarray],  # gives the (k,) draws so far; asked only if they matter
+    ) -> np.ndarray:  # (k,) sum 1
         "With \"downweight\": the weights that are left after every pass. Otherwise the same."
         if self.kind != "downweight": return weights
         return downweighted(weights, passes(count(), self.lengths, self.epochs), self.decay)
@@ -206,21 +206,21 @@ class MixtureView:
     "A mixture as the sampler sees it: weights in force, state, and whether it moved."
 
     def __init__(self,
-        mixture: Any, # a policy of `foundir_v2.mixture`, or anything with `weights`
-        tasks: tuple[str, ...], # names, in the order of the weights
+        mixture: Any,  # a policy of `foundir_v2.mixture`, or anything with `weights`
+        tasks: tuple[str, ...],  # names, in the order of the weights
     ):
         if not hasattr(mixture, "weights"):
             wanted = "pass a policy of foundir_v2.mixture, or an object with a dictionary called weights"
             raise MixtureError(f"the mixture is a {type(mixture).__name__} without weights: {wanted}")
         self.mixture, self.tasks = mixture, tasks
         self._keep(mixture.weights)
-        self._since = getattr(mixture, "step", None) # an update from before doesn't count
+        self._since = getattr(mixture, "step", None)  # an update from before doesn't count
 
     def _keep(self, given: Mapping[str, float]) -> None:
         self._checked = check_weights(given, self.tasks, "weights of the mixture")
         self._given = dict(given)
 
-    def at(self, step: int) -> np.ndarray: # (k,) proportions
+    def at(self, step: int) -> np.ndarray:  # (k,) proportions
         "The weights in force at a step."
         given = self.mixture.at(step) if hasattr(self.mixture, "at") else self.mixture.weights
         if given != self._given: self._keep(given)
@@ -244,16 +244,16 @@ class MixtureView:
 # %% ../nbs/32_sampler.ipynb #e8cec8cb
 class Stream:
     "The draws of all ranks together: how far they have come, and which come next."
-    version = 1 # of the state
+    version = 1  # of the state
 
     def __init__(self,
-        lengths: Mapping[str, int], # task -> items in its dataset
-        mixture: Any, # a policy of `foundir_v2.mixture`, or anything with `weights`
-        seed: int, # from 0
-        per_step: int, # draws per step of all ranks together
-        exhaustion: str = "repeat", # "repeat", "stop" or "downweight"
-        epochs: float = 1.0, # how many times its length a dataset may be drawn before that
-        decay: float = 0.5, # for "downweight": factor per pass
+        lengths: Mapping[str, int],  # task -> items in its dataset
+        mixture: Any,  # a policy of `foundir_v2.mixture`, or anything with `weights`
+        seed: int,  # from 0
+        per_step: int,  # draws per step of all ranks together
+        exhaustion: str = "repeat",  # "repeat", "stop" or "downweight"
+        epochs: float = 1.0,  # how many times its length a dataset may be drawn before that
+        decay: float = 0.5,  # for "downweight": factor per pass
     ):
         self.tasks = tuple(sorted(check_tasks(lengths)))
         self.lengths = {t: check_count(lengths[t], f"length of {t}") for t in self.tasks}
@@ -272,8 +272,8 @@ class Stream:
     def drawn(self) -> np.ndarray: return self.tally.count(self.position.sample)[0]
 
     def take(self,
-        first: int, # the first of the step's samples
-        count: int, # how many of them
+        first: int,  # the first of the step's samples
+        count: int,  # how many of them
     ) -> list[Draw]:
         "Draws of this step; then the stream stands at the next one."
         here, weights = self.position, self.exhaustion.lowered(self.mixture.at(self.position.step), self.drawn)
@@ -283,9 +283,9 @@ class Stream:
 
 # %% ../nbs/32_sampler.ipynb #13d76004
 def stream_state(
-    stream: Stream, # any rank's
-    consumed: int | None = None, # training steps really done since the very first; None: all that were taken
-) -> dict[str, Any]: # JSON-serialisable
+    stream: Stream,  # any rank's
+    consumed: int | None = None,  # training steps really done since the very first; None: all that were taken
+) -> dict[str, Any]:  # JSON-serialisable
     "The state after `consumed` steps, with the mixture's own."
     origin, last, moved = stream.origin, stream.position.step, stream.mixture.moved
     step = last if consumed is None else check_whole(consumed, "consumed", origin.step, last)
@@ -297,7 +297,7 @@ def stream_state(
             "mixture": stream.mixture.state_dict()}
 
 def stream_check(
-    stream: Stream, # who is to take the state
+    stream: Stream,  # who is to take the state
 ) -> Check:
     "What the state of this stream looks like; the tally and the mixture check their own."
     anything = lambda value, what: value
@@ -313,8 +313,8 @@ def stream_check(
 
 # %% ../nbs/32_sampler.ipynb #51876ae3
 def load_stream(
-    stream: Stream, # goes on where the state was taken
-    state: Mapping[str, Any], # from `stream_state`, with any number of ranks
+    stream: Stream,  # goes on where the state was taken
+    state: Mapping[str, Any],  # from `stream_state`, with any number of ranks
 ) -> None:
     "The way back. Raises `MixtureError` and changes nothing if it is of another stream: version, seed or datasets."
     good = stream_check(stream)(state, "the state of the sampler")
@@ -336,16 +336,16 @@ class MixtureSampler:
     for `DataLoader(batch_sampler=...)`."""
 
     def __init__(self,
-        lengths: Mapping[str, int], # task -> items in its dataset
-        mixture: Any, # a policy of `foundir_v2.mixture`, or anything with `weights`
-        batch_size: int, # draws per batch and rank
-        seed: int, # from 0
-        rank: int = 0, # of this process
-        world_size: int = 1, # number of processes
-        interval: int | None = None, # a pass ends at the next multiple of this many steps; None: never
-        exhaustion: str = "repeat", # "repeat", "stop" or "downweight"
-        epochs: float = 1.0, # how many times its length a dataset may be drawn before that
-        decay: float = 0.5, # for "downweight": factor per pass
+        lengths: Mapping[str, int],  # task -> items in its dataset
+        mixture: Any,  # a policy of `foundir_v2.mixture`, or anything with `weights`
+        batch_size: int,  # draws per batch and rank
+        seed: int,  # from 0
+        rank: int = 0,  # of this process
+        world_size: int = 1,  # number of processes
+        interval: int | None = None,  # a pass ends at the next multiple of this many steps; None: never
+        exhaustion: str = "repeat",  # "repeat", "stop" or "downweight"
+        epochs: float = 1.0,  # how many times its length a dataset may be drawn before that
+        decay: float = 0.5,  # for "downweight": factor per pass
     ):
         self.batch_size, self.world_size = check_count(batch_size, "batch_size"), check_count(world_size, "world_size")
         self.rank = check_whole(rank, "rank", 0, self.world_size - 1)
@@ -372,8 +372,8 @@ class MixtureSampler:
 
 # %% ../nbs/32_sampler.ipynb #d0a6146f
 def coverage_report(
-    sampler: MixtureSampler, # any rank: the report is about the whole stream
-) -> list[dict[str, Any]]: # one row per task: task, length, drawn, epochs, coverage, target, realised
+    sampler: MixtureSampler,  # any rank: the report is about the whole stream
+) -> list[dict[str, Any]]:  # one row per task: task, length, drawn, epochs, coverage, target, realised
     "What has been drawn so far by all ranks together, since the first step of the first run."
     samples = sampler.position.sample
     drawn, target = sampler.stream.tally.count(samples)

@@ -27,7 +27,7 @@ class ScheduledMixture(Mixture):
     needs_scores = False
 
     def __init__(self,
-        table: Mapping[int, Mapping[str, float]], # step -> weights from that step on; must start at step 0
+        table: Mapping[int, Mapping[str, float]],  # step -> weights from that step on; must start at step 0
     ):
         if not isinstance(table, Mapping) or not table:
             raise MixtureError("the schedule is empty: expected step -> weights")
@@ -59,8 +59,8 @@ class SequentialMixture(ScheduledMixture):
     "One task after the other (\"sequential\" in Table 2 of FoundIR-v2)."
 
     def __init__(self,
-        tasks: Iterable[str], # in the order of training
-        boundaries: Sequence[int], # steps at which the second, third, ... task takes over
+        tasks: Iterable[str],  # in the order of training
+        boundaries: Sequence[int],  # steps at which the second, third, ... task takes over
     ):
         tasks = check_tasks(tasks)
         starts = [0, *check_boundaries(tasks, boundaries)]
@@ -70,8 +70,8 @@ class IncrementalMixture(ScheduledMixture):
     "Tasks join one after the other, equal weights for those that have joined (\"incremental\", FoundIR)."
 
     def __init__(self,
-        tasks: Iterable[str], # in the order of joining
-        boundaries: Sequence[int], # steps at which the second, third, ... task joins
+        tasks: Iterable[str],  # in the order of joining
+        boundaries: Sequence[int],  # steps at which the second, third, ... task joins
     ):
         tasks = check_tasks(tasks)
         starts = [0, *check_boundaries(tasks, boundaries)]
@@ -82,8 +82,8 @@ class TemperatureMixture(FixedMixture):
     "Weights proportional to size ** (1 / temperature) (Arivazhagan et al. 2019, section 3)."
 
     def __init__(self,
-        sizes: Mapping[str, int], # task -> items
-        temperature: float = 5.0, # 1: proportional to size; infinity: uniform
+        sizes: Mapping[str, int],  # task -> items
+        temperature: float = 5.0,  # 1: proportional to size; infinity: uniform
     ):
         tasks = check_tasks(sizes)
         check_names(sizes, tasks, "sizes")
@@ -97,15 +97,15 @@ class ProportionalMixture(TemperatureMixture):
     "Weights proportional to size: the datasets concatenated."
 
     def __init__(self,
-        sizes: Mapping[str, int], # task -> items
+        sizes: Mapping[str, int],  # task -> items
     ): super().__init__(sizes, 1.0)
 
 # %% ../nbs/26_schedules.ipynb #aa74b769
 def mixture_rows(
-    step: int, # training step
-    weights: Mapping[str, float], # in force from that step on
-    scores: Mapping[str, float | Sequence[float]] | None = None, # measured at that step, if any
-) -> list[dict[str, Any]]: # rows step, task, weight, score (None if not measured) and the spread of image scores
+    step: int,  # training step
+    weights: Mapping[str, float],  # in force from that step on
+    scores: Mapping[str, float | Sequence[float]] | None = None,  # measured at that step, if any
+) -> list[dict[str, Any]]:  # rows step, task, weight, score (None if not measured) and the spread of image scores
     "The part of a mixture log that belongs to one step. The spread is the standard deviation between the images."
     def measured(task: str) -> dict[str, float | None]:
         images = np.atleast_1d(scores[task]).tolist() if scores and task in scores else []
@@ -116,15 +116,15 @@ def mixture_rows(
 # %% ../nbs/26_schedules.ipynb #9f403d85
 @contextmanager
 def replacing(
-    path: Path, # the file to write; its folder exists
+    path: Path,  # the file to write; its folder exists
 ) -> Iterator[TextIO]:
     """A text file that takes the place of `path` when it is complete and on disk.
 
     A failure leaves nothing; what a kill leaves is removed by a later write."""
-    start = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-" # short, whatever the name
-    with suppress(FileNotFoundError): # another writer tidies up too
+    start = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"  # short, whatever the name
+    with suppress(FileNotFoundError):  # another writer tidies up too
         for left in path.parent.glob(f"{start}*.partial"):
-            if time.time() - left.stat().st_mtime > 3600: left.unlink() # no live writer takes an hour
+            if time.time() - left.stat().st_mtime > 3600: left.unlink()  # no live writer takes an hour
     tmp = path.with_name(f"{start}{secrets.token_hex(8)}.partial")
     try:
         with open(tmp, "x", newline="", encoding="utf-8") as f:
@@ -133,15 +133,15 @@ def replacing(
             os.fsync(f.fileno())
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"): # the new name, too, survives a power cut
+    if hasattr(os, "O_DIRECTORY"):  # the new name, too, survives a power cut
         folder = os.open(path.parent, os.O_RDONLY)
         try: os.fsync(folder)
         finally: os.close(folder)
 
 # %% ../nbs/26_schedules.ipynb #e43899ce
 def write_mixture(
-    rows: Iterable[Mapping[str, Any]], # from `mixture_rows`
-    path: str | Path, # CSV; appears complete or not at all
+    rows: Iterable[Mapping[str, Any]],  # from `mixture_rows`
+    path: str | Path,  # CSV; appears complete or not at all
 ) -> None:
     "Write a mixture log; floats in full precision, so that it can be recomputed and replayed exactly."
     path = Path(path)
@@ -155,8 +155,8 @@ def write_mixture(
 
 # %% ../nbs/26_schedules.ipynb #b6fb81a5
 def read_mixture(
-    path: str | Path, # CSV: step, task, weight and perhaps score, its spread, and samples (drawn since the step before)
-) -> list[dict[str, Any]]: # rows step, task, weight, score, and spread and samples if there are any
+    path: str | Path,  # CSV: step, task, weight and perhaps score, its spread, and samples drawn since the last step
+) -> list[dict[str, Any]]:  # rows step, task, weight, score, and spread and samples if there are any
     "Read a mixture log. Raises `MixtureError` naming file and line."
     try:
         with open(path, newline="", encoding="utf-8-sig") as f: lines = list(csv.DictReader(f))
@@ -177,8 +177,8 @@ def read_mixture(
 
 # %% ../nbs/26_schedules.ipynb #9d08dccf
 def rows_of(
-    table: Mapping[Any, Mapping[str, float]], # step -> weights; the steps are strings where it was JSON
-) -> list[dict[str, Any]]: # rows step, task, weight
+    table: Mapping[Any, Mapping[str, float]],  # step -> weights; the steps are strings where it was JSON
+) -> list[dict[str, Any]]:  # rows step, task, weight
     "A table as the rows of a log."
     for step, weights in table.items():
         if not isinstance(weights, Mapping):
@@ -190,9 +190,9 @@ def rows_of(
     return [{"step": whole[s], "task": t, "weight": w} for s, weights in table.items() for t, w in weights.items()]
 
 def schedule_of(
-    rows: Iterable[Mapping[str, Any]], # step, task, weight
-    stretch: float = 1.0, # factor on the steps
-) -> dict[int, dict[str, float]]: # step -> weights
+    rows: Iterable[Mapping[str, Any]],  # step, task, weight
+    stretch: float = 1.0,  # factor on the steps
+) -> dict[int, dict[str, float]]:  # step -> weights
     "Rows of a log as a table."
     table: dict[int, dict[str, float]] = {}
     for row in rows:
@@ -213,9 +213,9 @@ class ReplayMixture(ScheduledMixture):
     "Replays a recorded or written-down schedule."
 
     def __init__(self,
-        table: Any, # path of a CSV, its rows, a pandas.DataFrame, or step -> weights
-        stretch: float = 1.0, # factor on the steps: length of this run / length of the recorded one
-        start: Mapping[str, float] | None = None, # weights before the first step of the table; None: uniform
+        table: Any,  # path of a CSV, its rows, a pandas.DataFrame, or step -> weights
+        stretch: float = 1.0,  # factor on the steps: length of this run / length of the recorded one
+        start: Mapping[str, float] | None = None,  # weights before the first step of the table; None: uniform
     ):
         if isinstance(table, (str, os.PathLike)): table = read_mixture(table)
         if hasattr(table, "to_dict"): table = table.to_dict("records")
@@ -227,32 +227,32 @@ class ReplayMixture(ScheduledMixture):
 
 # %% ../nbs/26_schedules.ipynb #62bea14e
 RELEASED_PHASES = {0: (.2, .2, .2, .2, .2), 300_000: (.3, .1, .2, .1, .3),
-                   600_000: (.3, .1, .1, .1, .4), 900_000: (.2, .1, .1, .1, .5)} # samples seen -> proportions
+                   600_000: (.3, .1, .1, .1, .4), 900_000: (.2, .1, .1, .1, .5)}  # samples seen -> proportions
 
 def released_schedule(
-    tasks: Sequence[str], # five names, super-resolution last
-    samples_per_step: int, # batch size of all ranks together
-) -> dict[int, dict[str, float]]: # for `ReplayMixture`
+    tasks: Sequence[str],  # five names, super-resolution last
+    samples_per_step: int,  # batch size of all ranks together
+) -> dict[int, dict[str, float]]:  # for `ReplayMixture`
     "The authors' fixed four-phase table as step -> weights."
     if len(tasks) != 5: raise MixtureError(f"the released table is for 5 tasks, not {len(tasks)}")
     check_number(samples_per_step, "samples_per_step", 1)
     return {-(-samples // samples_per_step): dict(zip(tasks, row)) for samples, row in RELEASED_PHASES.items()}
 
 # %% ../nbs/26_schedules.ipynb #b1625fa7
-SCORE_DIGITS = 9 # significant decimal digits of a recorded score: as many as a float32 has
+SCORE_DIGITS = 9  # significant decimal digits of a recorded score: as many as a float32 has
 
 def round_scores(
-    scores: Mapping[str, float | Sequence[float]], # per task: its score, or the scores of its reference images
-) -> dict[str, float | list[float]]: # the same, rounded; for `update` and for the log
+    scores: Mapping[str, float | Sequence[float]],  # per task: its score, or the scores of its reference images
+) -> dict[str, float | list[float]]:  # the same, rounded; for `update` and for the log
     "What a training hands to its mixture and writes down."
     short = lambda v: float(f"{v:.{SCORE_DIGITS}g}")
     many = lambda s: isinstance(s, (list, tuple)) or getattr(s, "ndim", 0) == 1
     return {t: list(map(short, s)) if many(s) else short(s) for t, s in scores.items()}
 
 def replay_scores(
-    policy: Mixture, # as it was before the first of these scores
-    records: Iterable[Mapping[str, Any]], # with step and scores: the lines of kind "mixture" in a training's log.jsonl
-) -> list[dict[str, Any]]: # rows step, weights
+    policy: Mixture,  # as it was before the first of these scores
+    records: Iterable[Mapping[str, Any]],  # with step and scores: the lines of kind "mixture" in a training's log.jsonl
+) -> list[dict[str, Any]]:  # rows step, weights
     "The weights that recorded scores lead to. Raises `MixtureError` for scores that the policy refuses."
     return [{"step": r["step"], "weights": policy.update(r["scores"], r["step"])} for r in records]
 

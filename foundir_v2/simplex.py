@@ -11,10 +11,10 @@ from .mixchecks import MixtureError, check_number, shown
 
 # %% ../nbs/27_simplex.ipynb #d731085c
 def equilibrium_step(
-    weights: np.ndarray, # (k,) proportions before, sum 1
-    delta: np.ndarray, # (k,) changes of the scores, on one scale
-    alpha: float, # rate > 0, in 1/(unit of `delta`)
-) -> np.ndarray: # (k,) proportions after, sum 1
+    weights: np.ndarray,  # (k,) proportions before, sum 1
+    delta: np.ndarray,  # (k,) changes of the scores, on one scale
+    alpha: float,  # rate > 0, in 1/(unit of `delta`)
+) -> np.ndarray:  # (k,) proportions after, sum 1
     "Eq. 3 of FoundIR-v2. A weight of 0 stays 0. Raises `MixtureError` for changes that are not finite."
     if not np.isfinite(delta).all():
         raise MixtureError(f"the changes of the scores are {delta.tolist()}, expected finite numbers")
@@ -25,23 +25,23 @@ def equilibrium_step(
 
 # %% ../nbs/27_simplex.ipynb #8c02a4ea
 def project(
-    values: np.ndarray, # (k,) anything
-    low: np.ndarray, # (k,) lower bounds, sum at most 1
-    high: np.ndarray, # (k,) upper bounds, sum at least 1
-) -> np.ndarray: # (k,) the nearest point with sum 1 and low <= weights <= high
+    values: np.ndarray,  # (k,) anything
+    low: np.ndarray,  # (k,) lower bounds, sum at most 1
+    high: np.ndarray,  # (k,) upper bounds, sum at least 1
+) -> np.ndarray:  # (k,) the nearest point with sum 1 and low <= weights <= high
     "Euclidean projection on the simplex with bounds (Held, Wolfe & Crowder 1974: one shift for all, then clip)."
     knots = np.sort(np.concatenate([values - low, values - high]))
-    sums = np.clip(values[None] - knots[:, None], low, high).sum(1) # falls from sum(high) to sum(low)
+    sums = np.clip(values[None] - knots[:, None], low, high).sum(1)  # falls from sum(high) to sum(low)
     right = int(np.clip(np.searchsorted(-sums, -1.0), 1, len(knots) - 1))
     (t0, t1), (s0, s1) = knots[right - 1:right + 1], sums[right - 1:right + 1]
     tau = t0 if s0 == s1 else t0 + (s0 - 1) / (s0 - s1) * (t1 - t0)
     return np.clip(values - tau, low, high)
 
 def limit_moves(
-    moves: np.ndarray, # (k,) moves of the weights, sum 0
-    min_step: float | None, # percentage points that the largest move has at least
-    max_step: float | None, # percentage points that no move exceeds
-) -> np.ndarray: # (k,)
+    moves: np.ndarray,  # (k,) moves of the weights, sum 0
+    min_step: float | None,  # percentage points that the largest move has at least
+    max_step: float | None,  # percentage points that no move exceeds
+) -> np.ndarray:  # (k,)
     "Scale all moves up to `min_step`, clip each at `max_step`. Moves under 1e-12 are rounding and count as none."
     largest = np.abs(moves).max()
     if min_step and 1e-12 < largest < min_step / 100: moves = moves * (min_step / 100 / largest)
@@ -52,12 +52,12 @@ class StepLimits:
     "How far one update may move k proportions, and where they may end."
 
     def __init__(self,
-        k: int, # number of tasks
-        min_step: float | None = None, # percentage points that the largest move has at least (if anything moves)
-        max_step: float | None = None, # percentage points that no move exceeds
-        floor: float = 0.0, # smallest weight allowed
-        ceiling: float = 1.0, # largest weight allowed
-        protect_falling: bool = False, # a task whose score fell never loses weight
+        k: int,  # number of tasks
+        min_step: float | None = None,  # percentage points that the largest move has at least (if anything moves)
+        max_step: float | None = None,  # percentage points that no move exceeds
+        floor: float = 0.0,  # smallest weight allowed
+        ceiling: float = 1.0,  # largest weight allowed
+        protect_falling: bool = False,  # a task whose score fell never loses weight
     ):
         for name, value in (("min_step", min_step), ("max_step", max_step)):
             if value is not None and check_number(value, name, 0, 100) == 0:
@@ -79,14 +79,14 @@ class StepLimits:
             raise MixtureError(f"start is not within floor {self.floor} and ceiling {self.ceiling}")
 
     def applied(self,
-        old: np.ndarray, # (k,) weights before the update
-        new: np.ndarray, # (k,) weights that the formula asks for
-        fell: np.ndarray, # (k,) bool, which tasks' scores fell
-    ) -> np.ndarray: # (k,) weights after all limits
+        old: np.ndarray,  # (k,) weights before the update
+        new: np.ndarray,  # (k,) weights that the formula asks for
+        fell: np.ndarray,  # (k,) bool, which tasks' scores fell
+    ) -> np.ndarray:  # (k,) weights after all limits
         "min_step, max_step, then the projection on floor, ceiling, max_step and protection."
         reach = 1.0 if self.max_step is None else self.max_step / 100
         moves = limit_moves(new - old, self.min_step, self.max_step)
         low, high = np.maximum(self.floor, old - reach), np.minimum(self.ceiling, old + reach)
         if self.protect_falling: low = np.where(fell, np.maximum(low, old), low)
-        if np.array_equal(moves, new - old) and ((low <= new) & (new <= high)).all(): return new # to the last bit
+        if np.array_equal(moves, new - old) and ((low <= new) & (new <= high)).all(): return new  # to the last bit
         return project(old + moves, np.minimum(low, old), np.maximum(high, old))

@@ -24,7 +24,7 @@ from .targets import file_hash
 
 # %% ../nbs/60_trainlog.ipynb #6eb2de6d
 def read_log(
-    path: str | Path, # a JSONL file, possibly with a half line at the end
+    path: str | Path,  # a JSONL file, possibly with a half line at the end
 ) -> list[dict[str, Any]]:
     "The records of a log."
     records = []
@@ -35,7 +35,7 @@ def read_log(
 
 def check_steps(
     log: str | Path,
-    steps: int, # how many it must tell of
+    steps: int,  # how many it must tell of
 ) -> None:
     "Raises `FoundIRError` unless each of the steps stands in the log, once and in order."
     found = [r.get("step") for r in read_log(log) if isinstance(r, dict) and r.get("kind") == "step"]
@@ -44,7 +44,7 @@ def check_steps(
 
 def write_log(
     records: Sequence[dict[str, Any]],
-    path: str | Path, # a JSONL file; it is replaced
+    path: str | Path,  # a JSONL file; it is replaced
 ) -> None:
     "Write records as `read_log` reads them, completely or not at all."
     with atomic_write(path) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
@@ -54,8 +54,8 @@ class TrainLog:
     "A JSONL file that agrees with the checkpoint, and DVCLive's files if wanted."
     def __init__(self,
         path: str | Path,
-        start: str | Path | None, # the log up to the checkpoint to continue from; None: an empty log
-        live_dir: str | Path | None = None, # folder for DVCLive; it is rebuilt from the log
+        start: str | Path | None,  # the log up to the checkpoint to continue from; None: an empty log
+        live_dir: str | Path | None = None,  # folder for DVCLive; it is rebuilt from the log
     ):
         self.path, self.live = Path(path), None
         kept = b"" if start is None else Path(start).read_bytes()
@@ -109,9 +109,9 @@ def check(self: TrainLog) -> None:
 @dataclass(frozen=True)
 class TrainResult:
     "What a stage left behind."
-    output: Path # folder with unet/ (averaged weights), log.jsonl, mixture.csv, config.json
-    log: list[dict[str, Any]] # all records
-    resumed_from: int | None # step of the checkpoint that this process continued from
+    output: Path  # folder with unet/ (averaged weights), log.jsonl, mixture.csv, config.json
+    log: list[dict[str, Any]]  # all records
+    resumed_from: int | None  # step of the checkpoint that this process continued from
 
     @property
     def steps(self) -> list[dict[str, Any]]:

@@ -41,11 +41,11 @@ class ResidualBlock(nn.Module):
 class PatchEncoder(nn.Module):
     "Pixel-unshuffle, 1×1 convolution, residual blocks: (B, in_channels, H, W) → (B, channels, h, w)."
     def __init__(self,
-        patch_size: int = 4, # pixels per side of a patch
-        in_channels: int = 3, # colour channels
-        channels: int = 64, # width of the features
-        hidden: int = 96, # inner width of the residual blocks
-        blocks: int = 2, # residual blocks
+        patch_size: int = 4,  # pixels per side of a patch
+        in_channels: int = 3,  # colour channels
+        channels: int = 64,  # width of the features
+        hidden: int = 96,  # inner width of the residual blocks
+        blocks: int = 2,  # residual blocks
     ):
         super().__init__()
         self.patch_size, self.out_channels = patch_size, channels
@@ -80,15 +80,15 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
     "KL autoencoder on patches, with `AutoencoderKL`'s calls: (B, 3, H, W) in [−1, 1] ↔ (B, latent_channels, h, w)."
     @register_to_config
     def __init__(self,
-        in_channels: int = 3, # colour channels
-        patch_size: int = 4, # downsampling factor
+        in_channels: int = 3,  # colour channels
+        patch_size: int = 4,  # downsampling factor
         latent_channels: int = 16,
-        channels: int = 64, # width; at least in_channels · patch_size², so that the start holds a whole patch
-        hidden: int = 96, # inner width of the residual blocks
+        channels: int = 64,  # width; at least in_channels · patch_size², so that the start holds a whole patch
+        hidden: int = 96,  # inner width of the residual blocks
         encoder_blocks: int = 2,
         decoder_blocks: int = 3,
-        scaling_factor: float = 1.0, # latents are multiplied by it before diffusion
-        sample_size: int = 128, # side of the training crops; information only, as in `AutoencoderKL`
+        scaling_factor: float = 1.0,  # latents are multiplied by it before diffusion
+        sample_size: int = 128,  # side of the training crops; information only, as in `AutoencoderKL`
     ):
         super().__init__()
         patch = in_channels * patch_size**2
@@ -124,11 +124,11 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
 # %% ../nbs/43_vae.ipynb #ac78bce8
 @torch.no_grad()
 def pca_init(
-    vae: PatchAutoencoderKL, # changed in place
-    images: Tensor, # (B, 3, H, W) in [−1, 1], photographs to fit the PCA on
-    whiten: float = 0.5, # ω: 0 keeps PCA's variances, 1 makes them all 1
-    logvar: float = -6.0, # log-variance of the latents at the start
-) -> Tensor: # (K,) eigenvalues, falling
+    vae: PatchAutoencoderKL,  # changed in place
+    images: Tensor,  # (B, 3, H, W) in [−1, 1], photographs to fit the PCA on
+    whiten: float = 0.5,  # ω: 0 keeps PCA's variances, 1 makes them all 1
+    logvar: float = -6.0,  # log-variance of the latents at the start
+) -> Tensor:  # (K,) eigenvalues, falling
     """Set `vae` to linear PCA of the patches of `images`:
     the best linear autoencoder with this factor and number of channels."""
     patches = F.pixel_unshuffle(images, vae.config.patch_size).permute(0, 2, 3, 1).flatten(0, 2).double()
@@ -162,8 +162,8 @@ class LQEncoder(Encoder):
     (B, 3, H, W) → (B, block_out_channels[-1], H/8, W/8) with SDXL's defaults."""
     def __init__(self,
         in_channels: int = 3,
-        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4, # one per resolution
-        block_out_channels: tuple[int, ...] = (128, 256, 512, 512), # per resolution; each but the last halves the size
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4,  # one per resolution
+        block_out_channels: tuple[int, ...] = (128, 256, 512, 512),  # per resolution; each but the last halves the size
         layers_per_block: int = 2,
         norm_num_groups: int = 32,
         act_fn: str = "silu",
@@ -180,8 +180,8 @@ class LQEncoder(Encoder):
 LQ_ENCODERS: Mapping[str, type[nn.Module]] = MappingProxyType(dict(LQEncoder=LQEncoder, PatchEncoder=PatchEncoder))
 
 def build_lq_encoder(
-    config: Mapping | None = None, # "class" (a name in `LQ_ENCODERS`) and that class's arguments; None: SDXL's
-) -> nn.Module: # has `out_channels`
+    config: Mapping | None = None,  # "class" (a name in `LQ_ENCODERS`) and that class's arguments; None: SDXL's
+) -> nn.Module:  # has `out_channels`
     "An LQ encoder from its configuration. Unknown classes and arguments are errors that name the choices."
     config = dict(config or {"class": "LQEncoder"})
     name = config.pop("class", None)
@@ -194,8 +194,8 @@ def build_lq_encoder(
 
 # %% ../nbs/43_vae.ipynb #0a63342a
 def lq_encoder_config(
-    vae: nn.Module, # a `PatchAutoencoderKL` or an `AutoencoderKL`
-) -> dict: # plain values, JSON-serialisable
+    vae: nn.Module,  # a `PatchAutoencoderKL` or an `AutoencoderKL`
+) -> dict:  # plain values, JSON-serialisable
     "The `lq_encoder` configuration that mirrors `vae`'s encoder."
     if not isinstance(vae, (PatchAutoencoderKL, AutoencoderKL)):
         raise FoundIRError(f"no LQ encoder for a {type(vae).__name__}: choose an AutoencoderKL or a PatchAutoencoderKL")
@@ -210,7 +210,7 @@ def lq_encoder_config(
 
 # %% ../nbs/43_vae.ipynb #0030431f
 def lq_encoder_from_vae(
-    vae: nn.Module, # a `PatchAutoencoderKL` or an `AutoencoderKL`
+    vae: nn.Module,  # a `PatchAutoencoderKL` or an `AutoencoderKL`
 ) -> nn.Module:
     "A trainable copy of `vae`'s encoder without its output layers."
     encoder = build_lq_encoder(lq_encoder_config(vae))
@@ -220,9 +220,9 @@ def lq_encoder_from_vae(
 
 # %% ../nbs/43_vae.ipynb #e11c3593
 def features_to_latents(
-    vae: nn.Module, # a `PatchAutoencoderKL` or an `AutoencoderKL`
-    features_BFhw: Tensor, # of an LQ encoder that mirrors `vae`'s
-) -> Tensor: # (B, latent_channels, h, w), as `vae.encode(x).latent_dist.mode()` gives them
+    vae: nn.Module,  # a `PatchAutoencoderKL` or an `AutoencoderKL`
+    features_BFhw: Tensor,  # of an LQ encoder that mirrors `vae`'s
+) -> Tensor:  # (B, latent_channels, h, w), as `vae.encode(x).latent_dist.mode()` gives them
     "The latents that `vae`'s own output layers make of an LQ encoder's features, before `scaling_factor`."
     e = vae.encoder
     if isinstance(vae, AutoencoderKL): features_BFhw = e.conv_out(e.conv_act(e.conv_norm_out(features_BFhw)))
@@ -231,8 +231,8 @@ def features_to_latents(
 
 # %% ../nbs/43_vae.ipynb #62b3b4bb
 def vae_scale_factor(
-    vae: nn.Module, # a `PatchAutoencoderKL` or an `AutoencoderKL`
-) -> int: # pixels per latent pixel, along one side
+    vae: nn.Module,  # a `PatchAutoencoderKL` or an `AutoencoderKL`
+) -> int:  # pixels per latent pixel, along one side
     "By how much the VAE shrinks a picture."
     if isinstance(vae, PatchAutoencoderKL): return vae.config.patch_size
     return 2 ** (len(vae.config.block_out_channels) - 1)

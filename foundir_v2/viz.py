@@ -13,7 +13,6 @@ from pathlib import Path
 # %% ../nbs/04_viz.ipynb #3de7e297
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image

@@ -8,8 +8,10 @@ from foundir_v2.sampler import MixtureSampler
 LENGTHS = {"a": 30, "b": 5}
 PARTS = {t: [f"{t}{i}" for i in range(n)] for t, n in LENGTHS.items()}
 
+
 def sampler(**options):
     return MixtureSampler(LENGTHS, FixedMixture({"a": 0.5, "b": 0.5}), batch_size=4, seed=2, **options)
+
 
 def test_flat_indices_reach_the_drawn_items():
     torch_data = pytest.importorskip("torch.utils.data")
@@ -19,6 +21,7 @@ def test_flat_indices_reach_the_drawn_items():
     for bad in (["a", "a"], ["a"], "ab", ["a", "b", "c"]):
         with pytest.raises(MixtureError): FlatBatchSampler(sampler(), bad)
     assert isinstance(loader.batch_sampler, torch_data.Sampler)
+
 
 def test_a_training_loop_of_ones_own_resumes_exactly():
     "ConcatDataset, two worker processes, a closed loop, a stop in the middle of an interval."
@@ -37,8 +40,9 @@ def test_a_training_loop_of_ones_own_resumes_exactly():
             des.update({"a": 20 + step * 0.1, "b": 20.0 - step % 3}, step)
         return seen, None
     whole, _ = loop()
-    head, state = loop(stop=13) # workers have prefetched beyond step 13
+    head, state = loop(stop=13)  # workers have prefetched beyond step 13
     assert head + loop(state)[0] == whole and len(whole) == 20
+
 
 @pytest.mark.parametrize("stop", range(12))
 def test_iterator_resumes_at_any_sample(stop):
@@ -50,6 +54,7 @@ def test_iterator_resumes_at_any_sample(stop):
     two.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert [next(two) for _ in range(20 - stop)] == expected[stop:]
     assert all(r["item"] == PARTS[r["task"]][r["index"]] for r in expected)
+
 
 def test_iterator_ends_and_refuses():
     ending = MixtureIterator(PARTS, sampler(exhaustion="stop"))
@@ -64,6 +69,7 @@ def test_iterator_ends_and_refuses():
     assert iterator.state_dict() == state
     with pytest.raises(MixtureError, match="streamed"): MixtureIterator({**PARTS, "b": iter(PARTS["b"])}, sampler())
 
+
 def test_hugging_face_datasets():
     datasets = pytest.importorskip("datasets")
     parts = {t: datasets.Dataset.from_dict({"name": names}) for t, names in PARTS.items()}
@@ -76,6 +82,7 @@ def test_hugging_face_datasets():
     with pytest.raises(MixtureError, match="is a str, expected a mapping"): DrawDataset(PARTS)[batch[0]]
     with pytest.raises(MixtureError, match="column seed"):
         DrawDataset({"a": [{"seed": 1}] * 30, "b": [{"seed": 1}] * 5})[batch[0]]
+
 
 def test_an_update_inside_a_batch_cannot_be_saved():
     mixture = DataEquilibrium(list(PARTS), 0.5)

@@ -1,7 +1,6 @@
 """Base models: tokenizer facts, schedules, layout on disk, and the step from base to restorer."""
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch

@@ -171,6 +171,7 @@ def test_the_window_is_the_middle(size, window, expected):
 class Haze:
     "A judge of one's own."
     name, measures = "haze", ("veil",)
+
     def __call__(self, image): return {"veil": float(image.amin(0).mean())}
 
 

@@ -79,7 +79,7 @@ Width = Annotated[int, Interval(ge=8, le=64), MultipleOf(8), Unit('pixels')]
 
 @dataclass(frozen=True)
 class Declared:
-    width: Width = 8 # of the thing
+    width: Width = 8  # of the thing
     share: Annotated[float, Interval(ge=0, lt=1)] = 0.5
     kind: Annotated[str, OneOf(TABLE)] = 'soft'
     names: Annotated[list[str], MinLen(1)] = ('a',)

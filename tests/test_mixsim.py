@@ -5,10 +5,12 @@ from foundir_v2.mixsim import (Curves, best_fixed, experience, fit_curves, load_
                                regret_table, replay_experience, save_curves, score_of, shipped_file, simulate)
 from foundir_v2.mixture import DataEquilibrium, FixedMixture, ReplayMixture, read_mixture
 
+
 def curves(half=(500, 1000, 4000), cross=0.0, forget=0.0, wobble=0.3):
     each = lambda v: tuple(float(x) for x in np.broadcast_to(v, 3))
     return Curves(("a", "b", "c"), each(28), each(10), each(half), each(0.6), each(forget),
                   tuple(map(tuple, np.where(np.eye(3, dtype=bool), 1.0, cross).tolist())), each(3), each(wobble))
+
 
 def test_experience_solves_its_equation():
     c = curves(cross=0.3, forget=1e-4)
@@ -19,6 +21,7 @@ def test_experience_solves_its_equation():
     assert np.allclose(experience(c, experience(c, done, w, 700), w, 1300), experience(c, done, w, n))
     assert (experience(curves(cross=-5.0), np.zeros(3), w, 100) >= 0).all()
 
+
 @pytest.mark.parametrize("kind", ["mean", "share", "worst"])
 def test_best_fixed_beats_a_grid(kind):
     c = curves(cross=0.1)
@@ -26,6 +29,7 @@ def test_best_fixed_beats_a_grid(kind):
     grid = np.array([(i, j, 50 - i - j) for i in range(51) for j in range(51 - i)]) / 50
     values = objective(c, score_of(c, experience(c, np.zeros(3), grid, 10_000)), kind)
     assert value >= values.max() - 1e-9 and abs(sum(mixture.values()) - 1) < 1e-9
+
 
 def test_races_are_reproducible_and_a_perfect_mixture_has_no_regret():
     c = curves()
@@ -40,6 +44,7 @@ def test_races_are_reproducible_and_a_perfect_mixture_has_no_regret():
     assert len({r["value"] for r in rows if r["policy"] == "des"}) == 3
     with pytest.raises(ValueError, match="as_list"): race(c, policies, as_list=["desk"])
 
+
 def test_noise_of_the_scores_shrinks_with_more_images():
     seen = []
     class Watch:
@@ -50,6 +55,7 @@ def test_noise_of_the_scores_shrinks_with_more_images():
         simulate(curves(half=1e12, wobble=2.0), Watch, updates=200, interval=1, seeds=1, images=images)
         return np.std(np.diff(seen))
     assert spread(1) == pytest.approx(2 * 2**0.5, rel=0.2) and spread(100) == pytest.approx(0.2 * 2**0.5, rel=0.2)
+
 
 def test_fit_predicts_mixtures_it_never_saw():
     truth, rng = curves(cross=0.1, forget=1e-5), np.random.default_rng(3)
@@ -66,6 +72,7 @@ def test_fit_predicts_mixtures_it_never_saw():
     late, _ = fit_curves([r for r in log if r["step"] >= 100], samples_per_step=16)
     assert np.isfinite(late.half).all()
 
+
 def test_shipped_curves_are_the_fit_to_the_shipped_record():
     record, shipped = read_mixture(shipped_file("tiny.csv")), load_curves("tiny")
     tasks, samples, weights, scores = log_arrays(record)
@@ -78,11 +85,13 @@ def test_shipped_curves_are_the_fit_to_the_shipped_record():
     # the finding that notebook 30 rests on
     assert shipped.half[tasks.index("weather")] > 5 * max(h for h, t in zip(shipped.half, tasks) if t != "weather")
 
+
 @pytest.mark.parametrize("name, last", [("tiny.csv", 500), ("tiny_1500.csv", 1500)])
 def test_shipped_records_can_be_replayed(name, last):
     rows = read_mixture(shipped_file(name))
     assert ReplayMixture(shipped_file(name), stretch=100).at(100 * last) == pytest.approx(
         {r["task"]: r["weight"] for r in rows if r["step"] == last}, abs=1e-12)
+
 
 def test_counted_samples_go_before_weights():
     rows = [{"step": s, "task": t, "weight": 0.5, "score": 20.0, "samples": n}
@@ -90,11 +99,12 @@ def test_counted_samples_go_before_weights():
     tasks, samples, weights, _ = log_arrays(rows)
     assert samples.tolist() == [0, 40, 80] and weights.tolist() == [[0.75, 0.25], [0.2, 0.8], [0.5, 0.5]]
     assert log_arrays([{k: v for k, v in r.items() if k != "samples"} for r in rows], 4)[2].tolist() == [[0.5, 0.5]] * 3
-    _, late, weights, scores = log_arrays(rows[2:]) # a record that begins at its first update
+    _, late, weights, scores = log_arrays(rows[2:])  # a record that begins at its first update
     assert late.tolist() == [0, 40, 80] and weights.tolist() == [[0.75, 0.25], [0.2, 0.8], [0.5, 0.5]]
     assert np.isnan(scores[0]).all()
     with pytest.raises(ValueError, match="samples per training step"):
         log_arrays([{k: v for k, v in r.items() if k != "samples"} for r in rows])
+
 
 def test_bad_constants_and_logs(tmp_path):
     save_curves(curves(), tmp_path / "c.json")

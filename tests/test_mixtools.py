@@ -12,6 +12,7 @@ TASKS = ("a", "b", "c")
 CURVES = Curves(TASKS, (28.0,) * 3, (10.0,) * 3, (500.0, 2000.0, 8000.0), (0.6,) * 3, (0.0,) * 3,
                 ((1.0, 0.1, 0.1), (0.1, 1.0, 0.1), (0.1, 0.1, 1.0)), (3.0,) * 3, (0.3,) * 3)
 
+
 @pytest.fixture
 def log(tmp_path):
     policy, done, rows = DataEquilibrium(TASKS, 0.5, floor=0.05), np.zeros(3), []
@@ -22,6 +23,7 @@ def log(tmp_path):
     write_mixture(rows, tmp_path / "mixture.csv")
     return tmp_path / "mixture.csv"
 
+
 def test_policies_from_text():
     assert isinstance(parse_policy("fixed", TASKS), FixedMixture)
     policy = parse_policy('des:alpha=0.3,targets={"a": 1, "b": 2, "c": 3},gap=0.1,min_step=null', TASKS)
@@ -31,6 +33,7 @@ def test_policies_from_text():
     for bad in ("dse", "des", "des:alpha", "des:alpha=1,protect_falling=True", "des:alpha=1,floor=None", "des:alpha=",
                 "des:alpha=0.1,floor", "des:alpha=0", 'fixed:weights={"x": 1}', "sequential:boundaries=[5]"):
         with pytest.raises(FoundIRError): parse_policy(bad, TASKS)
+
 
 def test_simulate(tmp_path, log):
     save_curves(CURVES, tmp_path / "curves.json")
@@ -51,12 +54,14 @@ def test_simulate(tmp_path, log):
     with pytest.raises(FoundIRError, match="samples per training step"): simulate_file(log)
     with pytest.raises(FileNotFoundError): simulate_file(tmp_path / "none.json")
 
+
 def test_a_training_log_may_hold_image_scores(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "mixture", "step": 3, "weights": {"a": 0.4, "b": 0.6},
                                                     "scores": {"a": [20.0, 22.0], "b": [30.0, 30.5]}}) + "\n")
     assert read_training_log(tmp_path / "log.jsonl") == [
         {"step": 3, "task": "a", "weight": 0.4, "score": 21.0, "spread": pytest.approx(2 ** 0.5), "samples": 0},
         {"step": 3, "task": "b", "weight": 0.6, "score": 30.25, "spread": pytest.approx(0.125 ** 0.5), "samples": 0}]
+
 
 def test_training_logs(tmp_path):
     "The log of notebook 62: the mixture's records, and what was drawn in between."
@@ -88,9 +93,11 @@ def test_training_logs(tmp_path):
         log.write_text(text)
         with pytest.raises(FoundIRError, match=says): read_training_log(log)
 
+
 def test_objectives_from_text():
     assert parse_objective("worst") == "worst" and parse_objective("a=1, b=0.5") == {"a": 1.0, "b": 0.5}
     with pytest.raises(FoundIRError, match="SCORE=NUMBER"): parse_objective("a=1,b")
+
 
 def test_fit_and_recommend(tmp_path):
     plan = spread_mixtures(TASKS, 16)
@@ -104,6 +111,7 @@ def test_fit_and_recommend(tmp_path):
     assert ReplayMixture(tmp_path / "best.csv").weights["c"] == pytest.approx(max(r["weight"] for r in best))
     with pytest.raises(FoundIRError, match="choices"): recommend_file(tmp_path / "law.json", objective="median")
 
+
 @pytest.mark.parametrize("text, says", [
     ("", "no rows"),
     ("run,task,weight\n1,a,1\n", "column score"),
@@ -115,10 +123,12 @@ def test_bad_tables_of_runs(tmp_path, text, says):
     with pytest.raises(FoundIRError, match=says): fit_file(tmp_path / "runs.csv", tmp_path / "law.json")
     assert not (tmp_path / "law.json").exists()
 
+
 def test_bad_laws(tmp_path):
     for text in ("{", "{}", "[]", json.dumps({"tasks": ["a"], "names": ["a"], "c": "x"})):
         (tmp_path / "law.json").write_text(text)
         with pytest.raises(FoundIRError, match="no mixing law"): recommend_file(tmp_path / "law.json")
+
 
 def test_plot_and_replay(tmp_path, log):
     plot_file(log, tmp_path / "m.png")

@@ -12,6 +12,7 @@ from foundir_v2.mixture import (
 few = settings(max_examples=60, deadline=None)
 score = st.floats(-60, 60)
 
+
 @st.composite
 def runs(draw, most=6, images=False):
     "Tasks, positive start weights and a few rounds of scores."
@@ -22,12 +23,14 @@ def runs(draw, most=6, images=False):
     rounds = draw(st.lists(st.lists(value, min_size=k, max_size=k), min_size=2, max_size=5))
     return tasks, dict(zip(tasks, (np.array(raw) / math.fsum(raw)).tolist())), [dict(zip(tasks, r)) for r in rounds]
 
+
 def plain_eq3(weights, delta, alpha):
     "Eq. 3 term by term in 50 digits: independent of the code under test."
     from decimal import Decimal, getcontext
     getcontext().prec = 50
     grown = {t: Decimal(w) * (-Decimal(alpha) * Decimal(delta[t])).exp() for t, w in weights.items()}
     return {t: float(g / sum(grown.values())) for t, g in grown.items()}
+
 
 @few
 @given(runs(), st.floats(0.01, 3))
@@ -41,6 +44,7 @@ def test_raw_is_eq3(run, alpha):
         got = policy.update(now, step)
         assert max(abs(got[t] - expected[t]) for t in tasks) < 1e-12
         assert abs(math.fsum(got.values()) - 1) < 1e-12
+
 
 @few
 @given(runs(), st.floats(0.01, 3))
@@ -57,12 +61,14 @@ def test_the_one_that_falls_most_never_loses_and_order_is_kept(run, alpha):
         for b in log_factor:
             if delta[a] < delta[b] - 1e-9: assert log_factor[a] >= log_factor[b] - 1e-9
 
+
 @st.composite
 def limits(draw):
     lowest = draw(st.none() | st.floats(0.1, 20))
     return dict(alpha=draw(st.floats(0.01, 3)), score_scale=draw(st.sampled_from(["raw", "relative", "zscore"])),
                 min_step=lowest, max_step=draw(st.none() | st.floats(lowest or 0.1, 30)),
                 floor=draw(st.floats(0, 0.12)), ceiling=draw(st.floats(0.6, 1)), protect_falling=draw(st.booleans()))
+
 
 @few
 @given(runs(images=True), limits(), st.booleans())
@@ -79,8 +85,10 @@ def test_limits_hold(run, options, lists):
         if options["max_step"]:
             assert max(abs(after[t] - before[t]) for t in tasks) <= options["max_step"] / 100 + 1e-12
 
+
 admitted = st.floats(-LARGEST, LARGEST) | st.sampled_from(
     [0.0, 9.66e-308, -9.66e-308, 5e-324, 1e-100, 1.0, LARGEST, -LARGEST])
+
 
 @few
 @given(st.lists(st.lists(st.lists(admitted, min_size=2, max_size=2), min_size=3, max_size=3), min_size=2, max_size=4),
@@ -100,8 +108,9 @@ def test_no_admitted_score_overflows_a_policy(rounds, lists, options, rate):
             assert all(0 <= w <= 1 + 1e-12 for w in weights.values()) and abs(math.fsum(weights.values()) - 1) < 1e-9
             assert json.loads(json.dumps(policy.state_dict(), allow_nan=False)) == policy.state_dict()
 
+
 def test_next_to_nothing_is_no_unit():
-    for score_scale in ("relative", "zscore"): # the scores on which a property test once failed
+    for score_scale in ("relative", "zscore"):  # the scores on which a property test once failed
         policy = DataEquilibrium(["a", "b"], 2.0, score_scale)
         for step, score in enumerate((9.66e-308, -9.0)): policy.update({"a": score, "b": 20.0}, step)
         assert policy.weights["a"] > 0.5
@@ -109,6 +118,7 @@ def test_next_to_nothing_is_no_unit():
                                             **options).update({"a": 0.02, "b": 20.0}, 1)["a"]
     assert one() == pytest.approx(1 / (1 + math.e))
     assert one(min_unit=0.1) == one(min_unit={"a": 0.1, "b": 1}) == pytest.approx(1 / (1 + math.exp(0.1)))
+
 
 @few
 @given(runs(), limits(), st.randoms())
@@ -121,6 +131,7 @@ def test_permuting_tasks_permutes_weights(run, options, rng):
     b = DataEquilibrium(other, start={t: start[t] for t in other}, **options)
     for step, scores in enumerate(rounds):
         assert a.update(scores, step) == pytest.approx(b.update({t: scores[t] for t in other}, step), abs=1e-9)
+
 
 def test_limits_come_in_the_documented_order():
     def step(delta, **options):
@@ -135,6 +146,7 @@ def test_limits_come_in_the_documented_order():
     assert np.allclose(step([0, 0, 0, -60.0], floor=0.24), [-0.01] * 3 + [0.03])
     assert np.allclose(step([0, 0, 0, -60.0], ceiling=0.4), [-0.05] * 3 + [0.15])
 
+
 @few
 @given(st.lists(st.floats(-2, 2), min_size=1, max_size=7), st.floats(0, 1), st.floats(0, 1))
 def test_projection_is_the_nearest_point(values, low, high):
@@ -143,9 +155,10 @@ def test_projection_is_the_nearest_point(values, low, high):
     p = project(v, lo, hi)
     assert abs(p.sum() - 1) < 1e-12 and (p >= lo).all() and (p <= hi).all()
     rng = np.random.default_rng(0)
-    for _ in range(20): # no feasible neighbour is nearer: the angle between (v - p) and (q - p) is never acute
+    for _ in range(20):  # no feasible neighbour is nearer: the angle between (v - p) and (q - p) is never acute
         q = project(rng.normal(0.3, 0.5, k), lo, hi)
         assert (v - p) @ (q - p) <= 1e-9
+
 
 def trained(make, tasks=("a", "b", "c")):
     "Three updates, then the state through JSON into a fresh policy, then both go on."
@@ -159,6 +172,7 @@ def trained(make, tasks=("a", "b", "c")):
     assert two.state_dict() == state == one.state_dict()
     for i in range(3, 6): assert one.update(rounds[i], 10 * i) == two.update(rounds[i], 10 * i)
     return one
+
 
 MAKERS = {
     "fixed": lambda: FixedMixture({"a": 0.5, "b": 0.25, "c": 0.25}),
@@ -175,6 +189,7 @@ MAKERS = {
 # by their defaults
 MAKERS |= {name: partial(policy_for, ["a", "b", "c"], name) for name in POLICIES if name not in MAKERS}
 
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_policy_keeps_the_contract(name):
     policy = trained(MAKERS[name])
@@ -182,6 +197,7 @@ def test_every_policy_keeps_the_contract(name):
     assert abs(math.fsum(policy.weights.values()) - 1) < 1e-12 and min(policy.weights.values()) >= 0
     policy.weights["a"] = 9.0
     assert policy.weights["a"] != 9.0, "weights must be a copy"
+
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("scores", [
@@ -196,9 +212,11 @@ def test_bad_scores_change_nothing(name, scores):
     with pytest.raises(MixtureError): policy.update({t: [20.0, 22.0] for t in "abc"}, -1)
     assert json.dumps(policy.state_dict()) == before
 
+
 def test_missing_scores_name_the_tasks():
     policy = DataEquilibrium(["a", "b"], 1.0)
     with pytest.raises(MixtureError, match="b missing; the tasks are a, b"): policy.update({"a": 1.0}, 0)
+
 
 @pytest.mark.parametrize("change", [
     dict(version=2), dict(kind="FixedMixture"), dict(tasks=["a", "b"]), dict(tasks=["a", "b", "d"]),
@@ -212,6 +230,7 @@ def test_foreign_states_are_refused(change):
     with pytest.raises(MixtureError): policy.load_state_dict({k: v for k, v in state.items() if k != "weights"})
     assert policy.state_dict() == state
 
+
 @pytest.mark.parametrize("options", [
     dict(alpha=0), dict(alpha=math.nan), dict(alpha=-1), dict(floor=0.4), dict(ceiling=0.2), dict(score_scale="db"),
     dict(min_step=0), dict(max_step=-1), dict(min_step=9, max_step=3), dict(dead_band=0.95), dict(gap=1.0),
@@ -224,9 +243,11 @@ def test_foreign_states_are_refused(change):
 def test_bad_options_are_refused(options):
     with pytest.raises(MixtureError): DataEquilibrium(["a", "b", "c"], **{"alpha": 1.0, **options})
 
+
 def test_bad_tasks_are_refused():
     for tasks in ([], ["a", "a"], "abc", [""], [3]):
         with pytest.raises(MixtureError): DataEquilibrium(tasks, 1.0)
+
 
 def test_first_change_is_against_what_was_asked_for():
     scores = {"a": 20.0, "b": 22.0}
@@ -235,11 +256,13 @@ def test_first_change_is_against_what_was_asked_for():
     compared = DataEquilibrium(["a", "b"], 0.5, initial_scores={"a": 20.0, "b": 21.0})
     assert compared.update(scores, 100) == pytest.approx(plain_eq3({"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 1.0}, 0.5))
 
+
 def test_warmup_and_freeze():
     policy = DataEquilibrium(["a", "b"], 0.5, warmup=20, freeze=40)
     seen = [policy.update({"a": 20.0 + s, "b": 20.0}, s)["a"] for s in (0, 10, 20, 30, 40, 50)]
     assert seen[0] == seen[1] == 0.5 and seen[2] < 0.5 and seen[3] < seen[2] and seen[3] == seen[4] == seen[5]
-    assert seen[2] == pytest.approx(1 / (1 + math.exp(5))) # against the score recorded during warm-up
+    assert seen[2] == pytest.approx(1 / (1 + math.exp(5)))  # against the score recorded during warm-up
+
 
 def test_score_scales():
     last, now = {"a": 20.0, "b": -0.4}, {"a": 21.0, "b": -0.3}
@@ -259,6 +282,7 @@ def test_score_scales():
     z = {"a": 1 / (np.std(images["a"], ddof=1) / 10**0.5), "b": 10 / (np.std(images["b"], ddof=1) / 10**0.5)}
     assert policy.update(shifted, 1) == pytest.approx(plain_eq3({"a": 0.5, "b": 0.5}, z, 1.0))
 
+
 def test_dead_band_stops_noise_and_lets_changes_through():
     rng = np.random.default_rng(0)
     base = {t: (24 + 3 * rng.normal(size=10)) for t in "ab"}
@@ -269,7 +293,7 @@ def test_dead_band_stops_noise_and_lets_changes_through():
         policy.update({t: v.tolist() for t, v in base.items()}, 0)
         return policy.update({t: (v + n + shift).tolist() for (t, v), n, shift in zip(base.items(), noise, (a, b))}, 1)
     assert move(0.0) == {"a": 0.5, "b": 0.5} and move(0.05, 0.0, None)["a"] < 0.5 and move(2.0)["a"] < 0.2
-    assert move(2.0, 2.0) == {"a": 0.5, "b": 0.5} # both gained the same: nothing to do, however sure it is
+    assert move(2.0, 2.0) == {"a": 0.5, "b": 0.5}  # both gained the same: nothing to do, however sure it is
     # a fall within its noise isn't protected
     assert move(-0.05, -1.0, protect_falling=True)["a"] < 0.5 < move(-0.05, -1.0, protect_falling=True)["b"]
     assert move(-0.5, -1.5, protect_falling=True)["a"] == pytest.approx(0.5)
@@ -282,6 +306,7 @@ def test_dead_band_stops_noise_and_lets_changes_through():
     with pytest.raises(MixtureError, match="initial_scores"):
         DataEquilibrium(["a"], 1.0, dead_band=2, initial_scores={"a": 1.0})
 
+
 def test_the_noise_of_a_lead():
     rng, weights, noise = np.random.default_rng(0), np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.2, 0.4])
     changes = rng.normal(0, noise, (100_000, 3))
@@ -290,12 +315,14 @@ def test_the_noise_of_a_lead():
         share = np.mean([dead_band(z, noise, weights, width) != 0 for z in changes[:5000]], 0)
         assert np.allclose(share, kept, atol=0.02) and spread.min() > 0.1
 
+
 def histories(gains, noise, start, updates, seed, images=10):
     "Image scores of tasks whose true scores change by `gains` per update, with this paired noise."
     rng, tasks = np.random.default_rng(seed), list(start)
     base = {t: start[t] + 0.15 * abs(start[t]) * rng.normal(size=images) for t in tasks}
     for u in range(updates):
         yield {t: (base[t] + sum(gains[t][:u]) + rng.normal(0, noise[t], images)).tolist() for t in tasks}
+
 
 # What params.yaml and profiles/sdxl.yaml ask for. Scores as the paper's: PSNR of four tasks, and MUSIQ, or negated
 # ST-LPIPS, of super-resolution.
@@ -305,10 +332,12 @@ PSNR = dict(zip(FIVE[:4], (22.0, 25.0, 19.0, 20.0)))
 UNITS = {"musiq": (PSNR | {"sr": 45.0}, dict.fromkeys(FIVE, 0.15) | {"sr": 1.5}),
          "stlpips": (PSNR | {"sr": -0.25}, dict.fromkeys(FIVE, 0.15) | {"sr": 0.01})}
 
+
 def walk(scores):
     policy, trail = DataEquilibrium(FIVE, **ACTING), []
     for step, row in enumerate(scores): trail.append(policy.update(round_scores(row), step))
     return trail
+
 
 @pytest.mark.parametrize("seed", range(10))
 def test_no_task_dies(seed):
@@ -321,6 +350,7 @@ def test_no_task_dies(seed):
     before = trail[4]["sr"]
     assert before < 0.2 and max(trail[5]["sr"], trail[6]["sr"]) >= before + 0.05
 
+
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("seed", range(10))
 def test_saturating_falling_and_still(unit, seed):
@@ -330,9 +360,10 @@ def test_saturating_falling_and_still(unit, seed):
              "weather": [0.0] * 4 + [-1.5, -1.5, 0.0], "lowlight": [0.0] * 7, "sr": [0.0] * 5 + [-down, 0.0]}
     trail = walk(histories(gains, noise, start, 8, seed))
     assert min(min(w.values()) for w in trail) >= 0.05
-    assert trail[1]["deblur"] < 0.2 # gains most, so it can spare some
+    assert trail[1]["deblur"] < 0.2  # gains most, so it can spare some
     assert trail[6]["weather"] > trail[4]["weather"] + 0.05 and max(trail[6]["sr"], trail[7]["sr"]) > trail[5]["sr"]
     for last, now in zip(trail, trail[1:]): assert max(abs(now[t] - last[t]) for t in FIVE) < 0.1 + 1e-9
+
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_pure_noise_moves_little(unit):
@@ -341,7 +372,8 @@ def test_pure_noise_moves_little(unit):
     for seed in range(100):
         trail = walk(histories({t: [0.0] * 7 for t in FIVE}, noise, start, 7, seed))
         moves += [100 * max(abs(now[t] - last[t]) for t in FIVE) for last, now in zip(trail, trail[1:])]
-    assert np.mean(moves) < 2.0 # of the task that moves most; points per update
+    assert np.mean(moves) < 2.0  # of the task that moves most; points per update
+
 
 @pytest.mark.parametrize("task", FIVE)
 @pytest.mark.parametrize("sign", [1, -1])
@@ -358,6 +390,7 @@ def test_a_change_twice_its_noise_moves_five_points(task, sign):
         return {t: w - 0.2 for t, w in now.items()}
     assert max(map(abs, moves(sign * 1.9).values())) < 1e-12
     assert 0.05 - 1e-9 <= -sign * moves(sign * 2.1)[task] <= -sign * moves(sign * 20)[task] <= 0.1 + 1e-9
+
 
 def test_a_log_of_image_scores_gives_the_weights_again(tmp_path):
     start, noise = UNITS["musiq"]
@@ -378,6 +411,7 @@ def test_a_log_of_image_scores_gives_the_weights_again(tmp_path):
     assert read_mixture(tmp_path / "mixture.csv") == rows
     assert rows[0]["spread"] == pytest.approx(np.std(records[0]["scores"][FIVE[0]], ddof=1))
 
+
 def test_remedies():
     falls = dict(zip("abc", (19.8, 17.0, 21.0)))
     def after(**options):
@@ -391,6 +425,7 @@ def test_remedies():
                             targets={"low": 25.0, "high": 35.0}, gap=0.1).update({"low": 15.0, "high": 35.0}, 1)
     assert still["low"] == pytest.approx(1 / (1 + math.exp(-1)))
 
+
 def test_schedules():
     sequential, incremental = SequentialMixture(["a", "b"], [10]), IncrementalMixture(["a", "b", "c"], [5, 9])
     assert sequential.at(9) == {"a": 1.0, "b": 0.0}
@@ -401,6 +436,7 @@ def test_schedules():
         with pytest.raises(MixtureError): IncrementalMixture(["a", "b", "c"], bad)
     released = ReplayMixture(released_schedule(["1", "2", "3", "4", "sr"], 32))
     assert released.at(9374)["sr"] == 0.2 and released.at(9375)["sr"] == 0.3 and released.at(10**6)["sr"] == 0.5
+
 
 def test_record_and_replay(tmp_path):
     policy, rows = DataEquilibrium(["a", "b"], 0.7), []
@@ -420,6 +456,7 @@ def test_record_and_replay(tmp_path):
         assert recomputed.update({r["task"]: r["score"] for r in rows if r["step"] == step}, step) == {
             r["task"]: r["weight"] for r in rows if r["step"] == step}
 
+
 def test_a_log_is_written_whole_or_not_at_all(tmp_path):
     path, row = tmp_path / ("雪" * 80 + ".csv"), {"step": 0, "task": "a", "weight": 1.0, "score": None}
     class Dies:
@@ -430,6 +467,7 @@ def test_a_log_is_written_whole_or_not_at_all(tmp_path):
     write_mixture([row], path)
     with pytest.raises(KeyboardInterrupt): write_mixture(half, path)
     assert list(tmp_path.iterdir()) == [path] and [r["task"] for r in read_mixture(path)] == ["a"]
+
 
 def test_what_a_killed_writer_left_is_tidied_up(tmp_path):
     kill = ("import os, signal\nfrom foundir_v2.mixture import write_mixture\nclass Kill:\n"
@@ -443,6 +481,7 @@ def test_what_a_killed_writer_left_is_tidied_up(tmp_path):
     # the recent one may be somebody's who is writing
     assert set(tmp_path.iterdir()) == {recent, foreign, tmp_path / "log.csv"}
 
+
 @pytest.mark.parametrize("text, says", [
     ("", "no rows"),
     ("step,task\n1,a\n", "column weight is missing"),
@@ -454,6 +493,7 @@ def test_bad_tables(tmp_path, text, says):
     (tmp_path / "m.csv").write_text(text)
     with pytest.raises(MixtureError, match=says): ReplayMixture(tmp_path / "m.csv")
 
+
 def test_by_name():
     assert isinstance(make_mixture("des", tasks=["a", "b"], alpha=1), DataEquilibrium)
     for unknown in ("Des", ["des"], None):
@@ -461,6 +501,7 @@ def test_by_name():
     with pytest.raises(MixtureError, match="alfa"): make_mixture("des", tasks=["a"], alfa=1)
 
 # Formulas of the papers, term by term in plain Python: independent of the code under test.
+
 
 @st.composite
 def rounds_of_images(draw, images=4):
@@ -470,11 +511,14 @@ def rounds_of_images(draw, images=4):
     return tasks, [dict(zip(tasks, r))
                    for r in draw(st.lists(st.lists(value, min_size=k, max_size=k), min_size=3, max_size=7))]
 
+
 def plain_mean(values): return sum(values) / len(values)
+
 
 def normed(values):
     total = sum(values.values())
     return {t: v / total for t, v in values.items()}
+
 
 def close(got, wanted): return max(abs(got[t] - wanted[t]) for t in wanted) < 1e-9
 
@@ -496,6 +540,7 @@ def test_excess_loss_is_doremi(run, eta, c, per_image):
         assert close(policy.update(scores, step), w)
     assert close(policy.average, {t: plain_mean([h[t] for h in history]) for t in tasks})
 
+
 @few
 @given(rounds_of_images(), st.floats(0.05, 2))
 def test_target_gap_is_dynamic_batch_loading(run, rate):
@@ -505,6 +550,7 @@ def test_target_gap_is_dynamic_batch_loading(run, rate):
     for step, scores in enumerate(rounds):
         w = normed({t: w[t] * math.exp(rate * max(targets[t] - plain_mean(scores[t]), 0)) for t in tasks})
         assert close(policy.update(scores, step), w)
+
 
 @few
 @given(rounds_of_images(), st.floats(0, 1), st.integers(0, 40))
@@ -521,6 +567,7 @@ def test_odm_is_exp3_with_a_moving_average(run, keep, times):
     if times > 30 and keep < 0.9:
         assert policy.weights != pytest.approx(dict.fromkeys(tasks, 1 / k), abs=1e-12) or len(
             {plain_mean(v) for v in rounds[0].values()}) == 1
+
 
 @few
 @given(rounds_of_images(), st.integers(2, 4), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
@@ -542,10 +589,12 @@ def test_slope_is_ado_with_a_line(run, window, s, gamma1, gamma2):
             rhos.append(rho)
         assert close(policy.update(scores, 100 * n), w)
 
+
 def test_slope_keeps_its_floor():
     policy = SlopeMixture(["a", "b"], gamma2=1.0, floor=0.1)
     policy.update({"a": 20.0, "b": 20.0}, 0)
     assert policy.update({"a": 25.0, "b": 20.0}, 10) == pytest.approx({"a": 0.9, "b": 0.1})
+
 
 def test_reference_images_must_be_the_same():
     policy = ExcessLossMixture(["a"], {"a": [20.0, 21.0, 22.0]})
@@ -557,6 +606,7 @@ def test_reference_images_must_be_the_same():
     for bad in (dict(best=10, worst=30), dict(best={"b": 1}, worst=0), dict(best={"a": 1}, worst={}),
                 dict(best=2, worst=1, keep=2)):
         with pytest.raises(MixtureError): OnlineDataMixing(["a"], **bad)
+
 
 @pytest.mark.parametrize("name", ["excess_loss", "odm", "slope", "target_gap", "des"])
 def test_a_state_follows_the_names_not_the_order(name):
@@ -575,6 +625,7 @@ def test_a_state_follows_the_names_not_the_order(name):
     scores = {t: 15 + 3 * rng.normal() for t in tasks}
     assert two.update(scores, 12) == pytest.approx(one.update(scores, 12), abs=1e-12)
     if name == "excess_loss": assert two.average == pytest.approx(one.average)
+
 
 @pytest.mark.parametrize("name, spoil", [
     ("excess_loss", {"count": 1}),
@@ -595,14 +646,16 @@ def test_damaged_memories_are_refused(name, spoil):
     with pytest.raises(MixtureError): policy.load_state_dict({**state, "memory": spoil})
     assert policy.state_dict() == state
 
-def test_text_is_not_a_number(): # some YAML readers give 1e-1 as text
+
+def test_text_is_not_a_number():  # some YAML readers give 1e-1 as text
     for make in (lambda: DataEquilibrium(["a"], "1e-1"), lambda: DataEquilibrium(["a"], 1.0).update({"a": "20"}, 0),
                  lambda: FixedMixture({"a": "1"}), lambda: TemperatureMixture({"a": 1}, "5"),
                  lambda: ReplayMixture({0: {"a": "1"}})):
         with pytest.raises(MixtureError, match="expected a number"): make()
 
+
 def test_replay_of_odd_tables(tmp_path):
-    assert ReplayMixture({"0": {"a": 1.0}, "10": {"a": 1.0}}).at(10) == {"a": 1.0} # as JSON gives them
+    assert ReplayMixture({"0": {"a": 1.0}, "10": {"a": 1.0}}).at(10) == {"a": 1.0}  # as JSON gives them
     for rows, says in (([{"step": 0, "task": "a"}], "no weight"),
                        ([{"step": "x", "task": "a", "weight": 1.0}], "step is 'x'"),
                        ([{"step": -1, "task": "a", "weight": 1.0}], "step is -1"), ([], "no rows")):
@@ -612,10 +665,11 @@ def test_replay_of_odd_tables(tmp_path):
     for raw in (b"\xff\xfe\x00", b"\x89PNG\r\n", b"step;task;weight\n0;a;1\n"):
         (tmp_path / "m.csv").write_bytes(raw)
         with pytest.raises(MixtureError, match="m.csv"): ReplayMixture(tmp_path / "m.csv")
-    (tmp_path / "m.csv").write_bytes(b"\xef\xbb\xbfstep,task,weight\r\n0,a,1\r\n") # as spreadsheets save it
+    (tmp_path / "m.csv").write_bytes(b"\xef\xbb\xbfstep,task,weight\r\n0,a,1\r\n")  # as spreadsheets save it
     assert ReplayMixture(tmp_path / "m.csv").weights == {"a": 1.0}
     for bad in (0, -3, "32"):
         with pytest.raises(MixtureError, match="samples_per_step"): released_schedule(list("abcde"), bad)
+
 
 ROOMS = ("mixchecks", "policy", "schedules", "simplex", "online", "mixture")
 NAMES = """
@@ -629,6 +683,7 @@ replay_scores rising round_scores rows_of same same_names schedule_of score_nois
 squared_error unit_of write_mixture
 """
 
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_needs_numpy_and_the_other_rooms_only(room):
     code = (f"import sys, foundir_v2.{room}; print(*{{n if n.startswith('foundir_v2.') "
@@ -638,9 +693,11 @@ def test_a_room_needs_numpy_and_the_other_rooms_only(room):
     assert not {"torch", "pandas", "scipy", "matplotlib", "fastcore"} & loaded
     assert {n for n in loaded if n.startswith("foundir_v2.")} <= {f"foundir_v2.{r}" for r in ROOMS}
 
+
 def test_the_door_hands_on_every_name():
     import foundir_v2.mixture as door
     assert [n for n in NAMES.split() if not hasattr(door, n)] == []
+
 
 def test_the_table_is_that_of_the_rooms():
     from foundir_v2.online import ONLINE
@@ -664,6 +721,7 @@ def test_a_weight_that_all_but_vanished_comes_back_as_it_was():
     policy = DataEquilibrium(["a", "b", "c"], 2.0, start=start, min_step=1.0)
     for step, scores in enumerate((level, level | {"b": 16.0}, level)): policy.update(scores, step)
     assert policy.weights == pytest.approx(start, abs=1e-9)
+
 
 def test_a_schedule_names_the_step_of_bad_weights():
     for step in (0, 10):

@@ -197,7 +197,7 @@ def test_planted_pickles_elsewhere(bench, run, tally, tmp_path):
         for p in (stage / 'unet').glob('*model*'): p.unlink()
         plant(stage / 'unet' / name, Payload(tmp_path / 'it ran'), 'torch')
         try: tr.train(config(bench, tmp_path, stage=2, steps=1, init=str(result.output))); fault = 'trained'
-        except Exception as e: fault = ''
+        except Exception: fault = ''
         tally.held(f'init, {name}', 'it ran' if (tmp_path / 'it ran').exists() else fault)
     for where in (run.folder / 'log.jsonl', run.folder / 'custom_checkpoint_0.pkl',
                   run.folder.with_name(f'.{run.folder.name}.owner'), run.folder.with_name(f'.{run.folder.name}.lock')):

@@ -253,27 +253,33 @@ def test_names_of_folders(place, tally, snap, capsys, full, monkeypatch):
 
 def two_sources(here): shutil.copy('one.png', 'in/d/one.png')
 
+
 def earlier(here):
     "Results of ours: one edited, one cut short, one as it was."
     assert cli.main(['restore', 'in', 'out', '--device', 'cpu']) == 0
     pixels(7).save('out/a.png')
     Path('out/b.jpg').write_bytes(Path('out/b.jpg').read_bytes()[:300])
 
+
 def cut_short(here):
     earlier(here)
     Path('out/a.png').unlink()
+
 
 def emptied(here):
     earlier(here)
     Path('out/a.png').write_bytes(b'')
 
+
 def text_in_place(here):
     earlier(here)
     Path('out/a.png').write_text('my notes, under an odd name')
 
+
 def foreign_log(here):
     os.mkdir('out')
     Path('out/restore.jsonl').write_text('{"my": "log"}\n')
+
 
 def forged(here):
     "A log that claims a file without its hash."
@@ -283,6 +289,7 @@ def forged(here):
               '{"output": []}', '{"output": "a.png", "made": {"a.png": 3}}')
     Path('out/restore.jsonl').write_text('\n'.join(claims) + '\n')
 
+
 def compared(here): pixels(7).save('in/a.compare.png')
 def twins(here): shutil.copy('in/a.png', 'in/a.jpg')
 def large_and_small(here): shutil.copy('in/a.png', 'in/A.png')
@@ -290,6 +297,8 @@ def linked_out(here): os.symlink('in', 'out')
 def data_of_mine(here): shutil.copytree('in', 'data')
 def my_table(here): os.mkdir('data'); Path('data/SOURCES.csv').write_text('mine\n')
 def model(here): shutil.copytree(Path(cli.__file__).parent / 'assets/tiny', 'model')
+
+
 nothing = lambda here: None
 
 SPECIAL = [  # what is there besides, the command line, whether it must fail (None: it may), what may change
@@ -452,7 +461,7 @@ def test_a_full_disk(place, tally, small_disk, capsys, full):
     "One line that names a file of the disk, the loop ends, and what is there is whole."
     for n, line in enumerate(FILLING):
         if not (full or n in (0, 4)): continue
-        here = place()
+        place()
         for folder, side in (('big', 96), ('many', 8)):
             os.mkdir(folder)
             for i in range(12 if side == 96 else 200): pixels(i, side).save(f'{folder}/{i}.jpg', quality=95)

@@ -113,8 +113,7 @@ def used(policy, make, state):
     known = kept['memory'].get('scores', {})
     for i in range(3):
         if not sound(policy.weights): return f'weights {policy.weights}'
-        scores = {t: (rng := np.random.default_rng(i)).normal(22 + i, 1, len(known.get(t, [0] * 3))).tolist()
-                  for t in TASKS}
+        scores = {t: np.random.default_rng(i).normal(22 + i, 1, len(known.get(t, [0] * 3))).tolist() for t in TASKS}
         policy.update(scores, (policy.step or 0) + 10)
     return '' if sound(policy.weights) else f'weights {policy.weights}'
 
