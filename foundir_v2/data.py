@@ -36,7 +36,6 @@ class View(NamedTuple):
     size: int  # of the crop made from it; side >= size
     flip: bool  # horizontally
 
-
 def draw_view(
     height: int,
     width: int,
@@ -60,7 +59,6 @@ def _unit(x: Tensor) -> Tensor:
     "Bytes to floats in [0, 1]; floats stay."
     return x if x.is_floating_point() else x.float() / 255
 
-
 def look(
     image: Tensor,  # (3, H, W), floats in [0, 1] or bytes
     view: View,
@@ -76,14 +74,12 @@ def halvings(view: View) -> int:
     "How often the photograph can be halved before the view is cut from it: what remains is a shrinking by 1 to 2."
     return ((view.side - 1) // view.size).bit_length() - 1 if view.side > view.size else 0
 
-
 def halve(
     image: Tensor,  # (3, H, W) uint8
 ) -> Tensor:  # (3, H // 2, W // 2) uint8
     "Half the size, antialiased; an odd last row or column is left out."
     x = crop_to_multiple(image, 2)
     return F.interpolate(x[None], (x.shape[1] // 2, x.shape[2] // 2), mode="bicubic", antialias=True)[0]
-
 
 def look_at(
     photo: Callable[[int], Tensor],  # the photograph (3, H, W) uint8, halved that often
@@ -127,7 +123,6 @@ def vary(
     several = VARIANTS.get(task.name, ())
     return several[int(which * len(several))] if several and chance < share else task
 
-
 def intact(
     gt: Tensor,  # (3, S, S)
     share: float,  # probability that a copy is given
@@ -137,7 +132,6 @@ def intact(
     chance, jpeg, quality = torch.rand(3, generator=generator("intact", seed)).tolist()
     if chance >= share: return None
     return apply(gt, [Applied("jpeg", {"quality": 92 + int(8 * quality)})] if jpeg < 0.25 else [])
-
 
 def degraded_pair(
     gt: Tensor,  # (3, S, S)
@@ -178,7 +172,6 @@ def _check_tasks(tasks: Mapping[str, Sequence[str]]) -> None:
                                f"choose from {', '.join(SUBTASKS)}")
         for name in names: subtask(name)
 
-
 def _check_sampling(crop: int, scale_range: tuple[float, float], **shares: float) -> None:
     "A crop has pixels, scales are a range from 0 to 1, and shares lie between 0 and 1."
     low, high = scale_range
@@ -187,7 +180,6 @@ def _check_sampling(crop: int, scale_range: tuple[float, float], **shares: float
         raise FoundIRError(f"scale_range must be 0 <= low <= high <= 1, high above 0, got {tuple(scale_range)}")
     for name, share in shares.items():
         if not 0 <= share <= 1: raise FoundIRError(f"{name}={share}: a share lies between 0 and 1")
-
 
 def split_rows(
     manifest: pd.DataFrame,
@@ -229,7 +221,6 @@ def rows_by_task(
                                "add some or remove the task")
     return table
 
-
 def position(items: Mapping[str, Sequence[int]], task: str, index: int) -> int:
     "Where a task's row stands among all. Raises `FoundIRError` for an unknown task, `IndexError` for a row too many."
     if task not in items: raise FoundIRError(f"unknown task {task!r}; this dataset has {', '.join(items)}")
@@ -257,7 +248,6 @@ def from_photograph(
     else: lq, gt = degraded_pair(gt, one, seed)
     return lq[:, :crop, :crop], gt[:, :crop, :crop], name, view
 
-
 def from_pair(gt: Tensor, lq: Tensor, crop: int, seed: int) -> tuple[Tensor, Tensor, View]:
     "Cut a stored pair at full resolution, at a place drawn from the seed."
     view = draw_view(*gt.shape[1:], crop, (1, 1), gt.shape[1] // lq.shape[1], generator("pair", seed))
@@ -265,7 +255,6 @@ def from_pair(gt: Tensor, lq: Tensor, crop: int, seed: int) -> tuple[Tensor, Ten
 
 # %% ../nbs/22_data.ipynb #c64a5a4a
 CACHE = 2 * 10**9  # bytes
-
 
 class Photos:
     "Reads decoded photographs, and keeps them while there is room."
@@ -349,7 +338,6 @@ class Item:
     seed: int  # of the restorer's random numbers
     input: Tensor  # (3, H, W): the LQ at the GT's size, by bicubic for SR
     caption: str = ""  # of the photograph
-
 
 def _reference_item(row: dict[str, Any], photos: Photos, task: SubTask, size: int, seed: int) -> Item:
     "One item, from a stored pair or a photograph."

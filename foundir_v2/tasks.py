@@ -19,23 +19,19 @@ class Uniform(NamedTuple):
     low: float
     high: float
 
-
 class LogUniform(NamedTuple):
     "A positive real number whose logarithm is spread evenly over [log low, log high]."
     low: float
     high: float
-
 
 class Integers(NamedTuple):
     "A whole number, each of low, low + 1, …, high equally likely."
     low: int
     high: int
 
-
 class Choice(NamedTuple):
     "One of several names, each equally likely."
     options: tuple[str, ...]
-
 
 Range = Uniform | LogUniform | Integers | Choice
 
@@ -45,9 +41,7 @@ class Step(NamedTuple):
     operator: str  # a key of `foundir_v2.degrade.OPERATORS`
     ranges: Mapping[str, Range]  # parameter name -> range; parameters not named are the operator's own
 
-
 CATEGORIES: tuple[str, ...] = ("deblur", "denoise", "weather", "lowlight", "sr")
-
 
 @dataclass(frozen=True)
 class SubTask:
@@ -207,7 +201,6 @@ def subtask(
     for one in known:
         if one.name == name: return one
     raise FoundIRError(f"unknown sub-task {name!r}; choose one of {', '.join(s.name for s in known)}")
-
 
 def by_category() -> dict[str, list[str]]:
     "Category -> names of its sub-tasks, both in the catalogue's order: the default of `mixture.tasks`."

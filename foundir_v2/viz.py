@@ -31,7 +31,6 @@ def _array(image: Tensor) -> np.ndarray:
     raise FoundIRError(f"expected a picture (3, H, W) or a plane (H, W), got {tuple(image.shape)}: "
                        "pass one picture at a time, without a batch axis")
 
-
 def _panel(ax: Axes, image: Tensor, title: str | None = None) -> None:
     "Draw one picture, without ticks; planes in grey from 0 to 1."
     ax.imshow(_array(image), cmap="gray", vmin=0, vmax=1)
@@ -45,7 +44,6 @@ def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figur
                              layout="constrained")
     plt.close(fig)
     return fig, axes
-
 
 def _aspect(images: Sequence[Tensor]) -> float:
     "Height over width of the tallest picture, within what fits on a page."
@@ -142,7 +140,6 @@ def with_palette(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer)
     return Image.open(buffer).convert("RGB").quantize(128)
-
 
 def close_up(
     images: Iterable[Tensor],  # pictures (3, H, W)
