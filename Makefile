@@ -5,7 +5,7 @@ SECONDS ?= 300
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv repro test hostile fuzz export check-export test-notebooks smoke readme clean-notebooks lab bench measure experiments profile hooks lock wheel
+.PHONY: help venv repro test lint format hostile fuzz export check-export test-notebooks smoke readme clean-notebooks lab bench measure experiments profile hooks lock wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -20,12 +20,22 @@ repro: venv ## fetch the photographs, run every stage that is out of date, show 
 	dvc repro
 	@python -m foundir_v2.cli report
 
-test: venv ## export check, notebook tests, pytest, and the whole pipeline at smoke size
+test: venv ## form, export check, notebook tests, pytest, and the whole pipeline at smoke size
+	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory check-export
 	python -m foundir_v2.cli data fetch
 	@$(MAKE) --no-print-directory test-notebooks
 	python -m pytest
 	@$(MAKE) --no-print-directory smoke
+
+lint: venv ## form of notebooks, modules, tests and scripts (rules: pyproject.toml)
+	@ruff check --quiet .
+	@echo "form: clean"
+
+format: venv ## spaces before comments, blank lines, ends of lines; line breaks are yours
+	@ruff check --quiet --fix-only .
+	@nbdev_export
+	@ruff check .
 
 export: venv ## notebooks -> modules, dependencies in dvc.yaml, README.md
 	nbdev_export

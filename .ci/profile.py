@@ -1,4 +1,5 @@
-"Lay a profile over the committed params.yaml: `python .ci/profile.py NAME`. What was edited by hand is not overwritten."
+"""Lay a profile over the committed params.yaml: `python .ci/profile.py NAME`.
+What was edited by hand is not overwritten."""
 import subprocess
 import sys
 from pathlib import Path

@@ -1,6 +1,10 @@
-"""Speed and memory of the restoration pipeline: `python -m pytest -s bench/test_pipeline_speed.py`. Ratios of CPU time within one run, medians of interleaved runs, one thread. BENCH_ROUNDS=1 and BENCH_SIDE=1024 give a first impression.
+"""Speed and memory of the restoration pipeline: `python -m pytest -s bench/test_pipeline_speed.py`.
 
-The yardstick is the plain way to restore in tiles, written out below: one tile at a time, both guidance halves through everything, the LQ embedding at every step, half of a tile shared.
+Ratios of CPU time within one run, medians of interleaved runs, one thread. BENCH_ROUNDS=1 and BENCH_SIDE=1024 give a
+first impression.
+
+The yardstick is the plain way to restore in tiles, written out below: one tile at a time, both guidance halves
+through everything, the LQ embedding at every step, half of a tile shared.
 """
 import gc, os, statistics, subprocess, sys, time
 from contextlib import contextmanager
@@ -14,9 +18,11 @@ SIDE = int(os.environ.get("BENCH_SIDE", 2048))
 TILE, STEPS, GUIDANCE, PROMPT = SIDE // 4, 1, 5.0, "a photograph of a harbour"
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", 5))
 
+
 def picture(side, seed=0):
     coarse = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, (side, side), mode="bicubic")[0].clamp(0, 1)
+
 
 @pytest.fixture(scope="module")
 def pipe():
@@ -25,9 +31,12 @@ def pipe():
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+
 def restore(pipe, image, **options):
-    options = dict(tile_size=TILE, num_inference_steps=STEPS, guidance_scale=GUIDANCE, prompt=PROMPT, start="noise") | options
+    options = dict(
+        tile_size=TILE, num_inference_steps=STEPS, guidance_scale=GUIDANCE, prompt=PROMPT, start="noise") | options
     return pipe(image, generator=torch.Generator().manual_seed(0), output_type="pt", **options).images[0]
+
 
 @torch.no_grad()
 def plain_restore(pipe, image):
@@ -49,7 +58,8 @@ def plain_restore(pipe, image):
             both = x[at].repeat(2, 1, 1, 1)
             (t0, t1), (l0, l1) = ((max(a - margin, 0), min(a + tile + margin, n)) for a in (top, left))
             lq = (image[None, :, f * t0 : f * t1, f * l0 : f * l1] * 2 - 1).repeat(2, 1, 1, 1)
-            lq_embedding = unet.embed_lq(lq, contexts, [(t0, l0)] * 2)[..., top - t0 : top - t0 + tile, left - l0 : left - l0 + tile]
+            lq_embedding = unet.embed_lq(lq, contexts, [(t0, l0)] * 2)
+            lq_embedding = lq_embedding[..., top - t0 : top - t0 + tile, left - l0 : left - l0 + tile]
             ids = torch.tensor([[SIDE, SIDE, f * top, f * left, TILE, TILE]] * 2, dtype=torch.float32)
             out = unet(both, t, embeds, lq_embedding, added_cond_kwargs=dict(text_embeds=pooled, time_ids=ids)).sample
             total[at] += (out[:1] + GUIDANCE * (out[1:] - out[:1])) * bell
@@ -61,14 +71,20 @@ def plain_restore(pipe, image):
     bell = (bell[:, None] * bell).float()
     for top, left in corners:
         at = (..., slice(f * top, f * top + TILE), slice(f * left, f * left + TILE))
-        total[at] += (vae.decode(latents[..., top : top + tile, left : left + tile] / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1) * bell
+        picture = vae.decode(latents[..., top : top + tile, left : left + tile] / vae.config.scaling_factor).sample
+        total[at] += (picture / 2 + 0.5).clamp(0, 1) * bell
         weight[at] += bell
     return (total / weight)[0]
 
+
 def test_speed_against_the_plain_way(pipe):
-    "2048 x 2048 in tiles of 512, a prompt and guidance 5: the same picture sooner; with less overlap, and where guidance has no effect, much sooner. The largest difference comes from Euler, whose float32 sample is 4096 times the noise here: one unit in its last place is 1e-4 of the picture (with DDIM the pictures differ by 1e-6)."
+    """2048 x 2048 in tiles of 512, a prompt and guidance 5: the same picture sooner; with less overlap, and where
+    guidance has no effect, much sooner. The largest difference comes from Euler, whose float32 sample is 4096 times
+    the noise here: one unit in its last place is 1e-4 of the picture (with DDIM the pictures differ by 1e-6)."""
     image = picture(SIDE)
-    runs = {"plain": lambda: plain_restore(pipe, image), "equal overlap": lambda: restore(pipe, image, tile_overlap=0.5), "defaults": lambda: restore(pipe, image),
+    runs = {"plain": lambda: plain_restore(pipe, image),
+            "equal overlap": lambda: restore(pipe, image, tile_overlap=0.5),
+            "defaults": lambda: restore(pipe, image),
             "no effect of guidance": lambda: restore(pipe, image, prompt="")}
     seconds, pictures = {name: [] for name in runs}, {}
     for _ in range(ROUNDS):
@@ -80,10 +96,13 @@ def test_speed_against_the_plain_way(pipe):
     ratio = lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
     difference = (pictures["plain"] - pictures["equal overlap"]).abs().max().item()
     equal, default, unguided = (ratio("plain", name) for name in list(runs)[1:])
-    print(f"\nmedian of {ROUNDS}, against the plain way: equal overlap {equal:.2f} x as fast (largest difference {difference:.1e}), defaults {default:.2f} x, defaults without an effect of guidance {unguided:.2f} x; "
+    print("\n"
+          f"median of {ROUNDS}, against the plain way: equal overlap {equal:.2f} x as fast (largest difference "
+          f"{difference:.1e}), defaults {default:.2f} x, defaults without an effect of guidance {unguided:.2f} x; "
           + "CPU seconds: " + ", ".join(f"{name} {statistics.median(s):.1f}" for name, s in seconds.items()))
     assert difference <= 1e-4
     assert equal >= 1.15 and default >= 1.8 and unguided >= 2 * 1.8
+
 
 @contextmanager
 def clocked(calls, spent):
@@ -100,15 +119,19 @@ def clocked(calls, spent):
     finally:
         for o, name, _ in before: object.__delattr__(o, name)
 
+
 def test_time_is_spent_in_the_models(pipe):
     "Share of the time inside forward passes; the methods don't call one another."
-    calls = [(pipe.unet, "forward"), (pipe.unet, "condition"), (pipe.unet, "pool_lq"), (pipe.unet, "summarize_lq"), (pipe.unet, "embed_lq"), (pipe.vae, "encode"), (pipe.vae, "decode"), (pipe.text_encoder, "forward"), (pipe.text_encoder_2, "forward")]
+    calls = [(pipe.unet, "forward"), (pipe.unet, "condition"), (pipe.unet, "pool_lq"), (pipe.unet, "summarize_lq"),
+             (pipe.unet, "embed_lq"), (pipe.vae, "encode"), (pipe.vae, "decode"), (pipe.text_encoder, "forward"),
+             (pipe.text_encoder_2, "forward")]
     for name, options in (("guided", {}), ("not guided", dict(prompt=""))):
         spent, start = [0.0], time.process_time()
         with clocked(calls, spent): restore(pipe, picture(1024), **options)
         share = spent[0] / (time.process_time() - start)
         print(f"\n{name}: {share:.1%} of the time inside the models")
         assert share >= 0.9
+
 
 PEAK = '''
 import sys, torch
@@ -117,19 +140,25 @@ from foundir_v2.pipeline import load_pipeline
 pipe = load_pipeline("tiny", device="cpu")
 pipe.set_progress_bar_config(disable=True)
 path, output_type = sys.argv[1:]
-out = pipe(path, num_inference_steps=2, tile_size=128, tile_overlap=0, generator=torch.Generator().manual_seed(0), output_type=output_type).images[0]
+out = pipe(path, num_inference_steps=2, tile_size=128, tile_overlap=0, generator=torch.Generator().manual_seed(0),
+           output_type=output_type).images[0]
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 '''
+
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 @pytest.mark.parametrize("output_type", ["pil", "pt"])
 def test_memory_per_pixel(output_type, tmp_path):
-    "Peak of a process that restores a file of 4096 x 4096 against one of 1024 x 1024: the picture itself and its result are included."
+    """Peak of a process that restores a file of 4096 x 4096 against one of 1024 x 1024: the picture itself and its
+    result are included."""
     peak = {}
     for side in (1024, 4096):
         Image.radial_gradient("L").resize((side, side)).convert("RGB").save(tmp_path / f"{side}.png")
-        done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / f"{side}.png", output_type], check=True, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / f"{side}.png", output_type], check=True,
+                              capture_output=True, text=True)
         peak[side] = 1024 * int(done.stdout.split()[-1])
     per_pixel = (peak[4096] - peak[1024]) / (4096**2 - 1024**2)
-    print(f"\n{output_type}: {peak[1024] / 2**20:.0f} MB at 1024 x 1024, {peak[4096] / 2**20:.0f} MB at 4096 x 4096: {per_pixel:.1f} bytes per added pixel")
+    print("\n"
+          f"{output_type}: {peak[1024] / 2**20:.0f} MB at 1024 x 1024, {peak[4096] / 2**20:.0f} MB at 4096 x 4096: "
+          f"{per_pixel:.1f} bytes per added pixel")
     assert per_pixel <= 40

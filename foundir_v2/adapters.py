@@ -12,7 +12,7 @@ from typing import Any
 
 # %% ../nbs/33_adapters.ipynb #1b29151e
 from .mixchecks import MixtureError, check_names, check_tasks, check_whole, record
-try: from torch.utils.data import Sampler # only for isinstance
+try: from torch.utils.data import Sampler  # only for isinstance
 except ModuleNotFoundError: Sampler = object
 from .sampler import Draw, MixtureSampler
 
@@ -21,8 +21,8 @@ class FlatBatchSampler(Sampler):
     "Batches of flat indices into datasets laid end to end, for `DataLoader(ConcatDataset(parts), batch_sampler=...)`."
 
     def __init__(self,
-        sampler: MixtureSampler, # whose draws are to be numbered
-        order: Sequence[str], # the tasks in the order of the concatenated datasets
+        sampler: MixtureSampler,  # whose draws are to be numbered
+        order: Sequence[str],  # the tasks in the order of the concatenated datasets
     ):
         order = check_tasks(order)
         if sorted(order) != sorted(sampler.tasks):
@@ -40,8 +40,8 @@ class FlatBatchSampler(Sampler):
 
 # %% ../nbs/33_adapters.ipynb #34cfd046
 def check_datasets(
-    datasets: Mapping[str, Any], # per task
-    lengths: Mapping[str, int], # per task, the items that are drawn from
+    datasets: Mapping[str, Any],  # per task
+    lengths: Mapping[str, int],  # per task, the items that are drawn from
 ) -> None:
     "Refuse datasets that are missing, streamed, or of another length."
     check_names(datasets, tuple(lengths), "datasets")
@@ -58,8 +58,8 @@ class MixtureIterator:
     "Samples one by one from a dataset per task; `state_dict` at any sample (torchdata's protocol of stateful loaders)."
 
     def __init__(self,
-        datasets: Mapping[str, Any], # task -> anything with len and integer index
-        sampler: MixtureSampler, # what is drawn
+        datasets: Mapping[str, Any],  # task -> anything with len and integer index
+        sampler: MixtureSampler,  # what is drawn
     ):
         check_datasets(datasets, sampler.lengths)
         self.datasets, self.sampler = datasets, sampler
@@ -67,7 +67,7 @@ class MixtureIterator:
 
     def __iter__(self) -> "MixtureIterator": return self
 
-    def __next__(self) -> dict[str, Any]: # task, index, seed, item
+    def __next__(self) -> dict[str, Any]:  # task, index, seed, item
         if self._done == len(self._batch):
             before = self.sampler.state_dict()
             batch = next(iter(self.sampler), None)
@@ -104,7 +104,7 @@ class DrawDataset:
     "A map-style dataset whose keys are draws, over one Hugging Face dataset (or other mapping rows) per task."
 
     def __init__(self,
-        datasets: Mapping[str, Any], # task -> dataset whose rows are mappings
+        datasets: Mapping[str, Any],  # task -> dataset whose rows are mappings
     ):
         self.datasets = dict(datasets)
         for t, d in self.datasets.items():

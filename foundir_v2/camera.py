@@ -26,11 +26,9 @@ def srgb_to_linear(x: Tensor) -> Tensor:
     "Decode sRGB values in [0, 1] to linear light (IEC 61966-2-1)."
     return torch.where(x <= 0.04045, x / 12.92, ((x.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4)
 
-
 def linear_to_srgb(x: Tensor) -> Tensor:
     "Encode linear light in [0, 1] as sRGB; the inverse of `srgb_to_linear`."
     return torch.where(x <= 0.0031308, x * 12.92, 1.055 * x.clamp(min=0.0031308) ** (1 / 2.4) - 0.055)
-
 
 def relight(
     image: Tensor,  # (3, H, W), sRGB-encoded
@@ -45,12 +43,10 @@ def _mirror(n: int, pad: int) -> Tensor:
     i = torch.arange(-pad, n + pad) % (2 * n)
     return torch.where(i < n, i, 2 * n - 1 - i)
 
-
 def _fast_size(n: int) -> int:
     "The next size whose only prime factors are 2, 3 and 5."
     while 15**20 % (n // math.gcd(n, 2**30)): n += 1
     return n
-
 
 def convolve(
     image: Tensor,  # (C, H, W)
@@ -68,28 +64,23 @@ def to_unit(x: Tensor) -> Tensor:
     "Scaled and shifted so that the smallest value is 0 and the largest 1."
     return (x - x.min()) / (x.max() - x.min()).clamp(min=1e-6)
 
-
 def smooth_field(h: int, w: int, cells: int, g: torch.Generator) -> Tensor:
     "(h, w) smooth field, about `cells` hills across, scaled to [0, 1]."
     return to_unit(F.interpolate(torch.rand(1, 1, cells + 2, cells + 2, generator=g), (h, w), mode="bicubic")[0, 0])
-
 
 def impulses(h: int, w: int, density: float, g: torch.Generator) -> Tensor:
     "(1, h, w): a fraction `density` of the pixels is in (0, 1], the rest is 0."
     u = torch.rand(1, h, w, generator=g)
     return torch.where(u < density, 1 - u / density, 0.0)
 
-
 def grid_offsets(radius: int) -> tuple[Tensor, Tensor]:
     "Row and column offsets of a (2·radius+1)² window from its centre."
     r = torch.arange(-radius, radius + 1, dtype=torch.float32)
     return r[:, None], r[None, :]
 
-
 def positions(h: int, w: int) -> tuple[Tensor, Tensor]:
     "Rows (h, 1) and columns (1, w) of the pixels' centres: 0 in the middle, the longer side is 1 long."
     return tuple(((torch.arange(n) + 0.5 - n / 2) / max(h, w)).view(shape) for n, shape in ((h, (-1, 1)), (w, (1, -1))))
-
 
 def top_value(x: Tensor, share: float) -> Tensor:
     "The value that a `share` of the values reaches."
@@ -99,7 +90,6 @@ def top_value(x: Tensor, share: float) -> Tensor:
 def luma(image: Tensor) -> Tensor:
     "(3, H, W) to (1, H, W): the grey version that JPEG and cameras work with (ITU-R BT.601)."
     return (image * torch.tensor([0.299, 0.587, 0.114], device=image.device)[:, None, None]).sum(0, keepdim=True)
-
 
 def _box_mean(x: Tensor, radius: int) -> Tensor:
     "Mean over windows of (2·radius+1)², cut at the border; its cost doesn't depend on the radius."
@@ -132,7 +122,6 @@ def guided_filter(
 # %% ../nbs/09_camera.ipynb #c9e83b86
 KERNEL_RADIUS = 15  # kernels are 31 × 31
 
-
 def motion_kernel(
     length: float,  # of the path, px, at most 30
     angle: float,  # heading at the start, degrees, counter-clockwise from right
@@ -153,7 +142,6 @@ def motion_kernel(
     kernel = y_PK.T @ x_PK
     return kernel / kernel.sum()
 
-
 def motion_blur(image: Tensor, length: float, angle: float, wobble: float, seed: int) -> Tensor:
     "Camera shake, in linear light. Parameters as in `motion_kernel`."
     kernel = motion_kernel(length, angle, wobble, seed).to(image.device)
@@ -168,7 +156,6 @@ def disc_kernel(
     kernel = (radius + 0.5 - (dy**2 + dx**2).sqrt()).clamp(0, 1)
     return kernel / kernel.sum()
 
-
 def defocus_blur(image: Tensor, radius: float) -> Tensor:
     "Defocus, in linear light: every point becomes a disc."
     return linear_to_srgb(convolve(srgb_to_linear(image), disc_kernel(radius).to(image.device)).clamp(0, 1))
@@ -181,7 +168,6 @@ def _turned(image: Tensor, angle: float, zoom: float, y: float, x: float) -> Ten
     dy, dx, c, s = dy - y, dx - x, math.exp(-zoom) * math.cos(angle), math.exp(-zoom) * math.sin(angle)
     rays = torch.stack([(x + dx * c - dy * s) * (2 * max(h, w) / w), (y + dx * s + dy * c) * (2 * max(h, w) / h)], -1)
     return F.grid_sample(image[None], rays[None].to(image.device), padding_mode="reflection", align_corners=False)[0]
-
 
 def shake(
     image: Tensor,  # (3, H, W)
@@ -219,9 +205,7 @@ def gaussian_noise(image: Tensor, sigma: float, seed: int) -> Tensor:
     "White Gaussian noise in encoded values; `sigma` in 1/255."
     return image + torch.randn(image.shape, generator=generator("gaussian", seed)).to(image.device) * (sigma / 255)
 
-
 _FEW = 16  # photons, from which on a Gaussian stands in for the Poisson distribution
-
 
 def camera_noise(
     image: Tensor,  # (3, H, W)
@@ -259,7 +243,6 @@ def gaussian_kernel(
     s, c = math.sin(math.radians(angle)), math.cos(math.radians(angle))
     kernel = torch.exp(-(((dx * c - dy * s) / stretch) ** 2 + (dx * s + dy * c) ** 2) / (2 * sigma**2))
     return kernel / kernel.sum()
-
 
 def coloured_noise(
     image: Tensor,  # (3, H, W)
@@ -316,7 +299,6 @@ def crop_to_multiple(
         raise FoundIRError(f"×{scale} needs a picture of at least {scale}×{scale} pixels, got {w}×{h}: "
                            "use a larger one or a smaller scale")
     return image[:, :h // scale * scale, :w // scale * scale]
-
 
 def downscale(image: Tensor, scale: int) -> Tensor:
     "Antialiased bicubic downscaling to (H // scale, W // scale)."

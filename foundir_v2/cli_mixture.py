@@ -22,8 +22,8 @@ __all__ = ['FIGURES', 'Samples', 'run_mixture_update', 'run_mixture_show', 'add_
 
 # %% ../nbs/88_cli_mixture.ipynb #e39ebc2e
 def _recall(
-    rows: Sequence[Mapping[str, Any]], # of a mixture log, not empty
-) -> Any: # a `DataEquilibrium`; its memory is that of the run; its weights aren't
+    rows: Sequence[Mapping[str, Any]],  # of a mixture log, not empty
+) -> Any:  # a `DataEquilibrium`; its memory is that of the run; its weights aren't
     "What data equilibrium scheduling remembers of the scores in a log."
     from foundir_v2.mixture import DataEquilibrium
     steps: dict[int, dict[str, float]] = {}

@@ -58,7 +58,9 @@ def fix_color(
     method: str,  # a name of `COLOR_FIXES`
 ) -> Tensor:  # (..., 3, H, W) in [0, 1]
     "Apply a colour fix by name. Raises `FoundIRError` for an unknown name or another size."
-    if method not in COLOR_FIXES: raise FoundIRError(f"unknown color_fix {method!r}: choose from {', '.join(COLOR_FIXES)}")
+    if method not in COLOR_FIXES:
+        raise FoundIRError(f"unknown color_fix {method!r}: choose from {', '.join(COLOR_FIXES)}")
     if image.shape != reference.shape:
-        raise FoundIRError(f"a colour fix needs a reference of the picture's size: {tuple(image.shape)} and {tuple(reference.shape)}")
+        raise FoundIRError("a colour fix needs a reference of the picture's size: "
+                           f"{tuple(image.shape)} and {tuple(reference.shape)}")
     return COLOR_FIXES[method](image, reference).clamp(0, 1)

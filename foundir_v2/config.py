@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 # %% ../nbs/02_config.ipynb #2c257141
-from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Interval, Le, Lt, MaxLen, MinLen, MultipleOf, Unit
+from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Le, Lt, MaxLen, MinLen, MultipleOf, Unit
 
 from .core import FoundIRError, repo_root
 
@@ -29,15 +29,15 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 60, 60, 30
 
 def shown(
-    value: Any, # anything
-) -> str: # at most 160 characters, in one line
+    value: Any,  # anything
+) -> str:  # at most 160 characters, in one line
     "A value for a message."
     try: text = _SHORT.repr(value)
-    except ValueError: text = "a number of thousands of digits" # Python doesn't write it out
+    except ValueError: text = "a number of thousands of digits"  # Python doesn't write it out
     return text if len(text) <= 160 else text[:157] + "..."
 
 # %% ../nbs/02_config.ipynb #fb120966
-LARGEST_FILE, MOST_VALUES, DEEPEST = 2**20, 100_000, 40 # bytes; values; levels. params.yaml has 8 000, 200 and 4
+LARGEST_FILE, MOST_VALUES, DEEPEST = 2**20, 100_000, 40  # bytes; values; levels. params.yaml has 8 000, 200 and 4
 
 def _check_extent(loaded: Any, where: str) -> None:
     "Refuse what is nested too deeply or holds too many values, level by level."
@@ -52,22 +52,22 @@ def _check_extent(loaded: Any, where: str) -> None:
     raise ConfigError(f"{where} is nested more than {DEEPEST} levels deep: flatten it")
 
 def parse_yaml(
-    text: str, # YAML 1.2
-    where: str, # where it stands, for the messages
-) -> Any: # plain dicts, lists, strings, numbers, booleans and None
+    text: str,  # YAML 1.2
+    where: str,  # where it stands, for the messages
+) -> Any:  # plain dicts, lists, strings, numbers, booleans and None
     "Read YAML. Raises `ConfigError` in one line for whatever can't be read."
     from ruamel.yaml import YAML
     try: loaded = YAML(typ="safe", pure=True).load(text)
     except RecursionError: raise ConfigError(f"{where} is nested too deeply to be read: flatten it") from None
-    except Exception as e: # besides YAMLError, tags such as !!int make the constructors raise nearly anything
+    except Exception as e:  # besides YAMLError, tags such as !!int make the constructors raise nearly anything
         raise ConfigError(f"can't read {where} as YAML: {' '.join(str(e).split())[:300]}") from None
     _check_extent(loaded, where)
     return loaded
 
 # %% ../nbs/02_config.ipynb #9b397493
 def load_yaml(
-    path: str | Path, # a YAML 1.2 file that holds one mapping
-) -> dict[str, Any]: # plain dicts, lists, strings, numbers, booleans and None
+    path: str | Path,  # a YAML 1.2 file that holds one mapping
+) -> dict[str, Any]:  # plain dicts, lists, strings, numbers, booleans and None
     "Read a YAML file. Raises `ConfigError` if it can't be used, `FileNotFoundError` if it isn't there."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no configuration file at {path}: check the name")
@@ -83,8 +83,8 @@ def load_yaml(
 
 # %% ../nbs/02_config.ipynb #225f87a0
 def load_params(
-    path: str | Path | None = None, # default: params.yaml at the repository root
-) -> dict[str, dict[str, Any]]: # section -> key -> value
+    path: str | Path | None = None,  # default: params.yaml at the repository root
+) -> dict[str, dict[str, Any]]:  # section -> key -> value
     "Read the parameters of the pipeline. Raises `ConfigError` if the file isn't a mapping of sections."
     path = repo_root()/"params.yaml" if path is None else Path(path)
     params = load_yaml(path)
@@ -119,9 +119,9 @@ def _lay(target: Any, changes: Mapping[str, Any], where: str = "") -> None:
 
 # %% ../nbs/02_config.ipynb #dcb6c298
 def overlay(
-    text: str, # of params.yaml
-    profile: str, # text of a profile: a mapping with what differs
-) -> str: # params.yaml with the profile's values
+    text: str,  # of params.yaml
+    profile: str,  # text of a profile: a mapping with what differs
+) -> str:  # params.yaml with the profile's values
     "Lay a profile over a parameter file. Raises `ConfigError` for a key that the file doesn't have."
     from io import StringIO
     from ruamel.yaml import YAML
@@ -142,7 +142,7 @@ class OneOf(BaseMetadata):
     "The value is a key of this table."
     table: Collection[str]
 
-RULES: dict[type, tuple[Callable[[Any, Any], bool], str]] = { # kind -> (does it hold for value and bound?, in words)
+RULES: dict[type, tuple[Callable[[Any, Any], bool], str]] = {  # kind -> (does it hold for value and bound?, in words)
     Ge: (operator.ge, "from {}"), Gt: (operator.gt, "above {}"),
     Le: (operator.le, "to {}"), Lt: (operator.lt, "below {}"),
     MultipleOf: (lambda v, m: v % m == 0, "a multiple of {}"), OneOf: (lambda v, table: v in table, "one of {}"),
@@ -168,8 +168,8 @@ def _phrase(hint: Any) -> str:
     return text.strip() + "".join(f" ({m.unit})" for m in metas if isinstance(m, Unit))
 
 def expected(
-    hint: Any, # annotation of a field
-) -> str: # such as "a whole number from 1 to 64"
+    hint: Any,  # annotation of a field
+) -> str:  # such as "a whole number from 1 to 64"
     "What a declaration asks for, in words."
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated: return _phrase(hint)
@@ -199,7 +199,7 @@ def _union(hint: Any, value: Any, where: str) -> Any:
     members = get_args(hint)
     real = [m for m in members if m is not type(None)]
     if value is None and len(real) < len(members): return None
-    if len(real) == 1 and isinstance(value, (list, tuple, Mapping)): # its own message says where in it
+    if len(real) == 1 and isinstance(value, (list, tuple, Mapping)):  # its own message says where in it
         return convert(real[0], value, where)
     for member in real:
         try: return convert(member, value, where)
@@ -217,16 +217,16 @@ def _sequence(hint: Any, value: Any, where: str) -> Any:
 
 # %% ../nbs/02_config.ipynb #5f1d4f37
 def convert(
-    hint: Any, # annotation of a field
-    value: Any, # as YAML or a caller gave it
-    where: str, # path of keys, for the message
-) -> Any: # the value as the type that `hint` names
+    hint: Any,  # annotation of a field
+    value: Any,  # as YAML or a caller gave it
+    where: str,  # path of keys, for the message
+) -> Any:  # the value as the type that `hint` names
     "Check a value against its declaration. Raises `ConfigError` with the place, what was expected, and what was found."
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind is Annotated:
         try: value = convert(args[0], value, where)
         except ConfigError:
-            if isinstance(value, (list, tuple, Mapping)): raise # the message says where in it
+            if isinstance(value, (list, tuple, Mapping)): raise  # the message says where in it
             _refuse(hint, value, where)
         if not all(holds(value, bound) for holds, _, bound in _rules(hint)): _refuse(hint, value, where)
         return value
@@ -247,23 +247,24 @@ T = TypeVar("T")
 
 @cache
 def declarations(
-    cls: type, # a dataclass
-) -> dict[str, Any]: # field -> its annotation
+    cls: type,  # a dataclass
+) -> dict[str, Any]:  # field -> its annotation
     "What a dataclass declares of the fields that its constructor takes."
     hints = get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in fields(cls) if f.init}
 
 def from_dict(
-    cls: type[T], # a dataclass
-    values: Mapping[str, Any], # key -> value, nested mappings for nested dataclasses
-    where: str = "", # where `values` stands, for the messages; default: the name of `cls`
-    required: Collection[str] | None = None, # fields that must be there; default: those without a default
-) -> T: # an instance of `cls`
+    cls: type[T],  # a dataclass
+    values: Mapping[str, Any],  # key -> value, nested mappings for nested dataclasses
+    where: str = "",  # where `values` stands, for the messages; default: the name of `cls`
+    required: Collection[str] | None = None,  # fields that must be there; default: those without a default
+) -> T:  # an instance of `cls`
     "Build a dataclass strictly. Raises `ConfigError` on unknown or missing keys, and on values that can't be."
     where, known = where or cls.__name__, declarations(cls)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping for {cls.__name__}, got {shown(values)}")
-    if required is None: required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    if required is None:
+        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
     unknown, missing = [k for k in values if k not in known], [n for n in known if n in required and n not in values]
     problems, given = [], {}
     if unknown:
@@ -278,8 +279,8 @@ def from_dict(
 
 # %% ../nbs/02_config.ipynb #863d2e5c
 def check_fields(
-    config: Any, # a dataclass in its `__post_init__`, frozen or not
-    where: str = "", # for the messages; default: the name of its class
+    config: Any,  # a dataclass in its `__post_init__`, frozen or not
+    where: str = "",  # for the messages; default: the name of its class
 ) -> None:
     "Check every field against its declaration, and store it as the declared type. Raises `ConfigError`."
     where = where or type(config).__name__
@@ -295,8 +296,8 @@ def _plain(hint: Any) -> type:
     return str if kind is Literal else kind
 
 def argument(
-    hint: Any, # annotation of a field that holds one scalar
-) -> Callable[[str], Any]: # for `add_argument(type=...)`
+    hint: Any,  # annotation of a field that holds one scalar
+) -> Callable[[str], Any]:  # for `add_argument(type=...)`
     "Text from a command line -> checked value; what is wrong is said in the words of the declaration."
     def read(text: str) -> Any:
         try: value = _plain(hint)(text)
@@ -306,8 +307,8 @@ def argument(
     return read
 
 def describe(
-    cls: type, # a dataclass
-) -> list[str]: # one line per field
+    cls: type,  # a dataclass
+) -> list[str]:  # one line per field
     "Help from the declarations."
     from fastcore.docments import docments
     comments = {k: v for c in reversed(cls.__mro__) if is_dataclass(c) for k, v in docments(c).items() if v}

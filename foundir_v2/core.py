@@ -30,8 +30,8 @@ class DiskFullError(OSError):
 
 # %% ../nbs/00_core.ipynb #2e9b54cf
 def repo_root(
-    start: str | Path | None = None, # folder to look upwards from; default: the current one
-) -> Path: # absolute path of the nearest folder that holds `settings.ini`
+    start: str | Path | None = None,  # folder to look upwards from; default: the current one
+) -> Path:  # absolute path of the nearest folder that holds `settings.ini`
     "Find the repository. Raises `FoundIRError` outside of one."
     start = Path(start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
@@ -41,7 +41,7 @@ def repo_root(
 # %% ../nbs/00_core.ipynb #7364a77f
 @contextmanager
 def naming_full_disk(
-    path: str | Path, # the file that is being written, for the message
+    path: str | Path,  # the file that is being written, for the message
 ) -> Iterator[None]:
     "Turn the system's error for a full disk or quota into a `DiskFullError` that names the file."
     try: yield
@@ -74,8 +74,8 @@ def _writable_name(path: Path) -> Path:
 
 @contextmanager
 def atomic_write(
-    path: str | Path, # the file to write; its folder is made if missing
-) -> Iterator[Path]: # a temporary path in the same folder, renamed to `path` on success, removed on failure
+    path: str | Path,  # the file to write; its folder is made if missing
+) -> Iterator[Path]:  # a temporary path in the same folder, renamed to `path` on success, removed on failure
     "Write a file completely or not at all. Raises a one-line `PermissionError`, or `DiskFullError` without room."
     path = Path(path)
     with naming_full_disk(path):
@@ -104,11 +104,15 @@ def _open(path: str | Path, max_pixels: int) -> Image.Image:
                 im.load()
                 return ImageOps.exif_transpose(im)
     except Image.DecompressionBombError:
-        raise ImageError(f"{path} has more than {max_pixels:,} pixels: shrink it, or raise max_pixels (and Pillow's Image.MAX_IMAGE_PIXELS)") from None
+        raise ImageError(f"{path} has more than {max_pixels:,} pixels: shrink it, or raise max_pixels (and Pillow's "
+                         "Image.MAX_IMAGE_PIXELS)") from None
     except PermissionError: raise PermissionError(f"may not read {path}: change its permissions") from None
-    except Exception as e:  # damaged files make the codecs raise nearly anything: OSError, SyntaxError, struct.error, zlib.error, ...
-        reason = "not a format that Pillow reads" if isinstance(e, Image.UnidentifiedImageError) else " ".join(str(e).split())
-        raise ImageError(f"can't read {path} as an image ({reason}): convert it to PNG or JPEG, or get an undamaged copy") from None
+    # damaged files make the codecs raise nearly anything: OSError, SyntaxError, struct.error, zlib.error, ...
+    except Exception as e:
+        reason = ("not a format that Pillow reads" if isinstance(e, Image.UnidentifiedImageError)
+                  else " ".join(str(e).split()))
+        raise ImageError(f"can't read {path} as an image ({reason}): convert it to PNG or JPEG, "
+                         "or get an undamaged copy") from None
 
 # %% ../nbs/00_core.ipynb #d04dfc70
 def _planes(im: Image.Image) -> tuple[Tensor, Tensor | None]:
@@ -123,28 +127,29 @@ def _planes(im: Image.Image) -> tuple[Tensor, Tensor | None]:
     return x_CHW[:3], x_CHW[3:] if alpha else None
 
 def from_pil(
-    im: Image.Image, # any mode but floating point
-    background: float | None = 1.0, # grey level composited under transparent pixels; None: straight colours, alpha dropped
-) -> Tensor: # (3, H, W) float32 in [0, 1]
+    im: Image.Image,  # any mode but floating point
+    background: float | None = 1.0,  # grey level under transparent pixels; None: straight colours, alpha dropped
+) -> Tensor:  # (3, H, W) float32 in [0, 1]
     "A Pillow image as a tensor. Raises `ImageError` on floating-point images."
     rgb, alpha = _planes(im)
     return rgb if alpha is None or background is None else alpha * rgb + (1 - alpha) * background
 
 # %% ../nbs/00_core.ipynb #bf7cac24
 def load_image(
-    path: str | Path, # any format that Pillow reads
-    max_pixels: int = MAX_PIXELS, # refuse larger images before decoding them
-    background: float | None = 1.0, # grey level under transparent pixels; None: straight colours (see `load_alpha`)
-) -> Tensor: # (3, H, W) float32 in [0, 1], sRGB, upright
-    "Read a picture. Raises `ImageError` (unreadable, damaged, empty, too large) or `FileNotFoundError`, each one line that names the file."
+    path: str | Path,  # any format that Pillow reads
+    max_pixels: int = MAX_PIXELS,  # refuse larger images before decoding them
+    background: float | None = 1.0,  # grey level under transparent pixels; None: straight colours (see `load_alpha`)
+) -> Tensor:  # (3, H, W) float32 in [0, 1], sRGB, upright
+    """Read a picture. Raises `ImageError` (unreadable, damaged, empty, too large) or `FileNotFoundError`, each one
+    line that names the file."""
     im = _open(path, max_pixels)
     try: return from_pil(im, background)
     except ImageError as e: raise ImageError(f"can't use {path}: {e}") from None
 
 def load_alpha(
-    path: str | Path, # any format that Pillow reads
-    max_pixels: int = MAX_PIXELS, # as in `load_image`
-) -> Tensor | None: # (1, H, W) float32 in [0, 1], or None if the picture has no transparency
+    path: str | Path,  # any format that Pillow reads
+    max_pixels: int = MAX_PIXELS,  # as in `load_image`
+) -> Tensor | None:  # (1, H, W) float32 in [0, 1], or None if the picture has no transparency
     "The alpha channel, for `save_image(..., alpha=...)` after the colours were restored."
     return _planes(_open(path, max_pixels))[1]
 
@@ -152,23 +157,26 @@ def load_alpha(
 QUALITY = 95
 
 def to_pil(
-    image: Tensor, # (3, H, W), values outside [0, 1] are clamped
-    alpha: Tensor | None = None, # (1, H, W) in [0, 1]
-) -> Image.Image: # mode RGB, or RGBA with alpha
+    image: Tensor,  # (3, H, W), values outside [0, 1] are clamped
+    alpha: Tensor | None = None,  # (1, H, W) in [0, 1]
+) -> Image.Image:  # mode RGB, or RGBA with alpha
     "A tensor as an 8-bit Pillow image. Raises `FoundIRError` on other shapes and on NaN."
-    if image.ndim != 3 or image.shape[0] != 3: raise FoundIRError(f"an image is a tensor (3, H, W), got {tuple(image.shape)}")
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise FoundIRError(f"an image is a tensor (3, H, W), got {tuple(image.shape)}")
     if alpha is not None: image = torch.cat([image, alpha.to(image)])
-    if not torch.isfinite(image).all(): raise FoundIRError("the image holds NaN or infinite values: nothing was written")
+    if not torch.isfinite(image).all():
+        raise FoundIRError("the image holds NaN or infinite values: nothing was written")
     x_HWC = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous()
     return Image.fromarray(x_HWC.numpy())
 
 # %% ../nbs/00_core.ipynb #625c7ad7
 def save_image(
-    image: Tensor, # (3, H, W) in [0, 1]
-    path: str | Path, # .png, .jpg, .jpeg or .webp
-    alpha: Tensor | None = None, # (1, H, W) in [0, 1]; not for JPEG
-) -> Path: # the path written
-    "Write a picture atomically. Raises `FoundIRError` for another suffix or alpha in a JPEG, `PermissionError` where it may not write."
+    image: Tensor,  # (3, H, W) in [0, 1]
+    path: str | Path,  # .png, .jpg, .jpeg or .webp
+    alpha: Tensor | None = None,  # (1, H, W) in [0, 1]; not for JPEG
+) -> Path:  # the path written
+    """Write a picture atomically.
+    Raises `FoundIRError` for another suffix or alpha in a JPEG, `PermissionError` where it may not write."""
     from foundir_v2.targets import FORMATS, WRITABLE
     path = Path(path)
     suffix = path.suffix.lower()
@@ -184,8 +192,8 @@ def save_image(
 
 # %% ../nbs/00_core.ipynb #4aa6cc55
 def hash_seed(
-    *parts: int | str, # whatever names the random event, e.g. "degrade", "haze", 17
-) -> int: # 0 <= seed < 2**63, the same in every process and on every platform
+    *parts: int | str,  # whatever names the random event, e.g. "degrade", "haze", 17
+) -> int:  # 0 <= seed < 2**63, the same in every process and on every platform
     "A seed that is a pure function of its parts. Raises `TypeError` for anything but integers and strings."
     h = hashlib.sha256()
     for p in parts:
@@ -194,8 +202,8 @@ def hash_seed(
     return int.from_bytes(h.digest()[:8], "big") >> 1
 
 def generator(
-    *parts: int | str, # as `hash_seed`
-    device: torch.device | str = "cpu", # where the numbers are drawn
+    *parts: int | str,  # as `hash_seed`
+    device: torch.device | str = "cpu",  # where the numbers are drawn
 ) -> torch.Generator:
     "A torch generator that is a pure function of its parts."
     return torch.Generator(device).manual_seed(hash_seed(*parts))
@@ -206,13 +214,14 @@ def seed_everything(seed: int) -> None:
 
 # %% ../nbs/00_core.ipynb #9705520f
 def pick_device(
-    name: str | torch.device = "auto", # "auto", or what torch calls it: "cpu", "cuda", "cuda:1", "mps"
+    name: str | torch.device = "auto",  # "auto", or what torch calls it: "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device:
     "The device to compute on. Raises `FoundIRError` if it is unknown or absent."
     found = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto": return found or torch.device("cpu")
     try: device = torch.device(name)
-    except (RuntimeError, TypeError): raise FoundIRError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps") from None
+    except (RuntimeError, TypeError):
+        raise FoundIRError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps") from None
     if device.type == "cpu": return device
     if found is None or device.type != found.type or (device.index or 0) >= torch.accelerator.device_count():
         raise FoundIRError(f"device {name!r} is not available here: use auto or {found.type if found else 'cpu'}")
@@ -227,8 +236,8 @@ def _native_bfloat16(device: torch.device) -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"))
 
 def pick_dtype(
-    name: str = "auto", # "auto", "float32", "bfloat16" or "float16"
-    device: torch.device | str = "cpu", # where it will be used
+    name: str = "auto",  # "auto", "float32", "bfloat16" or "float16"
+    device: torch.device | str = "cpu",  # where it will be used
 ) -> torch.dtype:
     "The precision for autocast. Raises `FoundIRError` for an unknown name."
     if name == "auto": return torch.bfloat16 if _native_bfloat16(torch.device(device)) else torch.float32
@@ -236,8 +245,8 @@ def pick_dtype(
     return DTYPES[name]
 
 def autocast(
-    device: torch.device | str, # where the block computes
-    dtype: torch.dtype, # float32 switches autocast off
+    device: torch.device | str,  # where the block computes
+    dtype: torch.dtype,  # float32 switches autocast off
 ) -> AbstractContextManager:
     "Run a block in `dtype` where torch deems it safe."
     return nullcontext() if dtype == torch.float32 else torch.autocast(torch.device(device).type, dtype=dtype)
@@ -250,11 +259,11 @@ class Restorer(Protocol):
 
     def __call__(
         self,
-        lq: Tensor, # (3, h, w) in [0, 1]; for super-resolution the small picture
+        lq: Tensor,  # (3, h, w) in [0, 1]; for super-resolution the small picture
         *,
-        subtask: Any = None, # `foundir_v2.tasks.SubTask`, or None if unknown
-        seed: int = 0, # for restorers that draw noise
-        caption: str = "", # what the picture shows, for restorers that read
-    ) -> Tensor: # (3, H, W) in [0, 1]: the size of `lq`, times `subtask.scale` for super-resolution
+        subtask: Any = None,  # `foundir_v2.tasks.SubTask`, or None if unknown
+        seed: int = 0,  # for restorers that draw noise
+        caption: str = "",  # what the picture shows, for restorers that read
+    ) -> Tensor:  # (3, H, W) in [0, 1]: the size of `lq`, times `subtask.scale` for super-resolution
         "Restore one picture."
         ...

@@ -36,7 +36,6 @@ class View(NamedTuple):
     size: int  # of the crop made from it; side >= size
     flip: bool  # horizontally
 
-
 def draw_view(
     height: int,
     width: int,
@@ -60,14 +59,14 @@ def _unit(x: Tensor) -> Tensor:
     "Bytes to floats in [0, 1]; floats stay."
     return x if x.is_floating_point() else x.float() / 255
 
-
 def look(
     image: Tensor,  # (3, H, W), floats in [0, 1] or bytes
     view: View,
 ) -> Tensor:  # (3, size, size), floats
     "Cut the window, shrink it to the crop's size and flip it."
     x = _unit(image[:, view.top:view.top + view.side, view.left:view.left + view.side])
-    if view.side != view.size: x = F.interpolate(x[None], (view.size, view.size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    if view.side != view.size:
+        x = F.interpolate(x[None], (view.size, view.size), mode="bicubic", antialias=True)[0].clamp(0, 1)
     return (x.flip(-1) if view.flip else x).contiguous()
 
 # %% ../nbs/22_data.ipynb #7c3f40a2
@@ -75,14 +74,12 @@ def halvings(view: View) -> int:
     "How often the photograph can be halved before the view is cut from it: what remains is a shrinking by 1 to 2."
     return ((view.side - 1) // view.size).bit_length() - 1 if view.side > view.size else 0
 
-
 def halve(
     image: Tensor,  # (3, H, W) uint8
 ) -> Tensor:  # (3, H // 2, W // 2) uint8
     "Half the size, antialiased; an odd last row or column is left out."
     x = crop_to_multiple(image, 2)
     return F.interpolate(x[None], (x.shape[1] // 2, x.shape[2] // 2), mode="bicubic", antialias=True)[0]
-
 
 def look_at(
     photo: Callable[[int], Tensor],  # the photograph (3, H, W) uint8, halved that often
@@ -96,7 +93,8 @@ def look_at(
 def size_conditions(height: int, width: int, view: View) -> dict[str, Tensor]:
     "SDXL's `original_size`, `crop_top_left`, `target_size`, each an integer tensor (2,): rows first."
     s = view.size / view.side
-    sizes = dict(original_size=(height, width), crop_top_left=(round(view.top * s), round(view.left * s)), target_size=(view.size, view.size))
+    sizes = dict(original_size=(height, width), crop_top_left=(round(view.top * s), round(view.left * s)),
+                 target_size=(view.size, view.size))
     return {k: torch.tensor(v) for k, v in sizes.items()}
 
 # %% ../nbs/22_data.ipynb #92421103
@@ -125,7 +123,6 @@ def vary(
     several = VARIANTS.get(task.name, ())
     return several[int(which * len(several))] if several and chance < share else task
 
-
 def intact(
     gt: Tensor,  # (3, S, S)
     share: float,  # probability that a copy is given
@@ -135,7 +132,6 @@ def intact(
     chance, jpeg, quality = torch.rand(3, generator=generator("intact", seed)).tolist()
     if chance >= share: return None
     return apply(gt, [Applied("jpeg", {"quality": 92 + int(8 * quality)})] if jpeg < 0.25 else [])
-
 
 def degraded_pair(
     gt: Tensor,  # (3, S, S)
@@ -155,7 +151,8 @@ def stored_pair(
     view: View,  # with side = size, top and left multiples of k
     seed: int,
 ) -> tuple[Tensor, Tensor]:  # LQ and GT, (3, S, S)
-    "Cut a stored pair; a smaller LQ is enlarged by a random interpolation, with a margin so that the crop's rim sees its neighbours."
+    """Cut a stored pair; a smaller LQ is enlarged by a random interpolation, with a margin so that the crop's rim
+    sees its neighbours."""
     k = gt.shape[1] // lq.shape[1]
     if k == 1: return look(lq, view), look(gt, view)
     margin = 4
@@ -170,9 +167,10 @@ def _check_tasks(tasks: Mapping[str, Sequence[str]]) -> None:
     "Every task has sub-tasks, and they exist."
     if not tasks: raise FoundIRError("no tasks: give at least one, such as {'denoise': ['gaussian_noise']}")
     for task, names in tasks.items():
-        if isinstance(names, str) or not names: raise FoundIRError(f"task {task!r}: expected a list of sub-tasks, got {names!r}; choose from {', '.join(SUBTASKS)}")
+        if isinstance(names, str) or not names:
+            raise FoundIRError(f"task {task!r}: expected a list of sub-tasks, got {names!r}; "
+                               f"choose from {', '.join(SUBTASKS)}")
         for name in names: subtask(name)
-
 
 def _check_sampling(crop: int, scale_range: tuple[float, float], **shares: float) -> None:
     "A crop has pixels, scales are a range from 0 to 1, and shares lie between 0 and 1."
@@ -183,7 +181,6 @@ def _check_sampling(crop: int, scale_range: tuple[float, float], **shares: float
     for name, share in shares.items():
         if not 0 <= share <= 1: raise FoundIRError(f"{name}={share}: a share lies between 0 and 1")
 
-
 def split_rows(
     manifest: pd.DataFrame,
     split: str,  # train, reference or test
@@ -191,12 +188,16 @@ def split_rows(
 ) -> pd.DataFrame:
     "The rows of a split. Raises `FoundIRError` if there are none, or if a photograph is smaller than `size`."
     rows = manifest[manifest["split"] == split]
-    if rows.empty: raise FoundIRError(f"the manifest has no row of split {split!r}; it has {', '.join(sorted(manifest['split'].unique())) or 'no rows at all'}")
+    if rows.empty:
+        raise FoundIRError(f"the manifest has no row of split {split!r}; "
+                           f"it has {', '.join(sorted(manifest['split'].unique())) or 'no rows at all'}")
     small = rows[rows[["width", "height"]].min(axis=1) < size]
     if len(small):
         r = small.iloc[0]
-        raise FoundIRError(f"{r['photo']} is {r['width']}x{r['height']}, too small for crops of {size} pixels ({len(small)} such in {split!r}): use smaller crops or drop it from the manifest")
-    if "lq" in rows: rows = rows.assign(lq=rows["lq"].fillna("")) # a table that was merged has NaN where there is no pair
+        raise FoundIRError(f"{r['photo']} is {r['width']}x{r['height']}, too small for crops of {size} pixels "
+                           f"({len(small)} such in {split!r}): use smaller crops or drop it from the manifest")
+    # a table that was merged has NaN where there is no pair
+    if "lq" in rows: rows = rows.assign(lq=rows["lq"].fillna(""))
     return rows.reset_index(drop=True)
 
 # %% ../nbs/22_data.ipynb #63bb421e
@@ -204,16 +205,21 @@ def rows_by_task(
     rows: pd.DataFrame,  # of one split
     tasks: Mapping[str, Sequence[str]],
 ) -> dict[str, list[int]]:  # task -> positions in `rows`
-    "Photographs serve every task, stored pairs the one that they name. Raises `FoundIRError` for a task without rows or a pair without a task."
+    """Photographs serve every task, stored pairs the one that they name.
+    Raises `FoundIRError` for a task without rows or a pair without a task."""
     paired = rows["lq"].ne("") if "lq" in rows else pd.Series(False, index=rows.index)
     owner = {name: task for task, names in tasks.items() for name in (task, *names)}
     for r in rows[paired].itertuples():
-        if r.task not in owner: raise FoundIRError(f"the pair {r.photo} is for the task {r.task!r}, which is not among {', '.join(owner)}: add it to the tasks or drop the row")
-    table = {task: [i for i, r in enumerate(rows.itertuples()) if not paired[i] or owner[r.task] == task] for task in tasks}
+        if r.task not in owner:
+            raise FoundIRError(f"the pair {r.photo} is for the task {r.task!r}, which is not among {', '.join(owner)}: "
+                               "add it to the tasks or drop the row")
+    table = {task: [i for i, r in enumerate(rows.itertuples()) if not paired[i] or owner[r.task] == task]
+             for task in tasks}
     for task, found in table.items():
-        if not found: raise FoundIRError(f"task {task!r} has neither photographs nor pairs in this split: add some or remove the task")
+        if not found:
+            raise FoundIRError(f"task {task!r} has neither photographs nor pairs in this split: "
+                               "add some or remove the task")
     return table
-
 
 def position(items: Mapping[str, Sequence[int]], task: str, index: int) -> int:
     "Where a task's row stands among all. Raises `FoundIRError` for an unknown task, `IndexError` for a row too many."
@@ -242,7 +248,6 @@ def from_photograph(
     else: lq, gt = degraded_pair(gt, one, seed)
     return lq[:, :crop, :crop], gt[:, :crop, :crop], name, view
 
-
 def from_pair(gt: Tensor, lq: Tensor, crop: int, seed: int) -> tuple[Tensor, Tensor, View]:
     "Cut a stored pair at full resolution, at a place drawn from the seed."
     view = draw_view(*gt.shape[1:], crop, (1, 1), gt.shape[1] // lq.shape[1], generator("pair", seed))
@@ -250,7 +255,6 @@ def from_pair(gt: Tensor, lq: Tensor, crop: int, seed: int) -> tuple[Tensor, Ten
 
 # %% ../nbs/22_data.ipynb #c64a5a4a
 CACHE = 2 * 10**9  # bytes
-
 
 class Photos:
     "Reads decoded photographs, and keeps them while there is room."
@@ -312,7 +316,8 @@ class RestorationDataset(Dataset):
         photo, caption = partial(self.photos, row["path"]), row.get("caption")
         if lq := row.get("lq"): name, (lq, gt, view) = row["task"], from_pair(photo(), self.photos(lq), self.crop, seed)
         else: lq, gt, name, view = from_photograph(photo, self.tasks[task], seed=seed, **self.sampling)
-        sizes = size_conditions(row["height"], row["width"], view) | {"target_size": torch.tensor((self.crop, self.crop))}
+        sizes = size_conditions(row["height"], row["width"], view) | {
+            "target_size": torch.tensor((self.crop, self.crop))}
         return dict(lq=lq, gt=gt, caption=caption if isinstance(caption, str) else "", task=task, subtask=name, **sizes)
 
 # %% ../nbs/22_data.ipynb #0fd279d2
@@ -334,13 +339,14 @@ class Item:
     input: Tensor  # (3, H, W): the LQ at the GT's size, by bicubic for SR
     caption: str = ""  # of the photograph
 
-
 def _reference_item(row: dict[str, Any], photos: Photos, task: SubTask, size: int, seed: int) -> Item:
     "One item, from a stored pair or a photograph."
     gt, g = photos(row["path"]), generator("reference", seed)
     if row.get("lq"):
         lq, k = photos(row["lq"]), task.scale
-        if gt.shape[1] != lq.shape[1] * k: raise FoundIRError(f"the pair {row['photo']} is not a pair of {task.name}, which needs a GT {k} times the size of the LQ: correct its task")
+        if gt.shape[1] != lq.shape[1] * k:
+            raise FoundIRError(f"the pair {row['photo']} is not a pair of {task.name}, "
+                               f"which needs a GT {k} times the size of the LQ: correct its task")
         view = draw_view(*gt.shape[1:], size, (1, 1), k, g)
         lq = look(lq, View(view.top // k, view.left // k, size // k, size // k, view.flip))
         gt = look(gt, view)
@@ -360,19 +366,28 @@ def reference_items(
     seed: int,
     root: str | Path = ".",  # the manifest's paths are relative to it
 ) -> list[Item]:
-    "Fixed items, sub-task by sub-task. Stored pairs of a sub-task are used where the split has them, else photographs. Raises `FoundIRError`."
+    """Fixed items, sub-task by sub-task.
+    Stored pairs of a sub-task are used where the split has them, else photographs. Raises `FoundIRError`."""
     rows, photos, items = split_rows(manifest, split, size), Photos(root), []
     categories = {subtask(name).category for name in subtasks}
     for r in rows[rows["lq"].ne("")].itertuples() if "lq" in rows else ():
-        if r.task in categories: raise FoundIRError(f"the pair {r.photo} of split {split!r} is for the category {r.task!r}: name its sub-task, so that it can be scored as one")
+        if r.task in categories:
+            raise FoundIRError(f"the pair {r.photo} of split {split!r} is for the category {r.task!r}: "
+                               "name its sub-task, so that it can be scored as one")
     if per_subtask < 1: raise FoundIRError(f"per_subtask must be at least 1, got {per_subtask}")
     for task in map(subtask, subtasks):
-        if size % task.scale: raise FoundIRError(f"size {size} is not a multiple of {task.name}'s scale {task.scale}: choose {size // task.scale * task.scale or task.scale}")
+        if size % task.scale:
+            raise FoundIRError(f"size {size} is not a multiple of {task.name}'s scale {task.scale}: "
+                               f"choose {size // task.scale * task.scale or task.scale}")
         records = rows.to_dict("records")
-        found = [r for r in records if r.get("lq") and r["task"] == task.name] or [r for r in records if not r.get("lq")]
-        if not found: raise FoundIRError(f"split {split!r} has neither photographs nor pairs for {task.name}: add some or leave it out")
+        pairs = [r for r in records if r.get("lq") and r["task"] == task.name]
+        found = pairs or [r for r in records if not r.get("lq")]
+        if not found:
+            raise FoundIRError(f"split {split!r} has neither photographs nor pairs for {task.name}: "
+                               "add some or leave it out")
         order = torch.randperm(len(found), generator=generator("order", task.name, seed)).tolist()
         for i in range(per_subtask):
             row = found[order[i % len(found)]]
-            items.append(_reference_item(row, photos, task, size, hash_seed("item", split, task.name, row["photo"], i, seed)))
+            drawn = hash_seed("item", split, task.name, row["photo"], i, seed)
+            items.append(_reference_item(row, photos, task, size, drawn))
     return items

@@ -30,7 +30,6 @@ OPERATORS: Mapping[str, Callable[..., Tensor]] = {f.__name__: f for f in (
     shake, moving_object, depth_of_field, coloured_noise, phone_denoise, resaved, fog,
     lamps, screens, highlights, camera_exposure, tone, colour_cast, shrink)}
 
-
 class Applied(NamedTuple):
     "One operator with the parameters that were drawn for it."
     operator: str
@@ -45,7 +44,6 @@ def _draw(r: Range, u: float) -> float | int | str:
         case Uniform(low, high): return low + u * (high - low)
         case Choice(options): return options[int(u * len(options))]
     raise FoundIRError(f"unknown range {r!r}: use Uniform, LogUniform, Integers or Choice")
-
 
 def draw_parameters(
     task: SubTask | str,
@@ -76,7 +74,6 @@ def check_image(image: Tensor) -> None:
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise FoundIRError(f"expected values in [0, 1], got [{low:.3g}, {high:.3g}]: rescale or clamp the image")
 
-
 def _check_call(operator: str, parameters: Mapping[str, Any]) -> None:
     "Raise `FoundIRError` unless the operator exists and takes these parameters."
     if operator not in OPERATORS:
@@ -99,7 +96,6 @@ def apply(
     x = image.float().clamp(0, 1)
     for operator, parameters in applied: x = OPERATORS[operator](x, **parameters).clamp(0, 1)
     return ((x * 255).round() / 255).to(image.dtype)
-
 
 def degrade(
     image: Tensor,  # GT, (3, H, W) in [0, 1]

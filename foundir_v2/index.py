@@ -25,9 +25,9 @@ from .targets import READABLE
 class Entry:
     "What a layout says about one row, before any file was opened."
     photo: str
-    path: str # the GT
+    path: str  # the GT
     split: str
-    lq: str = "" # its partner; empty: there are no pairs
+    lq: str = ""  # its partner; empty: there are no pairs
     task: str = ""
 
 def _pictures(folder: Path) -> list[Path]:
@@ -37,7 +37,8 @@ def _pictures(folder: Path) -> list[Path]:
 def _pair(gt_dir: Path, lq_dir: Path) -> Iterator[tuple[str, str, str]]:
     "(name, GT path, LQ path); where a partner is missing, the path says where it should be."
     gts, lqs = ({p.relative_to(d).with_suffix("").as_posix(): str(p) for p in _pictures(d)} for d in (gt_dir, lq_dir))
-    for name in sorted(gts.keys() | lqs.keys()): yield name, gts.get(name, str(gt_dir / name)), lqs.get(name, str(lq_dir / name))
+    for name in sorted(gts.keys() | lqs.keys()):
+        yield name, gts.get(name, str(gt_dir / name)), lqs.get(name, str(lq_dir / name))
 
 # %% ../nbs/14_index.ipynb #a019afa8
 def _scan_split(folder: Path) -> Iterator[Entry]:
@@ -46,23 +47,31 @@ def _scan_split(folder: Path) -> Iterator[Entry]:
     gt_dirs = sorted(d for d in folder.rglob("GT") if d.is_dir())
     for d in gt_dirs:
         task = d.parent.relative_to(folder).as_posix().removeprefix(".")
-        for name, gt, lq in _pair(d, d.with_name("LQ")): yield Entry("/".join(filter(None, (split, task, name))), gt, split, lq, task)
+        for name, gt, lq in _pair(d, d.with_name("LQ")):
+            yield Entry("/".join(filter(None, (split, task, name))), gt, split, lq, task)
     if gt_dirs: return
-    for p in _pictures(folder): yield Entry(f"{split}/{p.relative_to(folder).with_suffix('').as_posix()}", str(p), split)
+    for p in _pictures(folder):
+        yield Entry(f"{split}/{p.relative_to(folder).with_suffix('').as_posix()}", str(p), split)
 
 def scan(
-    folder: str | Path, # a data set in one of the three layouts
-) -> list[Entry]: # in a fixed order
-    "List a data set. Raises `FileNotFoundError` (no such folder) or `FoundIRError` (no known layout, no pictures, one name twice)."
+    folder: str | Path,  # a data set in one of the three layouts
+) -> list[Entry]:  # in a fixed order
+    """List a data set.
+    Raises `FileNotFoundError` (no such folder) or `FoundIRError` (no known layout, no pictures, one name twice)."""
     folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: run `foundir-v2 data fetch`, or give the folder of your data set")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: run `foundir-v2 data fetch`, or give the folder of your data set")
     if (folder / "SOURCES.csv").exists():
         entries = [Entry(Path(s.file).stem, str(folder / s.file), s.split) for s in read_sources(folder) if s.split]
     else:
         entries = [e for split in SPLITS if (folder / split).is_dir() for e in _scan_split(folder / split)]
         other = [d.name for d in sorted(folder.iterdir()) if d.is_dir() and d.name not in SPLITS and _pictures(d)]
-        if entries and other: raise FoundIRError(f"{folder / other[0]} holds pictures but is not a split: its name must be one of {', '.join(SPLITS)}")
-    if not entries: raise FoundIRError(f"no pictures found in {folder}: expected SOURCES.csv, or folders {', '.join(SPLITS)} with pictures or GT/ and LQ/ in them")
+        if entries and other:
+            raise FoundIRError(f"{folder / other[0]} holds pictures but is not a split: "
+                               f"its name must be one of {', '.join(SPLITS)}")
+    if not entries:
+        raise FoundIRError(f"no pictures found in {folder}: expected SOURCES.csv, or folders {', '.join(SPLITS)} with "
+                           "pictures or GT/ and LQ/ in them")
     seen = {}
     for e in entries:
         if e.photo in seen: raise FoundIRError(f"{e.path} and {seen[e.photo]} share the name {e.photo}: rename one")
@@ -71,20 +80,21 @@ def scan(
 
 # %% ../nbs/14_index.ipynb #3605f767
 def dhash(
-    image: Tensor, # (3, H, W)
-) -> str: # 64 hexadecimal digits
+    image: Tensor,  # (3, H, W)
+) -> str:  # 64 hexadecimal digits
     "Difference hash (N. Krawetz, \"Kind of like that\", 2013) of 16×16 signs."
     g = adaptive_avg_pool2d(image.mean(0, keepdim=True), (16, 17))[0]
     return np.packbits((g[:, 1:] > g[:, :-1]).numpy()).tobytes().hex()
 
 def _bits(hashes: list[str]) -> np.ndarray:
     "(n, 16, 16) booleans."
-    return np.unpackbits(np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32), axis=1).reshape(-1, 16, 16).astype(bool)
+    packed = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
+    return np.unpackbits(packed, axis=1).reshape(-1, 16, 16).astype(bool)
 
 def look_alike(
-    a: list[str], # n hashes
-    b: list[str], # m hashes
-) -> np.ndarray: # (n, m): differing bits of 256, the smaller of upright and mirrored
+    a: list[str],  # n hashes
+    b: list[str],  # m hashes
+) -> np.ndarray:  # (n, m): differing bits of 256, the smaller of upright and mirrored
     "How far apart pictures are by their looks."
     pack = lambda x: np.packbits(x.reshape(len(x), -1), axis=1).view(np.uint64)
     x_A4, y_B4, m_B4 = pack(_bits(a)), pack(_bits(b)), pack(~_bits(b)[:, :, ::-1])
@@ -95,8 +105,8 @@ def look_alike(
 NEAR_BITS = 32  # of 256; measured above
 
 def check_splits(
-    manifest: pd.DataFrame, # columns photo, split, sha256, dhash
-    near_bits: int = NEAR_BITS, # how few differing bits make two pictures one photograph
+    manifest: pd.DataFrame,  # columns photo, split, sha256, dhash
+    near_bits: int = NEAR_BITS,  # how few differing bits make two pictures one photograph
 ) -> None:
     "Raise `FoundIRError` if a photograph, or one that looks like it, is in two splits."
     ok = manifest[manifest.sha256 != ""]
@@ -107,7 +117,8 @@ def check_splits(
             other = b.iloc[int(distances.argmin())]
             if distances.min() > near_bits: continue
             how = "is" if row.sha256 == other.sha256 else "looks like"
-            raise FoundIRError(f"{row.photo} ({row.split}) {how} {other.photo} ({other.split}): a photograph may be in one split only, remove one of the two")
+            raise FoundIRError(f"{row.photo} ({row.split}) {how} {other.photo} ({other.split}): "
+                               "a photograph may be in one split only, remove one of the two")
 
 # %% ../nbs/14_index.ipynb #ae1b88e2
 ACCEPTED, REJECTED = "accepted", "rejected"
@@ -119,17 +130,21 @@ def _misfit(gt_size: tuple[int, int], lq_size: tuple[int, int]) -> str:
     return f"LQ is {w}x{h}, GT {W}x{H}: neither the same size nor smaller by an integer factor"
 
 def inspect(
-    entry: Entry, # what the layout says
-    root: Path, # paths inside it are stored relative to it
-    max_pixels: int = MAX_PIXELS, # larger pictures are rejected
-) -> dict[str, str | int]: # a row of the manifest
+    entry: Entry,  # what the layout says
+    root: Path,  # paths inside it are stored relative to it
+    max_pixels: int = MAX_PIXELS,  # larger pictures are rejected
+) -> dict[str, str | int]:  # a row of the manifest
     "Open the files of one entry. Never raises for a bad file: it is rejected with the reason."
-    def relative(p: str) -> str: return Path(p).relative_to(root).as_posix() if p and Path(p).is_relative_to(root) else p
-    row = asdict(entry) | dict(path=relative(entry.path), lq=relative(entry.lq), width=0, height=0, sha256="", dhash="", verdict=ACCEPTED, reason="", caption="")
+    def relative(p: str) -> str:
+        return Path(p).relative_to(root).as_posix() if p and Path(p).is_relative_to(root) else p
+    row = asdict(entry) | dict(path=relative(entry.path), lq=relative(entry.lq), width=0, height=0, sha256="", dhash="",
+                               verdict=ACCEPTED, reason="", caption="")
     try:
         gt = load_image(entry.path, max_pixels)
-        if entry.lq and (why := _misfit(gt.shape[1:], load_image(entry.lq, max_pixels).shape[1:])): raise ImageError(why)
-        row |= dict(width=gt.shape[2], height=gt.shape[1], sha256=hashlib.sha256(Path(entry.path).read_bytes()).hexdigest(), dhash=dhash(gt))
+        if entry.lq and (why := _misfit(gt.shape[1:], load_image(entry.lq, max_pixels).shape[1:])):
+            raise ImageError(why)
+        row |= dict(width=gt.shape[2], height=gt.shape[1],
+                    sha256=hashlib.sha256(Path(entry.path).read_bytes()).hexdigest(), dhash=dhash(gt))
     except (ImageError, OSError) as e: row |= dict(verdict=REJECTED, reason=str(e).replace(f"{root}/", ""))
     return row
 
@@ -137,11 +152,11 @@ def inspect(
 COLUMNS = ("photo", "path", "lq", "task", "split", "width", "height", "sha256", "dhash", "verdict", "reason", "caption")
 
 def build_manifest(
-    folder: str | Path = "data", # a data set in one of the layouts; relative to `root`
-    root: str | Path | None = None, # default: the repository
-    max_pixels: int = MAX_PIXELS, # larger pictures are rejected
-    near_bits: int = NEAR_BITS, # pictures of two splits that differ in so few bits are one photograph; -1: don't look
-) -> pd.DataFrame: # columns `COLUMNS`, one row per ground truth, bad ones included
+    folder: str | Path = "data",  # a data set in one of the layouts; relative to `root`
+    root: str | Path | None = None,  # default: the repository
+    max_pixels: int = MAX_PIXELS,  # larger pictures are rejected
+    near_bits: int = NEAR_BITS,  # pictures of two splits that differ in so few bits are one photograph; -1: don't look
+) -> pd.DataFrame:  # columns `COLUMNS`, one row per ground truth, bad ones included
     "Index a data set. Raises as `scan` and `check_splits` do."
     root = Path(root or repo_root()).absolute()
     manifest = pd.DataFrame([inspect(e, root, max_pixels) for e in scan(root / folder)])[list(COLUMNS)]
@@ -150,57 +165,67 @@ def build_manifest(
 
 # %% ../nbs/14_index.ipynb #ce24a1f3
 def select(
-    manifest: pd.DataFrame, # with verdicts
-) -> pd.DataFrame: # the rows to work with
-    "What is worked with: drop what was rejected for training; keep the benchmarks whole. Raises `FoundIRError` if one of their pictures is unusable or nothing is left to train on."
+    manifest: pd.DataFrame,  # with verdicts
+) -> pd.DataFrame:  # the rows to work with
+    """What is worked with: drop what was rejected for training; keep the benchmarks whole.
+    Raises `FoundIRError` if one of their pictures is unusable or nothing is left to train on."""
     train = manifest.split == "train"
     broken = manifest[~train & (manifest.width == 0)]
-    if len(broken): raise FoundIRError(f"{broken.photo.iloc[0]} ({broken.split.iloc[0]}) can't be used: {broken.reason.iloc[0]}")
+    if len(broken):
+        raise FoundIRError(f"{broken.photo.iloc[0]} ({broken.split.iloc[0]}) can't be used: {broken.reason.iloc[0]}")
     kept = manifest[~train | (manifest.verdict == ACCEPTED)]
-    if not (kept.split == "train").any(): raise FoundIRError("no training picture was accepted: look at the column `reason`, then loosen the thresholds or add pictures")
+    if not (kept.split == "train").any():
+        raise FoundIRError("no training picture was accepted: look at the column `reason`, "
+                           "then loosen the thresholds or add pictures")
     return kept.reset_index(drop=True)
 
 # %% ../nbs/14_index.ipynb #a9833606
 def add_captions(
-    manifest: pd.DataFrame, # rows to describe
-    captioner: Callable[[Path], str], # path of a picture → caption, may be empty
-    root: str | Path | None = None, # what `path` is relative to; default: the repository
-) -> pd.DataFrame: # a copy with the column `caption` filled
+    manifest: pd.DataFrame,  # rows to describe
+    captioner: Callable[[Path], str],  # path of a picture → caption, may be empty
+    root: str | Path | None = None,  # what `path` is relative to; default: the repository
+) -> pd.DataFrame:  # a copy with the column `caption` filled
     "Describe the ground truths."
     root = Path(root or repo_root())
     return manifest.assign(caption=[captioner(root / p) for p in manifest.path])
 
 # %% ../nbs/14_index.ipynb #fbf4d65b
 def save_manifest(
-    manifest: pd.DataFrame, # any table
-    path: str | Path, # .parquet
+    manifest: pd.DataFrame,  # any table
+    path: str | Path,  # .parquet
 ) -> Path:
     "Write a table atomically as Parquet."
     with atomic_write(path) as tmp: manifest.to_parquet(tmp, index=False)
     return Path(path)
 
 def load_manifest(
-    path: str | Path, # what `save_manifest` wrote
-) -> pd.DataFrame: # at least `COLUMNS`; more if cleaning added some
+    path: str | Path,  # what `save_manifest` wrote
+) -> pd.DataFrame:  # at least `COLUMNS`; more if cleaning added some
     "Read a manifest. Raises `FileNotFoundError` or `FoundIRError` naming the missing columns."
     if not Path(path).is_file(): raise FileNotFoundError(f"no manifest at {path}: run `dvc repro manifest` first")
     try: manifest = pd.read_parquet(path)
-    except (OSError, ValueError) as e: raise FoundIRError(f"{path} is not a Parquet table ({' '.join(str(e).split())}): build it again") from None
+    except (OSError, ValueError) as e:
+        raise FoundIRError(f"{path} is not a Parquet table ({' '.join(str(e).split())}): build it again") from None
     missing = [c for c in COLUMNS if c not in manifest]
-    if missing: raise FoundIRError(f"{path} lacks the columns {', '.join(missing)}: build it with foundir_v2.index.build_manifest")
+    if missing:
+        raise FoundIRError(f"{path} lacks the columns {', '.join(missing)}: "
+                           "build it with foundir_v2.index.build_manifest")
     return manifest
 
 # %% ../nbs/14_index.ipynb #ee5c2d17
 def thumbnails(
-    rows: pd.DataFrame, # of a manifest
-    root: str | Path | None = None, # what `path` is relative to; default: the repository
-    side: int = 128, # of the squares, in pixels
-) -> list[Tensor]: # (3, side, side) each, on white
+    rows: pd.DataFrame,  # of a manifest
+    root: str | Path | None = None,  # what `path` is relative to; default: the repository
+    side: int = 128,  # of the squares, in pixels
+) -> list[Tensor]:  # (3, side, side) each, on white
     "Small pictures of usable rows, unusable ones left out."
     root, out = Path(root or repo_root()), []
     for row in rows[rows.width > 0].itertuples():
         scale = side / max(row.width, row.height)
-        small = interpolate(load_image(root / row.path)[None], (max(1, round(row.height * scale)), max(1, round(row.width * scale))), mode="bilinear", antialias=True)[0]
+        small = interpolate(load_image(root / row.path)[None],
+                            (max(1, round(row.height * scale)), max(1, round(row.width * scale))), mode="bilinear",
+                            antialias=True)[0]
         h, w = small.shape[1:]
-        out.append(pad(small, ((side - w) // 2, side - w - (side - w) // 2, (side - h) // 2, side - h - (side - h) // 2), value=1.0))
+        left, top = (side - w) // 2, (side - h) // 2
+        out.append(pad(small, (left, side - w - left, top, side - h - top), value=1.0))
     return out

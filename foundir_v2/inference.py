@@ -17,29 +17,29 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval, MinLen, Unit
 
 # %% ../nbs/03_inference.ipynb #03a00007
-Steps = Annotated[int, Interval(ge=1, le=1000)] # of the noise scheduler: there are as many timesteps
-Guidance = Annotated[float, Interval(ge=0, le=1000)] # scale of classifier-free guidance; 1: none
-Start = Literal["lq", "noise"] # the noised latents of the degraded image, or noise alone
-Prompt = Literal["none", "caption"] # empty, or the image's caption, where there is one
-Factor = Annotated[float, Interval(ge=1, le=16)] # of enlargement
+Steps = Annotated[int, Interval(ge=1, le=1000)]  # of the noise scheduler: there are as many timesteps
+Guidance = Annotated[float, Interval(ge=0, le=1000)]  # scale of classifier-free guidance; 1: none
+Start = Literal["lq", "noise"]  # the noised latents of the degraded image, or noise alone
+Prompt = Literal["none", "caption"]  # empty, or the image's caption, where there is one
+Factor = Annotated[float, Interval(ge=1, le=16)]  # of enlargement
 Fraction = Annotated[float, Interval(ge=0, le=1)]
-Overlap = Annotated[float, Interval(ge=0, lt=1)] # fraction that neighbouring tiles share
-TileSize = Annotated[int, Interval(ge=0, le=65_536), Unit("pixels")] # 0: no tiles
-TileBatch = Annotated[int, Interval(ge=1, le=65_536)] # tiles per call of a model
+Overlap = Annotated[float, Interval(ge=0, lt=1)]  # fraction that neighbouring tiles share
+TileSize = Annotated[int, Interval(ge=0, le=65_536), Unit("pixels")]  # 0: no tiles
+TileBatch = Annotated[int, Interval(ge=1, le=65_536)]  # tiles per call of a model
 ColorFix = Literal["none", "adain", "wavelet"]
-OffsetUnit = Literal["pixel", "latent"] # of tile offsets; latent: the authors' habit
+OffsetUnit = Literal["pixel", "latent"]  # of tile offsets; latent: the authors' habit
 
 # %% ../nbs/03_inference.ipynb #03a00009
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
     "How a model restores unless a call says otherwise. Raises `ConfigError`."
     num_inference_steps: Steps = 20
-    guidance_scale: Guidance = 5.0 # 1: none
-    start: Start = "lq" # what the first step sees
-    prompt: Prompt = "none" # of whoever knows the captions: scoring and evaluation
-    tile_size: TileSize = 1024 # 0: no tiles
-    tile_overlap: Overlap = 0.25 # fraction that neighbouring tiles share
-    tile_batch: TileBatch = 1 # tiles per call of a model
+    guidance_scale: Guidance = 5.0  # 1: none
+    start: Start = "lq"  # what the first step sees
+    prompt: Prompt = "none"  # of whoever knows the captions: scoring and evaluation
+    tile_size: TileSize = 1024  # 0: no tiles
+    tile_overlap: Overlap = 0.25  # fraction that neighbouring tiles share
+    tile_batch: TileBatch = 1  # tiles per call of a model
 
     def __post_init__(self):
         from foundir_v2.config import check_fields
@@ -49,7 +49,7 @@ class InferenceConfig:
 @dataclass(frozen=True)
 class Recipe:
     "What `load_pipeline` needs besides a trained U-Net. Raises `ConfigError`."
-    base: Annotated[str, MinLen(1)] = "base" # as `foundir_v2.base.resolve_model` takes it
+    base: Annotated[str, MinLen(1)] = "base"  # as `foundir_v2.base.resolve_model` takes it
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     offset_unit: OffsetUnit = "pixel"
 
@@ -58,7 +58,7 @@ class Recipe:
         check_fields(self, "pipeline.json")
 
     @property
-    def defaults(self) -> dict[str, Any]: # arguments of `FoundIRv2Pipeline`
+    def defaults(self) -> dict[str, Any]:  # arguments of `FoundIRv2Pipeline`
         return {f"default_{k}": v for k, v in dict(asdict(self.inference), offset_unit=self.offset_unit).items()}
 
 def write_recipe(
@@ -71,12 +71,12 @@ def write_recipe(
     with atomic_write(Path(folder) / "pipeline.json") as tmp: tmp.write_text(text, encoding="utf-8")
 
 # %% ../nbs/03_inference.ipynb #03a00014
-RENAMED = dict(default_steps="default_num_inference_steps", default_guidance="default_guidance_scale") # old -> new
+RENAMED = dict(default_steps="default_num_inference_steps", default_guidance="default_guidance_scale")  # old -> new
 
 def stored_defaults(
-    config: Mapping[str, Any], # keys `default_…` of a pipeline's configuration, among others
-    where: str | Path, # it was read from, for messages
-) -> InferenceConfig: # what is absent is the class's default, as for `FoundIRv2Pipeline`
+    config: Mapping[str, Any],  # keys `default_…` of a pipeline's configuration, among others
+    where: str | Path,  # it was read from, for messages
+) -> InferenceConfig:  # what is absent is the class's default, as for `FoundIRv2Pipeline`
     "The defaults of a saved pipeline. Raises `FoundIRError` for old names and impossible values."
     from foundir_v2.config import from_dict
     from foundir_v2.core import FoundIRError
@@ -105,8 +105,8 @@ def read_recipe(
 
 # %% ../nbs/03_inference.ipynb #03a00018
 def find_recipe(
-    source: Path | str, # as `foundir_v2.base.resolve_model` returns it: a folder, or a name on the hub
-) -> Recipe | None: # None: neither a restorer's folder nor a training stage's
+    source: Path | str,  # as `foundir_v2.base.resolve_model` returns it: a folder, or a name on the hub
+) -> Recipe | None:  # None: neither a restorer's folder nor a training stage's
     "The recipe of a folder. Raises `FoundIRError` as `read_recipe`, and for a training stage's folder without one."
     from foundir_v2.core import FoundIRError
     if not isinstance(source, Path): return None

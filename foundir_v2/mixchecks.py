@@ -28,8 +28,8 @@ def shown(value: Any) -> str:
     except ValueError: return "a number of thousands of digits"
 
 def check_tasks(
-    tasks: Iterable[str], # names of the tasks
-) -> tuple[str, ...]: # the same, checked
+    tasks: Iterable[str],  # names of the tasks
+) -> tuple[str, ...]:  # the same, checked
     "Refuse an empty list, duplicates and things that are not names."
     if isinstance(tasks, str) or not isinstance(tasks, Iterable):
         raise MixtureError(f"tasks must be a list of names, not {shown(tasks)}")
@@ -41,10 +41,10 @@ def check_tasks(
     return tasks
 
 def check_names(
-    given: Mapping[str, Any], # something per task
-    tasks: Sequence[str], # the tasks there are
-    what: str, # for the error: "scores", "weights"
-    complete: bool = True, # must every task be there?
+    given: Mapping[str, Any],  # something per task
+    tasks: Sequence[str],  # the tasks there are
+    what: str,  # for the error: "scores", "weights"
+    complete: bool = True,  # must every task be there?
 ) -> None:
     "Refuse unknown and missing tasks, naming the choices."
     if not isinstance(given, Mapping):
@@ -55,19 +55,19 @@ def check_names(
         raise MixtureError(f"{what} of {', '.join(missing)} missing; the tasks are {', '.join(tasks)}")
 
 # %% ../nbs/24_mixchecks.ipynb #fffb8c1b
-Check = Callable[[Any, str], Any] # (value, its name for the error) -> the value as it is kept; raises `MixtureError`
-LARGEST = 1e100 # of a score or a rate: no metric comes near, and products and sums of squares stay finite
-SMALLEST = 1e-50 # of a unit that changes are measured by
+Check = Callable[[Any, str], Any]  # (value, its name for the error) -> the value as it is kept; raises `MixtureError`
+LARGEST = 1e100  # of a score or a rate: no metric comes near, and products and sums of squares stay finite
+SMALLEST = 1e-50  # of a unit that changes are measured by
 
 def check_number(
-    value: Any, # a number of any kind (int, float, NumPy, torch scalar)
-    what: str, # for the error
-    low: float = -math.inf, # smallest allowed value
-    high: float = math.inf, # largest allowed value
+    value: Any,  # a number of any kind (int, float, NumPy, torch scalar)
+    what: str,  # for the error
+    low: float = -math.inf,  # smallest allowed value
+    high: float = math.inf,  # largest allowed value
 ) -> float:
     "Refuse what is not a finite number in [low, high]."
     try: number = None if isinstance(value, (str, bytes, bool)) else float(value)
-    except OverflowError: number = math.inf # an integer beyond floats
+    except OverflowError: number = math.inf  # an integer beyond floats
     except (TypeError, ValueError): number = None
     if number is None: raise MixtureError(f"{what} is {shown(value)}, expected a number")
     if not math.isfinite(number): raise MixtureError(f"{what} is {number}, expected a finite number")
@@ -75,10 +75,10 @@ def check_number(
     return number
 
 def check_whole(
-    value: Any, # a whole number, of Python or NumPy
-    what: str, # for the error
-    low: int = 0, # smallest allowed value
-    high: int = 2**62, # largest allowed value
+    value: Any,  # a whole number, of Python or NumPy
+    what: str,  # for the error
+    low: int = 0,  # smallest allowed value
+    high: int = 2**62,  # largest allowed value
 ) -> int:
     "Refuse what is not a whole number in [low, high]."
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
@@ -95,33 +95,33 @@ def check_step(step: Any, last: int | None = None) -> int:
 
 # %% ../nbs/24_mixchecks.ipynb #5be7c1d0
 def check_weights(
-    weights: Mapping[str, float], # proportion per task
-    tasks: Sequence[str] | None = None, # the tasks there are; None: those of `weights`
-    what: str = "weights", # for the error
-) -> np.ndarray: # (k,) in the order of `tasks`
+    weights: Mapping[str, float],  # proportion per task
+    tasks: Sequence[str] | None = None,  # the tasks there are; None: those of `weights`
+    what: str = "weights",  # for the error
+) -> np.ndarray:  # (k,) in the order of `tasks`
     "Refuse weights that are negative, not finite, incomplete, or whose sum is off 1 by more than 1e-6."
     tasks = check_tasks(weights) if tasks is None else tasks
     check_names(weights, tasks, what)
     values = [check_number(weights[t], f"{what} of {t}", 0.0) for t in tasks]
     total = math.fsum(min(v, LARGEST) for v in values)
     if abs(total - 1) > 1e-6: raise MixtureError(f"{what} sum to {total:.8g}, expected 1")
-    rounding = abs(total - 1) < 1e-12 # stays: a replayed schedule equals its source
+    rounding = abs(total - 1) < 1e-12  # stays: a replayed schedule equals its source
     return np.array(values) / (1 if rounding else total)
 
 # %% ../nbs/24_mixchecks.ipynb #60e19690
 check_score: Check = partial(check_number, low=-LARGEST, high=LARGEST)
 
 def check_scores(
-    scores: Mapping[str, float | Sequence[float]], # per task: its score, or the scores of its reference images
-    tasks: Sequence[str], # the tasks there are
-    complete: bool = True, # must every task be there?
-) -> dict[str, list[float]]: # per task a list of finite numbers (of length 1 for a single score)
+    scores: Mapping[str, float | Sequence[float]],  # per task: its score, or the scores of its reference images
+    tasks: Sequence[str],  # the tasks there are
+    complete: bool = True,  # must every task be there?
+) -> dict[str, list[float]]:  # per task a list of finite numbers (of length 1 for a single score)
     "Refuse missing or unknown tasks and scores that are not finite."
     check_names(scores, tasks, "scores", complete)
     def listed(task: str) -> list[float]:
         value = scores[task]
         many = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1
-        plain = lambda v: type(v) is float and abs(v) <= LARGEST # nearly always; a NaN is not
+        plain = lambda v: type(v) is float and abs(v) <= LARGEST  # nearly always; a NaN is not
         images = [v if plain(v) else check_score(v, f"score of {task}") for v in (value if many else [value])]
         if not images: raise MixtureError(f"scores of {task}: an empty list")
         return images
@@ -137,9 +137,9 @@ def same(expected: Any) -> Check:
     return check
 
 def listed(
-    *each: Check, # of the entries: one for all, or one per entry
-    low: int = 0, # smallest length, with one check for all
-    high: float = math.inf, # largest length, with one check for all
+    *each: Check,  # of the entries: one for all, or one per entry
+    low: int = 0,  # smallest length, with one check for all
+    high: float = math.inf,  # largest length, with one check for all
 ) -> Check:
     "A list: of any number of like entries, or a row of different ones."
     if len(each) > 1: low = high = len(each)
@@ -153,7 +153,7 @@ def listed(
 
 # %% ../nbs/24_mixchecks.ipynb #7d2e1b63
 def record(
-    **entries: Check, # by name
+    **entries: Check,  # by name
 ) -> Check:
     "A mapping with exactly these entries."
     def check(value: Any, what: str) -> dict[str, Any]:
@@ -167,8 +167,8 @@ def record(
     return check
 
 def per_task(
-    tasks: Sequence[str], # the tasks there are
-    each: Check, # of every task's value
+    tasks: Sequence[str],  # the tasks there are
+    each: Check,  # of every task's value
 ) -> Check:
     "A mapping with one value for every task."
     def check(value: Any, what: str) -> dict[str, Any]:
@@ -182,9 +182,9 @@ def empty_or(check: Check) -> Check:
     return lambda value, what: {} if isinstance(value, Mapping) and not value else check(value, what)
 
 def shares(
-    tasks: Sequence[str], # the tasks there are
-    low: float = 0.0, # smallest proportion
-    high: float = 1.0, # largest proportion
+    tasks: Sequence[str],  # the tasks there are
+    low: float = 0.0,  # smallest proportion
+    high: float = 1.0,  # largest proportion
 ) -> Check:
     "Proportions that sum to 1; kept to the last bit."
     def check(value: Any, what: str) -> dict[str, float]:
@@ -204,7 +204,7 @@ def same_names(tasks: Sequence[str]) -> Check:
 
 # %% ../nbs/24_mixchecks.ipynb #34aabe09
 def rising(
-    rows: Check, # rows that begin with a whole number
+    rows: Check,  # rows that begin with a whole number
 ) -> Check:
     "Rows whose first numbers never go back."
     def check(value: Any, what: str) -> list[Any]:

@@ -19,11 +19,11 @@ from .mixchecks import (LARGEST, MixtureError, check_names, check_number, check_
 
 # %% ../nbs/34_mixlaw.ipynb #f590bcd9
 def spread_mixtures(
-    tasks: Sequence[str], # names
-    runs: int, # how many mixtures
-    floor: float = 0.02, # smallest share, so that no task is left without any training
-    seed: int = 0, # of the candidates
-) -> list[dict[str, float]]: # `runs` mixtures, the first uniform
+    tasks: Sequence[str],  # names
+    runs: int,  # how many mixtures
+    floor: float = 0.02,  # smallest share, so that no task is left without any training
+    seed: int = 0,  # of the candidates
+) -> list[dict[str, float]]:  # `runs` mixtures, the first uniform
     "Greedy maximin design on the simplex (Kennard & Stone 1969), for the small runs of a fit."
     tasks, k = check_tasks(tasks), len(tasks)
     check_number(floor, "floor", 0, 1 / k)
@@ -38,14 +38,14 @@ def spread_mixtures(
 @dataclass(frozen=True)
 class MixLaw:
     "s_i = c_i + k_i exp(sum_j t_ij w_j) for every score i (Ye et al. 2024, equation 7)."
-    tasks: tuple[str, ...] # mixed tasks, j
-    names: tuple[str, ...] # scores, i
-    c: np.ndarray # (m,) limits
-    k: np.ndarray # (m,) what is missing, negative for scores that grow towards `c`
-    t: np.ndarray # (m, n_tasks), rows sum to 0
-    covariance: np.ndarray # (m, n_tasks + 1, n_tasks + 1) of (c, exponents with log |k| added)
-    noise: np.ndarray # (m,) standard deviation of one run around the law
-    left_out: np.ndarray # (m,) root mean square error on runs that were left out of the fit
+    tasks: tuple[str, ...]  # mixed tasks, j
+    names: tuple[str, ...]  # scores, i
+    c: np.ndarray  # (m,) limits
+    k: np.ndarray  # (m,) what is missing, negative for scores that grow towards `c`
+    t: np.ndarray  # (m, n_tasks), rows sum to 0
+    covariance: np.ndarray  # (m, n_tasks + 1, n_tasks + 1) of (c, exponents with log |k| added)
+    noise: np.ndarray  # (m,) standard deviation of one run around the law
+    left_out: np.ndarray  # (m,) root mean square error on runs that were left out of the fit
 
     def __post_init__(self):
         m, n = len(check_tasks(self.names)), len(check_tasks(self.tasks))
@@ -60,26 +60,26 @@ class MixLaw:
             raise MixtureError(f"t of the law reaches {np.max(self.t):.4g}: its scores are beyond floats")
 
 def predict(
-    law: MixLaw, # fitted
-    weights: np.ndarray, # (..., n_tasks) mixtures
-) -> tuple[np.ndarray, np.ndarray]: # scores (..., m), their standard errors (..., m)
+    law: MixLaw,  # fitted
+    weights: np.ndarray,  # (..., n_tasks) mixtures
+) -> tuple[np.ndarray, np.ndarray]:  # scores (..., m), their standard errors (..., m)
     "Scores that models trained with these mixtures would reach."
     weights = np.asarray(weights, float)
     bent = law.k * np.exp(weights @ law.t.T)
     by_c, by_exponents = np.ones((*bent.shape, 1)), bent[..., None] * weights[..., None, :]
-    slope = np.concatenate([by_c, by_exponents], -1) # derivative of the score
+    slope = np.concatenate([by_c, by_exponents], -1)  # derivative of the score
     variance = np.einsum("...mi,mij,...mj->...m", slope, law.covariance, slope)
     return law.c + bent, np.sqrt(np.maximum(variance, 0))
 
 # %% ../nbs/34_mixlaw.ipynb #01b7aeb8
-PRIOR_NOISE = 0.005 # of a run, in units of the range: how the prior is weighed
+PRIOR_NOISE = 0.005  # of a run, in units of the range: how the prior is weighed
 
 def misfit(
-    x: np.ndarray, # (1 + n,) log distance of the limit, exponents
-    sign: int, # -1: scores stay below the limit, 1: above
-    weights: np.ndarray, # (r, n) mixtures
-    scores: np.ndarray, # (r,) final scores
-) -> np.ndarray: # (r + 1,) residuals in units of the range, prior last
+    x: np.ndarray,  # (1 + n,) log distance of the limit, exponents
+    sign: int,  # -1: scores stay below the limit, 1: above
+    weights: np.ndarray,  # (r, n) mixtures
+    scores: np.ndarray,  # (r,) final scores
+) -> np.ndarray:  # (r + 1,) residuals in units of the range, prior last
     "What least squares makes small."
     span = np.ptp(scores)
     edge = scores.max() if sign < 0 else scores.min()
@@ -87,10 +87,10 @@ def misfit(
     return np.append((model - scores) / span, PRIOR_NOISE * x[0] / 2)
 
 def fit_score(
-    weights: np.ndarray, # (r, n) mixtures
-    scores: np.ndarray, # (r,) final scores
-    near: tuple[np.ndarray, int] | None = None, # start from this solution only
-) -> tuple[np.ndarray, int, Any]: # x, sign, scipy's result
+    weights: np.ndarray,  # (r, n) mixtures
+    scores: np.ndarray,  # (r,) final scores
+    near: tuple[np.ndarray, int] | None = None,  # start from this solution only
+) -> tuple[np.ndarray, int, Any]:  # x, sign, scipy's result
     "Best of some starts; needs scipy."
     from scipy.optimize import least_squares
     if np.ptp(scores) == 0: raise MixtureError("all runs have the same score: there is nothing to fit")
@@ -106,10 +106,10 @@ def fit_score(
 
 # %% ../nbs/34_mixlaw.ipynb #23e52ef1
 def constants(
-    x: np.ndarray, # (1 + n,) from `fit_score`
-    sign: int, # of k
-    scores: np.ndarray, # (r,) the runs' scores
-) -> tuple[float, float, np.ndarray]: # c, k, t (n,) with sum 0
+    x: np.ndarray,  # (1 + n,) from `fit_score`
+    sign: int,  # of k
+    scores: np.ndarray,  # (r,) the runs' scores
+) -> tuple[float, float, np.ndarray]:  # c, k, t (n,) with sum 0
     "From the optimiser's variables to the law's."
     c = (scores.max() if sign < 0 else scores.min()) - sign * np.ptp(scores) * np.exp(x[0])
     return float(c), float(sign * np.exp(x[1:].mean())), x[1:] - x[1:].mean()
@@ -120,14 +120,14 @@ def apply_constants(parts: tuple[float, float, np.ndarray], weights: np.ndarray)
     return float(c + k * np.exp(weights @ t))
 
 def fit_one(
-    w: np.ndarray, # (r, n) mixtures
-    s: np.ndarray, # (r,) one score of every run
-) -> tuple[float, float, np.ndarray, np.ndarray, float, float]: # c, k, t, covariance, noise, left_out
+    w: np.ndarray,  # (r, n) mixtures
+    s: np.ndarray,  # (r,) one score of every run
+) -> tuple[float, float, np.ndarray, np.ndarray, float, float]:  # c, k, t, covariance, noise, left_out
     "Fit, uncertainty from the Jacobian, and error on runs that are left out one at a time."
     x, sign, found = fit_score(w, s)
     parts, missed = constants(x, sign, s), []
     noise = np.sqrt(sum((s[i] - apply_constants(parts, w[i])) ** 2 for i in range(len(s))) / (len(s) - len(x)))
-    scale = np.append(-sign * np.ptp(s) * np.exp(x[0]), np.ones(len(x) - 1)) # from log distance to c
+    scale = np.append(-sign * np.ptp(s) * np.exp(x[0]), np.ones(len(x) - 1))  # from log distance to c
     covariance = scale[:, None] * np.linalg.pinv(found.jac.T @ found.jac) * scale * (noise / np.ptp(s)) ** 2
     for i in range(len(s)):
         keep = np.arange(len(s)) != i
@@ -137,8 +137,8 @@ def fit_one(
 
 # %% ../nbs/34_mixlaw.ipynb #09f78294
 def fit_law(
-    mixtures: Sequence[Mapping[str, float]], # one per run
-    scores: Sequence[Mapping[str, float]], # final scores of that run, higher is better
+    mixtures: Sequence[Mapping[str, float]],  # one per run
+    scores: Sequence[Mapping[str, float]],  # final scores of that run, higher is better
 ) -> MixLaw:
     "Fit the law to small runs (needs scipy). Raises `MixtureError` on bad runs or fewer than tasks + 3 of them."
     if not mixtures or len(mixtures) != len(scores):
@@ -155,12 +155,12 @@ def fit_law(
 
 # %% ../nbs/34_mixlaw.ipynb #706ae478
 def goal(
-    law: MixLaw, # fitted
-    weights: np.ndarray, # (..., n_tasks) mixtures
-    objective: str | Mapping[str, float], # "mean", "worst", or importance per score
-    reference: np.ndarray, # (m,) subtracted from the scores
-    unit: np.ndarray, # (m,) then divided by
-) -> np.ndarray: # (...)
+    law: MixLaw,  # fitted
+    weights: np.ndarray,  # (..., n_tasks) mixtures
+    objective: str | Mapping[str, float],  # "mean", "worst", or importance per score
+    reference: np.ndarray,  # (m,) subtracted from the scores
+    unit: np.ndarray,  # (m,) then divided by
+) -> np.ndarray:  # (...)
     "What is made as large as possible."
     values = (predict(law, weights)[0] - reference) / unit
     if objective == "worst": return values.min(-1)
@@ -175,12 +175,12 @@ def goal(
 
 # %% ../nbs/34_mixlaw.ipynb #d658cf91
 def recommend(
-    law: MixLaw, # fitted
-    objective: str | Mapping[str, float] = "mean", # "mean", "worst", or importance per score
-    floor: float = 0.0, # smallest share of a task
-    reference: Mapping[str, float] | None = None, # per score, subtracted; None: 0
-    unit: Mapping[str, float] | None = None, # per score, what counts as one; None: 1
-) -> tuple[dict[str, float], dict[str, float], dict[str, float]]: # mixture, its predicted scores, their standard errors
+    law: MixLaw,  # fitted
+    objective: str | Mapping[str, float] = "mean",  # "mean", "worst", or importance per score
+    floor: float = 0.0,  # smallest share of a task
+    reference: Mapping[str, float] | None = None,  # per score, subtracted; None: 0
+    unit: Mapping[str, float] | None = None,  # per score, what counts as one; None: 1
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:  # mixture, predicted scores, their standard errors
     "The mixture that the law likes best (needs scipy), from the uniform one and the best of 2000 random ones."
     from scipy.optimize import minimize
     n = len(law.tasks)

@@ -10,7 +10,7 @@ __all__ = ['SHIPPED_CURVES', 'OBJECTIVES', 'Curves', 'shipped_file', 'save_curve
 # %% ../nbs/28_mixsim.ipynb #6351e140
 import json, reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ import numpy as np
 class Curves:
     "Learning curves of k tasks; every tuple has one number per task."
     tasks: tuple[str, ...]
-    top: tuple[float, ...] # score that endless training would reach
-    span: tuple[float, ...] # how far below it the untrained model is, > 0
-    half: tuple[float, ...] # samples that set the pace, > 0
-    power: tuple[float, ...] # exponent of the power law, > 0
-    forget: tuple[float, ...] # rate of forgetting per sample of any task, >= 0
-    helps: tuple[tuple[float, ...], ...] # helps[i][j]: what a sample of task i is worth to task j; diagonal 1
-    spread: tuple[float, ...] # standard deviation of the score between images of one task
-    wobble: tuple[float, ...] # standard deviation of one image's score from one evaluation to the next
+    top: tuple[float, ...]  # score that endless training would reach
+    span: tuple[float, ...]  # how far below it the untrained model is, > 0
+    half: tuple[float, ...]  # samples that set the pace, > 0
+    power: tuple[float, ...]  # exponent of the power law, > 0
+    forget: tuple[float, ...]  # rate of forgetting per sample of any task, >= 0
+    helps: tuple[tuple[float, ...], ...]  # helps[i][j]: what a sample of task i is worth to task j; diagonal 1
+    spread: tuple[float, ...]  # standard deviation of the score between images of one task
+    wobble: tuple[float, ...]  # standard deviation of one image's score from one evaluation to the next
 
     def __post_init__(self):
         k = len(self.tasks)
@@ -49,25 +49,25 @@ class Curves:
         if not np.allclose(np.diag(numbers("helps", k, k)), 1): raise ValueError("helps must have ones on its diagonal")
 
 # %% ../nbs/28_mixsim.ipynb #b22bd303
-SHIPPED_CURVES = ("tiny",) # names of files in foundir_v2/assets/curves
+SHIPPED_CURVES = ("tiny",)  # names of files in foundir_v2/assets/curves
 
 def shipped_file(
-    name: str, # in that folder
+    name: str,  # in that folder
 ) -> Path:
     "Path of one of the files that come with the package."
     return Path(str(files("foundir_v2"))) / "assets" / "curves" / name
 
 def save_curves(
-    curves: Curves, # what to keep
-    path: str | Path, # a JSON file
-    source: str = "", # where they come from, for people
+    curves: Curves,  # what to keep
+    path: str | Path,  # a JSON file
+    source: str = "",  # where they come from, for people
 ) -> None:
     "Write the constants as readable JSON."
     fields = {**({"source": source} if source else {}), **asdict(curves)}
     Path(path).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 def load_curves(
-    path: str | Path, # a file of `save_curves`, or one of `SHIPPED_CURVES`
+    path: str | Path,  # a file of `save_curves`, or one of `SHIPPED_CURVES`
 ) -> Curves:
     "Read them back. Raises `ValueError` naming the file if it holds something else."
     path = shipped_file(f"{path}.json") if str(path) in SHIPPED_CURVES else path
@@ -80,11 +80,11 @@ def load_curves(
 
 # %% ../nbs/28_mixsim.ipynb #c9388b45
 def experience(
-    curves: Curves, # the constants
-    before: np.ndarray, # (..., k) experience at the start
-    weights: np.ndarray, # (..., k) mixture during the stretch
-    samples: float, # length of the stretch
-) -> np.ndarray: # (..., k) experience at its end, not below 0
+    curves: Curves,  # the constants
+    before: np.ndarray,  # (..., k) experience at the start
+    weights: np.ndarray,  # (..., k) mixture during the stretch
+    samples: float,  # length of the stretch
+) -> np.ndarray:  # (..., k) experience at its end, not below 0
     "Solution of de/dn = H^T weights - f e over one stretch of constant weights."
     forget = np.asarray(curves.forget)
     rate = weights @ np.asarray(curves.helps)
@@ -93,23 +93,23 @@ def experience(
     return np.maximum(0.0, before * kept + rate * grown)
 
 def score_of(
-    curves: Curves, # the constants
-    done: np.ndarray, # (..., k) experience
-) -> np.ndarray: # (..., k) true scores, without noise
+    curves: Curves,  # the constants
+    done: np.ndarray,  # (..., k) experience
+) -> np.ndarray:  # (..., k) true scores, without noise
     "Power law from experience to score."
     top, span, half, power = (np.asarray(v) for v in (curves.top, curves.span, curves.half, curves.power))
     return top - span * (1 + done / half) ** -power
 
 # %% ../nbs/28_mixsim.ipynb #a0d589a0
 def simulate(
-    curves: Curves, # the constants
-    make_policy: Callable[[], Any], # gives a new policy over `curves.tasks`
-    updates: int, # evaluations, with an update after each
-    interval: float, # samples between two of them
-    seeds: int = 20, # runs; seed 0, 1, ...
-    images: int = 10, # |D_ref| per task
-    as_list: bool = False, # give the policy the images' scores instead of their mean
-) -> tuple[np.ndarray, np.ndarray]: # true scores (seeds, updates + 1, k), weights of each stretch (seeds, updates, k)
+    curves: Curves,  # the constants
+    make_policy: Callable[[], Any],  # gives a new policy over `curves.tasks`
+    updates: int,  # evaluations, with an update after each
+    interval: float,  # samples between two of them
+    seeds: int = 20,  # runs; seed 0, 1, ...
+    images: int = 10,  # |D_ref| per task
+    as_list: bool = False,  # give the policy the images' scores instead of their mean
+) -> tuple[np.ndarray, np.ndarray]:  # true scores (seeds, updates + 1, k), weights of each stretch (seeds, updates, k)
     "Run a policy on the curves. The first evaluation is before any training."
     policies, tasks = [make_policy() for _ in range(seeds)], curves.tasks
     rngs = [np.random.Generator(np.random.Philox(key=s)) for s in range(seeds)]
@@ -130,10 +130,10 @@ def simulate(
 OBJECTIVES = ("mean", "share", "worst")
 
 def objective(
-    curves: Curves, # the constants
-    scores: np.ndarray, # (..., k) true scores
-    kind: str = "share", # "mean", "share" or "worst"
-) -> np.ndarray: # (...): dB for "mean", percent for the others
+    curves: Curves,  # the constants
+    scores: np.ndarray,  # (..., k) true scores
+    kind: str = "share",  # "mean", "share" or "worst"
+) -> np.ndarray:  # (...): dB for "mean", percent for the others
     "How good a model with these scores is."
     if kind not in OBJECTIVES: raise ValueError(f"unknown objective {kind!r}; the choices are {', '.join(OBJECTIVES)}")
     if kind == "mean": return scores.mean(-1)
@@ -141,11 +141,11 @@ def objective(
     return share.mean(-1) if kind == "share" else share.min(-1)
 
 def best_fixed(
-    curves: Curves, # the constants
-    samples: float, # length of the run
-    kind: str = "share", # objective
-    rounds: int = 12, # of search, each three times as narrow
-) -> tuple[dict[str, float], float]: # the mixture, its objective
+    curves: Curves,  # the constants
+    samples: float,  # length of the run
+    kind: str = "share",  # objective
+    rounds: int = 12,  # of search, each three times as narrow
+) -> tuple[dict[str, float], float]:  # the mixture, its objective
     "Best constant mixture by random search with full knowledge."
     rng, k = np.random.Generator(np.random.Philox(key=0)), len(curves.tasks)
     value = lambda w: objective(curves, score_of(curves, experience(curves, np.zeros(k), w, samples)), kind)
@@ -159,15 +159,15 @@ def best_fixed(
 
 # %% ../nbs/28_mixsim.ipynb #0d1cb8ec
 def race(
-    curves: Curves, # the constants
-    policies: Mapping[str, Callable[[], Any]], # name -> gives a new policy
-    updates: int = 30, # evaluations per run
-    interval: float = 1000, # samples between two
-    seeds: int = 20, # runs per policy
-    images: int = 10, # |D_ref| per task
-    kind: str = "share", # objective
-    as_list: Sequence[str] = (), # names of the policies that want the images' scores
-) -> list[dict[str, Any]]: # rows policy, seed, value, regret
+    curves: Curves,  # the constants
+    policies: Mapping[str, Callable[[], Any]],  # name -> gives a new policy
+    updates: int = 30,  # evaluations per run
+    interval: float = 1000,  # samples between two
+    seeds: int = 20,  # runs per policy
+    images: int = 10,  # |D_ref| per task
+    kind: str = "share",  # objective
+    as_list: Sequence[str] = (),  # names of the policies that want the images' scores
+) -> list[dict[str, Any]]:  # rows policy, seed, value, regret
     "Every policy on the same curves and seeds, against the best fixed mixture."
     if unknown := [n for n in as_list if n not in policies]:
         raise ValueError(f"as_list names {', '.join(unknown)}; the policies are {', '.join(policies)}")
@@ -181,8 +181,8 @@ def race(
     return rows
 
 def regret_table(
-    rows: Sequence[Mapping[str, Any]], # from `race`
-) -> list[dict[str, Any]]: # rows policy, runs, regret, error; least regret first
+    rows: Sequence[Mapping[str, Any]],  # from `race`
+) -> list[dict[str, Any]]:  # rows policy, runs, regret, error; least regret first
     "Mean regret per policy with its standard error over seeds."
     names = dict.fromkeys(r["policy"] for r in rows)
     regrets = {n: np.array([r["regret"] for r in rows if r["policy"] == n]) for n in names}
@@ -192,9 +192,9 @@ def regret_table(
 
 # %% ../nbs/28_mixsim.ipynb #6206ee74
 def log_arrays(
-    rows: Sequence[Mapping[str, Any]], # step, task, weight from then on, score and, if counted, samples until then
-    samples_per_step: float | None = None, # batch size of all ranks together; not needed where samples are counted
-) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]: # tasks, samples (n,), weights (n, k), scores (n, k)
+    rows: Sequence[Mapping[str, Any]],  # step, task, weight from then on, score and, if counted, samples until then
+    samples_per_step: float | None = None,  # batch size of all ranks together; not needed where samples are counted
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:  # tasks, samples (n,), weights (n, k), scores (n, k)
     """A mixture log as arrays, from sample 0 on. Weights are what was drawn, where that was counted.
 
     Raises `ValueError` if a step lacks a task."""
@@ -207,7 +207,7 @@ def log_arrays(
     number = lambda value: np.nan if value in (None, "") else float(value)
     column = lambda name: np.array([[number(table[s, t].get(name)) for t in tasks] for s in steps])
     weights, scores, counts = column("weight"), column("score"), column("samples")
-    if steps[0] > 0: # the run began uniform and unmeasured
+    if steps[0] > 0:  # the run began uniform and unmeasured
         before = np.full((1, len(tasks)), np.nan)
         steps, weights = [0, *steps], np.vstack([np.full_like(before, 1 / len(tasks)), weights])
         scores, counts = np.vstack([before, scores]), np.vstack([before, counts])
@@ -220,10 +220,10 @@ def log_arrays(
     return tasks, np.array(steps) * float(samples_per_step), weights, scores
 
 def replay_experience(
-    curves: Curves, # the constants
-    samples: np.ndarray, # (n,) when the weights changed
-    weights: np.ndarray, # (n, k) from then on
-) -> np.ndarray: # (n, k) experience at each of these times
+    curves: Curves,  # the constants
+    samples: np.ndarray,  # (n,) when the weights changed
+    weights: np.ndarray,  # (n, k) from then on
+) -> np.ndarray:  # (n, k) experience at each of these times
     "Experience along the mixtures of a log, from nothing at the first row."
     done = [np.zeros(len(curves.tasks))]
     for n, w in zip(np.diff(samples), weights[:-1]): done.append(experience(curves, done[-1], w, n))
@@ -231,10 +231,10 @@ def replay_experience(
 
 # %% ../nbs/28_mixsim.ipynb #28fd4ed1
 def unpack(
-    x: np.ndarray, # (3 k + 3,) top, log span, log half per task; log power, log forget, help
-    tasks: Sequence[str], # names
-    spread: np.ndarray, # (k,) between images
-    wobble: np.ndarray, # (k,) per image and evaluation
+    x: np.ndarray,  # (3 k + 3,) top, log span, log half per task; log power, log forget, help
+    tasks: Sequence[str],  # names
+    spread: np.ndarray,  # (k,) between images
+    wobble: np.ndarray,  # (k,) per image and evaluation
 ) -> Curves:
     "Curves from the vector that the optimiser moves."
     k = len(tasks)
@@ -246,12 +246,12 @@ def unpack(
 
 # %% ../nbs/28_mixsim.ipynb #f0095302
 def fit_curves(
-    rows: Sequence[Mapping[str, Any]], # a mixture log: step, task, weight, score
-    samples_per_step: float | None = None, # batch size of all ranks together; not needed where the log counts samples
-    images: int = 10, # |D_ref| per task of that log
-    spread: float | Mapping[str, float] = 0.75, # standard deviation between images, of a task's range or per task
-    prior: float = 0.05, # strength of the pull to plain values
-) -> tuple[Curves, float]: # the curves, root mean square residual relative to each task's range
+    rows: Sequence[Mapping[str, Any]],  # a mixture log: step, task, weight, score
+    samples_per_step: float | None = None,  # batch size of all ranks together; not needed where the log counts samples
+    images: int = 10,  # |D_ref| per task of that log
+    spread: float | Mapping[str, float] = 0.75,  # standard deviation between images, of a task's range or per task
+    prior: float = 0.05,  # strength of the pull to plain values
+) -> tuple[Curves, float]:  # the curves, root mean square residual relative to each task's range
     "Least-squares fit of the simulator to a real run (needs scipy). Raises `ValueError` under 5 scored steps."
     from scipy.optimize import least_squares
     tasks, samples, weights, scores = log_arrays(rows, samples_per_step)

@@ -29,19 +29,19 @@ from .simplex import StepLimits, equilibrium_step, limit_moves, project
 SCORE_SCALES = ("raw", "relative", "zscore")
 
 def score_noise(
-    last: Sequence[float], # scores of the task's images, one evaluation ago
-    now: Sequence[float], # the same images now
-    square: float, # mean square of the task's changes so far, this one included
-) -> float: # standard error of the task's score; for single numbers the root mean square change
+    last: Sequence[float],  # scores of the task's images, one evaluation ago
+    now: Sequence[float],  # the same images now
+    square: float,  # mean square of the task's changes so far, this one included
+) -> float:  # standard error of the task's score; for single numbers the root mean square change
     "How uncertain one task's score is, for `score_scale=\"zscore\"`."
     if min(len(last), len(now)) < 2: return math.sqrt(square)
     return math.sqrt((squared_error(last) + squared_error(now)) / 2)
 
 # %% ../nbs/30_mixture.ipynb #7469d985
 def unit_of(
-    smallest: float | Mapping[str, float], # one for all tasks, or per task
-    tasks: Sequence[str], # the tasks there are
-) -> np.ndarray: # (k,)
+    smallest: float | Mapping[str, float],  # one for all tasks, or per task
+    tasks: Sequence[str],  # the tasks there are
+) -> np.ndarray:  # (k,)
     "The smallest unit that a change is measured by, so that none is divided by next to nothing."
     given = smallest if isinstance(smallest, Mapping) else dict.fromkeys(tasks, smallest)
     units = per_task(tasks, partial(check_number, low=SMALLEST, high=LARGEST))(given, "min_unit")
@@ -52,10 +52,10 @@ class ScoreScale:
     "What counts as one unit of change, per task."
 
     def __init__(self,
-        tasks: Sequence[str], # names
-        score_scale: str = "raw", # one of `SCORE_SCALES`
-        noise: Mapping[str, float] | None = None, # per task, what "zscore" divides by; None: estimated
-        min_unit: float | Mapping[str, float] = 1e-3, # smallest unit of "relative" and "zscore", for all or per task
+        tasks: Sequence[str],  # names
+        score_scale: str = "raw",  # one of `SCORE_SCALES`
+        noise: Mapping[str, float] | None = None,  # per task, what "zscore" divides by; None: estimated
+        min_unit: float | Mapping[str, float] = 1e-3,  # smallest unit of "relative" and "zscore", for all or per task
     ):
         if score_scale not in SCORE_SCALES:
             raise MixtureError(f"unknown score_scale {shown(score_scale)}; the choices are {', '.join(SCORE_SCALES)}")
@@ -63,10 +63,10 @@ class ScoreScale:
         self.tasks, self.score_scale, self.noise, self.smallest = tasks, score_scale, noise, unit_of(min_unit, tasks)
 
     def unit(self,
-        last: Mapping[str, Sequence[float]], # image scores one evaluation ago
-        now: Mapping[str, Sequence[float]], # image scores now
-        squares: Mapping[str, Sequence[float]], # per task: number of changes, sum of their squares, this one included
-    ) -> np.ndarray: # (k,) what counts as one, in each task's unit
+        last: Mapping[str, Sequence[float]],  # image scores one evaluation ago
+        now: Mapping[str, Sequence[float]],  # image scores now
+        squares: Mapping[str, Sequence[float]],  # per task: number of changes, sum of their squares, this one included
+    ) -> np.ndarray:  # (k,) what counts as one, in each task's unit
         "The unit that changes are measured by."
         if self.score_scale == "raw": return np.ones(len(self.tasks))
         if self.score_scale == "relative": unit = [abs(mean(last[t])) for t in self.tasks]
@@ -76,9 +76,9 @@ class ScoreScale:
 
 # %% ../nbs/30_mixture.ipynb #bfcc84e7
 def paired_error(
-    last: Sequence[float], # scores of the task's images, one evaluation ago
-    now: Sequence[float], # the same images now
-) -> float: # standard error of the mean change
+    last: Sequence[float],  # scores of the task's images, one evaluation ago
+    now: Sequence[float],  # the same images now
+) -> float:  # standard error of the mean change
     "The noise of a task's change over its D_ref images. Raises `MixtureError` without at least two of the same images."
     if len(last) != len(now) or len(last) < 2:
         raise MixtureError("dead_band needs the scores of the same D_ref images (at least 2 per task) at every update, "
@@ -86,11 +86,11 @@ def paired_error(
     return math.sqrt(squared_error([b - a for a, b in zip(last, now)]))
 
 def dead_band(
-    delta: np.ndarray, # (k,) changes of the scores, on one scale
-    noise: np.ndarray, # (k,) their standard errors
-    weights: np.ndarray, # (k,) proportions
-    width: float, # in standard errors
-) -> np.ndarray: # (k,) leads over the mean change, 0 where they are noise
+    delta: np.ndarray,  # (k,) changes of the scores, on one scale
+    noise: np.ndarray,  # (k,) their standard errors
+    weights: np.ndarray,  # (k,) proportions
+    width: float,  # in standard errors
+) -> np.ndarray:  # (k,) leads over the mean change, 0 where they are noise
     "What Eq. 3 gets to see: how much better each task did than the mixture as a whole, if that is more than noise."
     lead = delta - weights @ delta
     variance = (1 - 2 * weights) * noise ** 2 + weights ** 2 @ noise ** 2
@@ -101,11 +101,11 @@ class Response:
     "How strongly the proportions answer the changes of the scores: the exponent of Eq. 3."
 
     def __init__(self,
-        tasks: Sequence[str], # names
-        alpha: float, # rate > 0, per unit of the scaled change
-        dead_band: float | None = None, # leads within this many of their standard errors count as none
-        targets: Mapping[str, float] | None = None, # per task, the score to aim at
-        gap: float = 0.0, # rate per unit of what is missing to the target
+        tasks: Sequence[str],  # names
+        alpha: float,  # rate > 0, per unit of the scaled change
+        dead_band: float | None = None,  # leads within this many of their standard errors count as none
+        targets: Mapping[str, float] | None = None,  # per task, the score to aim at
+        gap: float = 0.0,  # rate per unit of what is missing to the target
     ):
         if check_number(alpha, "alpha", high=LARGEST) <= 0:
             raise MixtureError(f"alpha is {alpha}, expected a number above 0")
@@ -120,11 +120,11 @@ class Response:
         if self.dead_band is not None: [paired_error(scores, scores) for scores in images.values()]
 
     def exponent(self,
-        last: Mapping[str, Sequence[float]], # image scores one evaluation ago
-        now: Mapping[str, Sequence[float]], # image scores now
-        weights: np.ndarray, # (k,) present proportions
-        unit: np.ndarray, # (k,) from `ScoreScale.unit`
-    ) -> tuple[np.ndarray, np.ndarray]: # (k,) the exponent with the sign turned, (k,) which tasks fell
+        last: Mapping[str, Sequence[float]],  # image scores one evaluation ago
+        now: Mapping[str, Sequence[float]],  # image scores now
+        weights: np.ndarray,  # (k,) present proportions
+        unit: np.ndarray,  # (k,) from `ScoreScale.unit`
+    ) -> tuple[np.ndarray, np.ndarray]:  # (k,) the exponent with the sign turned, (k,) which tasks fell
         "Scaled changes without those that are noise, times the rate, less what is missing to the targets."
         delta = np.array([mean(now[t]) - mean(last[t]) for t in self.tasks]) / unit
         fell = delta < 0
@@ -139,10 +139,10 @@ class Response:
 
 # %% ../nbs/30_mixture.ipynb #e52228eb
 def add_changes(
-    squares: Mapping[str, Sequence[float]], # per task: number of changes so far, sum of their squares; may be empty
-    last: Mapping[str, Sequence[float]] | None, # image scores one evaluation ago, if there was one
-    now: Mapping[str, Sequence[float]], # image scores now
-) -> dict[str, list[float]]: # `squares` with the change from `last` to `now`
+    squares: Mapping[str, Sequence[float]],  # per task: number of changes so far, sum of their squares; may be empty
+    last: Mapping[str, Sequence[float]] | None,  # image scores one evaluation ago, if there was one
+    now: Mapping[str, Sequence[float]],  # image scores now
+) -> dict[str, list[float]]:  # `squares` with the change from `last` to `now`
     "How much each task's score has moved so far."
     def added(task: str) -> list[float]:
         count, total = squares.get(task, (0, 0.0))
@@ -150,8 +150,8 @@ def add_changes(
     return {} if last is None else {t: added(t) for t in now}
 
 def des_memory(
-    tasks: Sequence[str], # names
-    low: int, # images that every task must have at least
+    tasks: Sequence[str],  # names
+    low: int,  # images that every task must have at least
 ) -> Check:
     "Describes what data equilibrium scheduling remembers."
     count_and_sum = listed(check_whole, partial(check_number, low=0, high=LARGEST**3))
@@ -163,23 +163,23 @@ class DataEquilibrium(Mixture):
     "Data equilibrium scheduling, Eq. 3 of FoundIR-v2; exactly Eq. 3 with `score_scale=\"raw\"` and no other option."
 
     def __init__(self,
-        tasks: Iterable[str], # names of the tasks
-        alpha: float, # rate > 0, per unit of the scaled change
-        score_scale: str = "raw", # "raw", "relative" or "zscore": what one unit of change is
-        min_step: float | None = None, # percentage points that the largest move has at least (if anything moves)
-        max_step: float | None = None, # percentage points that no move exceeds
-        floor: float = 0.0, # smallest weight allowed
-        ceiling: float = 1.0, # largest weight allowed
-        dead_band: float | None = None, # leads over the mean change within this many standard errors count as none
-        warmup: int = 0, # before this step scores are only recorded
-        freeze: int | None = None, # from this step on the weights stay
-        start: Mapping[str, float] | None = None, # first weights; None: uniform
-        initial_scores: Mapping[str, float | Sequence[float]] | None = None, # to compare with first; None: only record
-        noise: Mapping[str, float] | None = None, # per task, what "zscore" divides by; None: estimated
-        min_unit: float | Mapping[str, float] = 1e-3, # smallest unit of "relative" and "zscore", for all or per task
-        targets: Mapping[str, float] | None = None, # per task, the score to aim at
-        gap: float = 0.0, # rate per unit of what is missing to the target
-        protect_falling: bool = False, # a task whose score fell never loses weight
+        tasks: Iterable[str],  # names of the tasks
+        alpha: float,  # rate > 0, per unit of the scaled change
+        score_scale: str = "raw",  # "raw", "relative" or "zscore": what one unit of change is
+        min_step: float | None = None,  # percentage points that the largest move has at least (if anything moves)
+        max_step: float | None = None,  # percentage points that no move exceeds
+        floor: float = 0.0,  # smallest weight allowed
+        ceiling: float = 1.0,  # largest weight allowed
+        dead_band: float | None = None,  # leads over the mean change within this many standard errors count as none
+        warmup: int = 0,  # before this step scores are only recorded
+        freeze: int | None = None,  # from this step on the weights stay
+        start: Mapping[str, float] | None = None,  # first weights; None: uniform
+        initial_scores: Mapping[str, float | Sequence[float]] | None = None,  # to compare with first; None: only record
+        noise: Mapping[str, float] | None = None,  # per task, what "zscore" divides by; None: estimated
+        min_unit: float | Mapping[str, float] = 1e-3,  # smallest unit of "relative" and "zscore", for all or per task
+        targets: Mapping[str, float] | None = None,  # per task, the score to aim at
+        gap: float = 0.0,  # rate per unit of what is missing to the target
+        protect_falling: bool = False,  # a task whose score fell never loses weight
     ):
         self.options = {k: v for k, v in locals().items() if k not in ("self", "tasks", "start", "__class__")}
         super().__init__(tasks, start, floor, ceiling)
@@ -188,7 +188,7 @@ class DataEquilibrium(Mixture):
         self.limits = StepLimits(len(self.tasks), min_step, max_step, floor, ceiling, protect_falling)
         self.limits.check_start(self._weights)
         self.active = range(check_step(warmup), 2**63 if freeze is None else check_step(freeze))
-        if initial_scores is not None: # remembered as if they had been measured
+        if initial_scores is not None:  # remembered as if they had been measured
             first = {"scores": check_scores(initial_scores, self.tasks), "squares": {}}
             self._memory = self._remembers()(first, "initial_scores")
 
@@ -206,16 +206,16 @@ class DataEquilibrium(Mixture):
 POLICIES: dict[str, type[Mixture]] = {**SCHEDULES, "des": DataEquilibrium, **ONLINE}
 
 def policy_options(
-    policy: str, # a key of `POLICIES`
-) -> tuple[str, ...]: # names of its class's arguments
+    policy: str,  # a key of `POLICIES`
+) -> tuple[str, ...]:  # names of its class's arguments
     "What a policy can be told. Raises `MixtureError` naming the choices for an unknown one."
     if not isinstance(policy, str) or policy not in POLICIES:
         raise MixtureError(f"unknown mixture policy {policy!r}; the choices are {', '.join(POLICIES)}")
     return tuple(inspect.signature(POLICIES[policy]).parameters)
 
 def make_mixture(
-    policy: str, # a key of `POLICIES`
-    **options: Any, # the arguments of that class
+    policy: str,  # a key of `POLICIES`
+    **options: Any,  # the arguments of that class
 ) -> Mixture:
     "A policy by name. Raises `MixtureError` naming the choices, or the argument that doesn't fit."
     known = policy_options(policy)
@@ -227,11 +227,11 @@ def make_mixture(
 
 # %% ../nbs/30_mixture.ipynb #8ad7ee91
 def policy_for(
-    tasks: Sequence[str], # names of the tasks
-    policy: str, # a key of `POLICIES`
-    options: Mapping[str, Any] | None = None, # arguments of its class; they come before what follows
-    start: Mapping[str, float] | None = None, # first proportions; None: uniform
-    sizes: Mapping[str, int] | None = None, # task -> items, for the policies that go by them
+    tasks: Sequence[str],  # names of the tasks
+    policy: str,  # a key of `POLICIES`
+    options: Mapping[str, Any] | None = None,  # arguments of its class; they come before what follows
+    start: Mapping[str, float] | None = None,  # first proportions; None: uniform
+    sizes: Mapping[str, int] | None = None,  # task -> items, for the policies that go by them
 ) -> Mixture:
     "A policy for these tasks. Raises `MixtureError` as `make_mixture` does, and for options that name other tasks."
     known = policy_options(policy)

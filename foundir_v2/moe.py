@@ -19,9 +19,9 @@ from .core import FoundIRError
 
 # %% ../nbs/42_moe.ipynb #05cd7216
 def gate_softmax(
-    logits: Tensor, # (B, n, H, W) scores of the n experts
-    top_k: int | None = None, # keep only this many weights per pixel, not renormalised; None: keep all
-) -> Tensor: # (B, n, H, W), non-negative; sums to 1 over n if `top_k` is None
+    logits: Tensor,  # (B, n, H, W) scores of the n experts
+    top_k: int | None = None,  # keep only this many weights per pixel, not renormalised; None: keep all
+) -> Tensor:  # (B, n, H, W), non-negative; sums to 1 over n if `top_k` is None
     "Eq. 4 per pixel, with the paper's hard variant."
     w = logits.softmax(1)
     if top_k is None: return w
@@ -32,28 +32,31 @@ def gate_softmax(
 class MoEScheduler(nn.Module):
     "Per-pixel mixture of attention experts (Eqs. 4 and 5 of the paper): (B, C, H, W) → (B, C, H, W)."
     def __init__(self,
-        channels: int, # C, width of `z`: features of the noisy latents and of the LQ picture together
-        experts: Sequence[str] = ("spatial", "channel", "sparse"), # names in `attention.EXPERTS`
-        layers: int = 2, # blocks per expert
-        heads: int = 8, # attention heads; must divide `channels`
-        gating: str = "soft", # "soft": mix all experts; "hard": only the `top_k` best of each pixel
-        top_k: int = 1, # experts per pixel under hard gating
-        batch_axis_attention: bool = False, # the authors' quirk, see notebook 40
+        channels: int,  # C, width of `z`: features of the noisy latents and of the LQ picture together
+        experts: Sequence[str] = ("spatial", "channel", "sparse"),  # names in `attention.EXPERTS`
+        layers: int = 2,  # blocks per expert
+        heads: int = 8,  # attention heads; must divide `channels`
+        gating: str = "soft",  # "soft": mix all experts; "hard": only the `top_k` best of each pixel
+        top_k: int = 1,  # experts per pixel under hard gating
+        batch_axis_attention: bool = False,  # the authors' quirk, see notebook 40
     ):
         super().__init__()
         if gating not in ("soft", "hard"): raise FoundIRError(f"unknown gating {gating!r}: choose 'soft' or 'hard'")
         if not experts: raise FoundIRError("no experts: name at least one")
-        if not 1 <= top_k <= len(experts): raise FoundIRError(f"moe top_k={top_k}: choose 1 to {len(experts)}, the number of experts")
+        if not 1 <= top_k <= len(experts):
+            raise FoundIRError(f"moe top_k={top_k}: choose 1 to {len(experts)}, the number of experts")
         self.gating, self.top_k, self.gradient_checkpointing = gating, top_k, False
         self.gate = nn.Conv2d(channels, len(experts), 1)
-        self.experts = nn.ModuleList(make_expert(kind, channels, layers, heads, batch_axis_attention) for kind in experts)
+        self.experts = nn.ModuleList(make_expert(kind, channels, layers, heads, batch_axis_attention)
+                                     for kind in experts)
 
     def gate_weights(self, z_BCHW: Tensor) -> Tensor:
         "(B, n, H, W): the share of each expert in each pixel."
         return gate_softmax(self.gate(z_BCHW), None if self.gating == "soft" else self.top_k)
 
     def _run(self, expert: nn.Module, z_BCHW: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled(): return checkpoint(expert, z_BCHW, use_reentrant=False)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(expert, z_BCHW, use_reentrant=False)
         return expert(z_BCHW)
 
     def forward(self, z_BCHW: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ from .vae import vae_scale_factor
 
 # %% ../nbs/45_objective.ipynb #dfd58bf3
 def draw_noise(
-    seeds: Sequence[int], # one per sample
-    shape: Sequence[int], # (C, h, w) of the latents
-    num_timesteps: int, # of the noise schedule
-    terminal_fraction: float = 0.0, # share of samples at the last timestep
-    noise_offset: float = 0.0, # standard deviation of a constant added per channel
-    caption_dropout: float = 0.0, # share of samples without caption
-) -> tuple[Tensor, Tensor, list[bool]]: # noise (B, C, h, w), timesteps (B,), caption dropped?
+    seeds: Sequence[int],  # one per sample
+    shape: Sequence[int],  # (C, h, w) of the latents
+    num_timesteps: int,  # of the noise schedule
+    terminal_fraction: float = 0.0,  # share of samples at the last timestep
+    noise_offset: float = 0.0,  # standard deviation of a constant added per channel
+    caption_dropout: float = 0.0,  # share of samples without caption
+) -> tuple[Tensor, Tensor, list[bool]]:  # noise (B, C, h, w), timesteps (B,), caption dropped?
     "What is random about a training sample beyond its picture; a pure function of its seed."
     noise, timesteps, dropped = [], [], []
     for seed in seeds:
@@ -38,11 +38,11 @@ def draw_noise(
 
 # %% ../nbs/45_objective.ipynb #10240ecc
 def prediction_target(
-    noise_scheduler: DDPMScheduler, # holds the noise schedule and its `prediction_type`
-    latents: Tensor, # z_0, (B, C, h, w)
-    noise: Tensor, # the same shape
-    timesteps: Tensor, # (B,)
-) -> Tensor: # (B, C, h, w)
+    noise_scheduler: DDPMScheduler,  # holds the noise schedule and its `prediction_type`
+    latents: Tensor,  # z_0, (B, C, h, w)
+    noise: Tensor,  # the same shape
+    timesteps: Tensor,  # (B,)
+) -> Tensor:  # (B, C, h, w)
     "What the U-Net has to predict. Raises `FoundIRError` naming the choices for another `prediction_type`."
     kind = noise_scheduler.config.prediction_type
     if kind == "epsilon": return noise
@@ -54,8 +54,8 @@ def prediction_target(
 @torch.no_grad()
 def decoder_gain(
     vae: nn.Module,
-    size: int = 8, # side of the latents that it is measured on
-) -> Tensor: # (C,) squared error of the pixels per squared error of a latent; mean 1
+    size: int = 8,  # side of the latents that it is measured on
+) -> Tensor:  # (C,) squared error of the pixels per squared error of a latent; mean 1
     "How much the decoder makes of an error in each latent channel, around the latents of a grey picture."
     unit = vae_scale_factor(vae) * size
     p = next(vae.parameters())
@@ -72,19 +72,19 @@ def _seen(error: Tensor, gain: Tensor) -> Tensor:
     "Squared error as the decoder makes it, per sample; better than the VAE itself isn't rewarded."
     return _mean(error.square() * gain[:, None, None]) + 1e-3
 
-LOSSES: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = dict( # (error (B, C, h, w), gain (C,)) -> (B,)
+LOSSES: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = dict(  # (error (B, C, h, w), gain (C,)) -> (B,)
     l1=lambda error, gain: _mean(error.abs()),
     l2=lambda error, gain: _mean(error.square()),
     rmse=lambda error, gain: _seen(error, gain).sqrt(),
     psnr=lambda error, gain: _seen(error, gain).log())
-WEIGHTED = {"rmse", "psnr"} # losses that need `decoder_gain`
+WEIGHTED = {"rmse", "psnr"}  # losses that need `decoder_gain`
 
 def sample_losses(
-    prediction: Tensor, # (B, C, h, w)
-    target: Tensor, # the same shape
-    kind: str = "l1", # a key of `LOSSES`
-    gain: Tensor | None = None, # (C,) from `decoder_gain`, for those in `WEIGHTED`
-) -> Tensor: # (B,)
+    prediction: Tensor,  # (B, C, h, w)
+    target: Tensor,  # the same shape
+    kind: str = "l1",  # a key of `LOSSES`
+    gain: Tensor | None = None,  # (C,) from `decoder_gain`, for those in `WEIGHTED`
+) -> Tensor:  # (B,)
     """Error of each sample, in float32: the mean over its latents, or the root or logarithm of their weighted mean.
 
     Raises `FoundIRError` naming the choices for another `kind`."""

@@ -40,11 +40,11 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = dict(adamw=_adamw, muon=_muon)
 
 # %% ../nbs/57_optim.ipynb #57000009
 def make_optimizer(
-    kind: str, # a key of `OPTIMIZERS`
-    groups: Sequence[Mapping[str, Any]], # name, params, lr
-    betas: tuple[float, float] = (0.9, 0.999), # of AdamW; muon: for what is no matrix
-    eps: float = 1e-8, # of AdamW
-    weight_decay: float = 1e-2, # decoupled
+    kind: str,  # a key of `OPTIMIZERS`
+    groups: Sequence[Mapping[str, Any]],  # name, params, lr
+    betas: tuple[float, float] = (0.9, 0.999),  # of AdamW; muon: for what is no matrix
+    eps: float = 1e-8,  # of AdamW
+    weight_decay: float = 1e-2,  # decoupled
 ) -> Optimizer:
     """AdamW (Loshchilov and Hutter, ICLR 2019) or Muon (Jordan et al., 2024) over groups of parameters.
 

@@ -41,7 +41,8 @@ def _channels_first(x: Tensor, channels_last: bool) -> list[Tensor]:
     if x.ndim == 3: x = x[None]
     if x.ndim == 4 and channels_last: x = x.permute(0, 3, 1, 2)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
-        raise FoundIRError(f"a picture of shape {shape}: tensors are (3, H, W) or (N, 3, H, W), arrays (H, W, 3) or (N, H, W, 3); 1 channel is grey")
+        raise FoundIRError(f"a picture of shape {shape}: tensors are (3, H, W) or (N, 3, H, W), arrays (H, W, 3) "
+                           "or (N, H, W, 3); 1 channel is grey")
     return list(_checked(x).expand(-1, 3, -1, -1))
 
 # %% ../nbs/53_pictures.ipynb #54ee2021
@@ -57,7 +58,8 @@ def _sixteen_bits(path: str | Path) -> np.ndarray | None:
     return halves[0] << 8 | halves[1]
 
 def _on_background(x_HWC: np.ndarray, background: float | None) -> Tensor:
-    "Colours of an 8- or 16-bit picture with or without alpha, (3, H, W): stored, or float32 if something was composited."
+    """Colours of an 8- or 16-bit picture with or without alpha, (3, H, W): stored, or float32 if something was
+    composited."""
     x = torch.from_numpy(x_HWC).permute(2, 0, 1)
     if len(x) == 3 or background is None: return x[:3]
     rgba = as_float(x)
@@ -78,7 +80,9 @@ def load_pixels(
 def _pixels(im: Image.Image, background: float | None) -> Tensor:
     "A Pillow image, stored."
     if im.mode == "F": return from_pil(im)  # which refuses it
-    if im.mode.startswith("I"): return torch.from_numpy(np.asarray(im).clip(0, 65535).astype(np.uint16))[None].expand(3, -1, -1)  # 16-bit greyscale
+    # 16-bit greyscale
+    if im.mode.startswith("I"):
+        return torch.from_numpy(np.asarray(im).clip(0, 65535).astype(np.uint16))[None].expand(3, -1, -1)
     return _on_background(np.array(im.convert("RGBA" if im.has_transparency_data else "RGB")), background)
 
 # %% ../nbs/53_pictures.ipynb #8161d24a
@@ -91,7 +95,8 @@ def to_integers(
     out = np.empty((*image.shape[1:], len(image)), dtype)
     for c, plane in enumerate(image.detach()):
         plane = plane.float().clamp(0, 1).mul_(top).round_()
-        if not torch.isfinite(plane).all(): raise FoundIRError("the image holds NaN or infinite values: nothing was written")
+        if not torch.isfinite(plane).all():
+            raise FoundIRError("the image holds NaN or infinite values: nothing was written")
         out[..., c] = plane.cpu().numpy()
     return out
 
@@ -101,7 +106,8 @@ def _png(x_HWC: np.ndarray) -> bytes:
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     header = struct.pack(">IIBBBBB", w, h, 16, {3: 2, 4: 6}[c], 0, 0, 0)
     unfiltered = np.pad(rows, ((0, 0), (1, 0))).tobytes()
-    return bytes([137]) + b"PNG\r\n" + bytes([26, 10]) + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(unfiltered, 6)) + chunk(b"IEND", b"")
+    return (bytes([137]) + b"PNG\r\n" + bytes([26, 10]) + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(unfiltered, 6)) + chunk(b"IEND", b""))
 
 # %% ../nbs/53_pictures.ipynb #5ff3a358
 def save_picture(
@@ -110,7 +116,8 @@ def save_picture(
     alpha: Tensor | None = None,  # (1, H, W) in [0, 1]; not for JPEG
     bits: int = 8,  # 16: PNG only
 ) -> Path:  # the path written
-    "Write a picture atomically. Raises what `foundir_v2.core.save_image` raises, and `FoundIRError` for 16 bits in another format."
+    """Write a picture atomically.
+    Raises what `foundir_v2.core.save_image` raises, and `FoundIRError` for 16 bits in another format."""
     path = Path(path)
     if bits not in (8, 16): raise FoundIRError(f"bits={bits}: choose 8 or 16")
     if bits == 8: return save_image(image, path, alpha)
@@ -123,15 +130,18 @@ def save_picture(
 def stored_images(
     image: Any,  # Pillow image, path, array (H, W[, 3]), tensor ([3, ]H, W), a batch of either, or a list of these
 ) -> list[Tensor]:  # stored (3, H, W) each
-    "Pictures in any form, upright. Raises `FoundIRError` for what is no picture, `FileNotFoundError` for a missing path."
+    """Pictures in any form, upright.
+    Raises `FoundIRError` for what is no picture, `FileNotFoundError` for a missing path."""
     if isinstance(image, (list, tuple)):
         if not image: raise FoundIRError("an empty list: give at least one picture")
         return [x for one in image for x in stored_images(one)]
     if isinstance(image, Image.Image): return [_pixels(ImageOps.exif_transpose(image), 1.0)]
     if isinstance(image, (str, Path)): return [load_pixels(image)]
-    if isinstance(image, np.ndarray): return _channels_first(torch.from_numpy(np.ascontiguousarray(image)), channels_last=True)
+    if isinstance(image, np.ndarray):
+        return _channels_first(torch.from_numpy(np.ascontiguousarray(image)), channels_last=True)
     if isinstance(image, Tensor): return _channels_first(image.detach(), channels_last=False)
-    raise FoundIRError(f"a {type(image).__name__} is no picture: give a Pillow image, a path, an array, a tensor, or a list of them")
+    raise FoundIRError(f"a {type(image).__name__} is no picture: give a Pillow image, a path, an array, a tensor, "
+                       "or a list of them")
 
 def as_images(
     image: Any,  # as `stored_images`

@@ -28,19 +28,19 @@ def squared_error(values: Sequence[float]) -> float:
 # %% ../nbs/25_policy.ipynb #f011a234
 class MixtureState:
     "Proportions over named tasks that can be saved as JSON and restored exactly."
-    version: ClassVar[int] = 1 # raised when the meaning of a state changes
+    version: ClassVar[int] = 1  # raised when the meaning of a state changes
 
     def __init__(self,
-        tasks: Iterable[str], # names of the tasks; their order has no meaning
-        start: Mapping[str, float] | None = None, # first weights; None: uniform
-        low: float = 0.0, # no weight is ever below
-        high: float = 1.0, # no weight is ever above
+        tasks: Iterable[str],  # names of the tasks; their order has no meaning
+        start: Mapping[str, float] | None = None,  # first weights; None: uniform
+        low: float = 0.0,  # no weight is ever below
+        high: float = 1.0,  # no weight is ever above
     ):
         self.tasks, self._limits = check_tasks(tasks), (low, high)
         k = len(self.tasks)
         self._weights = np.full(k, 1 / k) if start is None else check_weights(start, self.tasks, "start")
-        self._memory: dict[str, Any] = {} # what the policy remembers besides the weights, JSON
-        self.step: int | None = None # step of the last update
+        self._memory: dict[str, Any] = {}  # what the policy remembers besides the weights, JSON
+        self.step: int | None = None  # step of the last update
 
     @property
     def weights(self) -> dict[str, float]:
@@ -69,12 +69,12 @@ class MixtureState:
 # %% ../nbs/25_policy.ipynb #3e7782ad
 class Mixture(MixtureState):
     "Base of all policies: proportions over `tasks`, moved by `update`."
-    needs_scores: ClassVar[bool] = True # must `update` get a score for every task?
+    needs_scores: ClassVar[bool] = True  # must `update` get a score for every task?
 
     def update(self,
-        scores: Mapping[str, float | Sequence[float]], # per task, higher is better: a number, or one per image of D_ref
-        step: int, # training step of the measurement
-    ) -> dict[str, float]: # the weights from now on
+        scores: Mapping[str, float | Sequence[float]],  # per task, higher is better: a number, or one per D_ref image
+        step: int,  # training step of the measurement
+    ) -> dict[str, float]:  # the weights from now on
         "Take in the scores. Raises `MixtureError` and changes nothing if they are bad or `step` goes back."
         step, images = check_step(step, self.step), check_scores(scores, self.tasks, self.needs_scores)
         self._weights, self._memory = self._next(images, step)
@@ -95,7 +95,7 @@ class FixedMixture(Mixture):
     needs_scores = False
 
     def __init__(self,
-        weights: Mapping[str, float], # proportion per task, sum 1
+        weights: Mapping[str, float],  # proportion per task, sum 1
     ): super().__init__(check_tasks(weights), weights)
 
     def _next(self, images, step): return self._weights, self._memory

@@ -23,19 +23,21 @@ from torch import Tensor, nn
 
 # %% ../nbs/47_pretrain.ipynb #5fb5f1ce
 from .base import Base, encode_prompts, micro_conditioning, training_scheduler
-from .core import FoundIRError, atomic_write, autocast, from_pil, generator, hash_seed, load_image, pick_dtype, to_pil
+from .core import (
+    FoundIRError, atomic_write, autocast, from_pil, generator, hash_seed, load_image, pick_dtype, to_pil)
 from .fetch import read_sources
 from .objective import prediction_target, sample_losses
 from .vae import PatchAutoencoderKL, encode_latents, pca_init
 
 # %% ../nbs/47_pretrain.ipynb #ee07d144
 def photographs(
-    data_dir: str | Path = "data", # a fetched data folder
-    split: str = "train", # train, reference or test
-) -> dict[str, Tensor]: # name → (3, H, W) in [0, 1]
+    data_dir: str | Path = "data",  # a fetched data folder
+    split: str = "train",  # train, reference or test
+) -> dict[str, Tensor]:  # name → (3, H, W) in [0, 1]
     "The photographs of one split. Raises `FoundIRError` if there are none."
     found = {Path(s.file).stem: Path(data_dir) / s.file for s in read_sources(data_dir) if s.split == split}
-    if not found: raise FoundIRError(f"no photographs of split {split!r} in {data_dir}: choose train, reference or test")
+    if not found:
+        raise FoundIRError(f"no photographs of split {split!r} in {data_dir}: choose train, reference or test")
     return {name: load_image(path) for name, path in found.items()}
 
 # %% ../nbs/47_pretrain.ipynb #4dcde2c5
@@ -44,8 +46,8 @@ def power_law(
     count: int,
     smallest: float,
     largest: float,
-    alpha: float = 3.0, # exponent, not 1; 3 makes the picture scale-invariant
-) -> np.ndarray: # (count,)
+    alpha: float = 3.0,  # exponent, not 1; 3 makes the picture scale-invariant
+) -> np.ndarray:  # (count,)
     "Radii with density proportional to r^(−alpha)."
     lo, hi = smallest ** (1 - alpha), largest ** (1 - alpha)
     return (lo + (hi - lo) * rng.random(count)) ** (1 / (1 - alpha))
@@ -62,23 +64,25 @@ def _leaf(rng: np.random.Generator, x: float, y: float, r: float) -> list[tuple[
 
 # %% ../nbs/47_pretrain.ipynb #fa674d17
 def dead_leaves(
-    size: int, # side in pixels
-    palette: Tensor, # (N, 3) colours in [0, 1]
+    size: int,  # side in pixels
+    palette: Tensor,  # (N, 3) colours in [0, 1]
     seed: int,
-    leaves: int = 900, # shapes with radii from the power law
-    smallest: float = 3.0, # radii in pixels
-    largest: float | None = None, # default: 0.35 · size
-) -> Tensor: # (3, size, size) in [0, 1]
+    leaves: int = 900,  # shapes with radii from the power law
+    smallest: float = 3.0,  # radii in pixels
+    largest: float | None = None,  # default: 0.35 · size
+) -> Tensor:  # (3, size, size) in [0, 1]
     "A dead leaves image: a pure function of its arguments. Lee, Mumford & Huang, IJCV 2001."
     rng, largest = np.random.default_rng(hash_seed("dead leaves", seed)), largest or 0.35 * size
     colours = [tuple(c) for c in (palette * 255).round().to(torch.uint8).tolist()]
-    ground = np.sort(rng.uniform(0.3 * largest, largest, 12))[::-1] # a first layer of large shapes, so that little of the background shows
+    # a first layer of large shapes, so that little of the background shows
+    ground = np.sort(rng.uniform(0.3 * largest, largest, 12))[::-1]
     image = Image.new("RGB", (2 * size, 2 * size), colours[rng.integers(len(colours))])
     draw = ImageDraw.Draw(image)
     for r in 2 * np.concatenate([ground, power_law(rng, leaves, smallest, largest)]):
         draw.polygon(_leaf(rng, *(rng.random(2) * 2 * size), r), fill=colours[rng.integers(len(colours))])
     flat = from_pil(image.resize((size, size), Image.Resampling.BOX))
-    light = F.interpolate(torch.from_numpy(rng.random((1, 1, 6, 6), dtype=np.float32)), size=(size, size), mode="bicubic")[0].clamp(0, 1)
+    light = F.interpolate(torch.from_numpy(rng.random((1, 1, 6, 6), dtype=np.float32)), size=(size, size),
+                          mode="bicubic")[0].clamp(0, 1)
     grain = torch.from_numpy(rng.standard_normal((1, size, size), dtype=np.float32)) * rng.uniform(0, 6 / 255)
     return (flat * (0.6 + 0.6 * light) + grain).clamp(0, 1)
 
@@ -86,26 +90,29 @@ def dead_leaves(
 @dataclass(frozen=True)
 class Crops:
     "A batch of training crops."
-    images: Tensor # (B, 3, size, size) in [−1, 1]
-    is_leaves: Tensor # (B,) bool
-    time_ids: Tensor # (B, 6), see `base.micro_conditioning`
+    images: Tensor  # (B, 3, size, size) in [−1, 1]
+    is_leaves: Tensor  # (B,) bool
+    time_ids: Tensor  # (B, 6), see `base.micro_conditioning`
 
 # %% ../nbs/47_pretrain.ipynb #6ecf57ef
 class CropPool:
     "Photographs at several scales and dead leaves in their colours, to cut random crops from."
     def __init__(self,
-        photos: Mapping[str, Tensor], # (3, H, W) each, in [0, 1]
-        leaves: int = 300, # dead leaves images to make
-        size: int = 384, # their side
-        scales: tuple[float, ...] = (1.0, 0.7, 0.5), # sizes of each photograph
-        smallest: int = 128, # scaled photographs with a shorter side than this are left out
+        photos: Mapping[str, Tensor],  # (3, H, W) each, in [0, 1]
+        leaves: int = 300,  # dead leaves images to make
+        size: int = 384,  # their side
+        scales: tuple[float, ...] = (1.0, 0.7, 0.5),  # sizes of each photograph
+        smallest: int = 128,  # scaled photographs with a shorter side than this are left out
         seed: int = 0,
     ):
         as_bytes = lambda t: (t * 255).round().to(torch.uint8)
-        self.photos = [as_bytes(t) for p in photos.values() for s in scales if min((t := _scaled(p, s)).shape[1:]) >= smallest]
-        if not self.photos: raise FoundIRError(f"no photograph has a side of at least {smallest} pixels: give larger ones")
+        self.photos = [as_bytes(t) for p in photos.values()
+                       for s in scales if min((t := _scaled(p, s)).shape[1:]) >= smallest]
+        if not self.photos:
+            raise FoundIRError(f"no photograph has a side of at least {smallest} pixels: give larger ones")
         palettes = [p.flatten(1).T[::101] for p in photos.values()]
-        self.leaves = [as_bytes(dead_leaves(size, palettes[hash_seed("palette", seed, i) % len(palettes)], hash_seed("pool", seed, i))) for i in range(leaves)]
+        self.leaves = [as_bytes(dead_leaves(size, palettes[hash_seed("palette", seed, i) % len(palettes)],
+                                            hash_seed("pool", seed, i))) for i in range(leaves)]
 
     def crops(self, rng: torch.Generator, count: int, size: int, leaf_share: float = 0.3) -> Crops:
         "Random crops, half of them mirrored; each is dead leaves with probability `leaf_share`."
@@ -122,7 +129,11 @@ def _scaled(photo: Tensor, scale: float) -> Tensor:
     h, w = (max(1, round(n * scale)) for n in photo.shape[1:])
     return from_pil(to_pil(photo).resize((w, h), Image.Resampling.LANCZOS))
 
-def _random_crop(images: list[Tensor], size: int, rng: torch.Generator) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+def _random_crop(
+    images: list[Tensor],
+    size: int,
+    rng: torch.Generator,
+) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
     "A crop, the size of the picture it is from, and its corner."
     below = lambda n: int(torch.randint(n, (), generator=rng))
     image = images[below(len(images))]
@@ -137,16 +148,16 @@ def _random_crop(images: list[Tensor], size: int, rng: torch.Generator) -> tuple
 class PretrainConfig:
     "How long and how to train; a checkpoint of other settings is refused (pools are not compared)."
     steps: int
-    lr: float # peak; cosine to zero
-    warmup: int = 50 # steps of linear warm-up
+    lr: float  # peak; cosine to zero
+    warmup: int = 50  # steps of linear warm-up
     batch_size: int = 16
-    crop: int = 128 # pixels
-    leaf_share: float = 0.3 # probability that a crop is dead leaves
+    crop: int = 128  # pixels
+    leaf_share: float = 0.3  # probability that a crop is dead leaves
     weight_decay: float = 0.0
-    clip: float = 1.0 # largest gradient norm
-    ema_decay: float = 0.99 # of the averaged weights, which are the result
+    clip: float = 1.0  # largest gradient norm
+    ema_decay: float = 0.99  # of the averaged weights, which are the result
     seed: int = 0
-    save_every: int = 200 # steps between checkpoints
+    save_every: int = 200  # steps between checkpoints
 
     def __post_init__(self):
         for name in ("steps", "warmup", "batch_size", "crop", "save_every"):
@@ -157,8 +168,10 @@ class PretrainConfig:
         return self.lr * min(1, (step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
 
 # %% ../nbs/47_pretrain.ipynb #8de3f42d
-def _fit(model: nn.Module, loss_of: Callable[[int], Tensor], config: PretrainConfig, folder: str | Path, stop_at: int | None = None) -> list[float]:
-    "Train `model` in place up to `config.steps` (or `stop_at`), go on from `folder`'s checkpoint if there is one; return the losses. At the end the model holds the EMA weights."
+def _fit(model: nn.Module, loss_of: Callable[[int], Tensor], config: PretrainConfig, folder: str | Path,
+         stop_at: int | None = None) -> list[float]:
+    """Train `model` in place up to `config.steps` (or `stop_at`), go on from `folder`'s checkpoint if there is one;
+    return the losses. At the end the model holds the EMA weights."""
     path = Path(folder) / "checkpoint.pt"
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, config.lr, weight_decay=config.weight_decay)
@@ -173,25 +186,46 @@ def _fit(model: nn.Module, loss_of: Callable[[int], Tensor], config: PretrainCon
         optimizer.step()
         ema.step(params)
         losses.append(loss.item())
-        if not math.isfinite(losses[-1]): raise FoundIRError(f"the loss is {losses[-1]} at step {step}: lower lr or clip; the last checkpoint is intact")
-        if len(losses) % config.save_every == 0 or len(losses) == config.steps: _save(path, config, model, optimizer, ema, losses)
+        if not math.isfinite(losses[-1]):
+            raise FoundIRError(f"the loss is {losses[-1]} at step {step}: lower lr or clip; "
+                               "the last checkpoint is intact")
+        if len(losses) % config.save_every == 0 or len(losses) == config.steps:
+            _save(path, config, model, optimizer, ema, losses)
     ema.copy_to(params)
     return losses
 
 # %% ../nbs/47_pretrain.ipynb #3eff2f60
-def _save(path: Path, config: PretrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, losses: list[float]):
-    state = dict(config=asdict(config), model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema.state_dict(), losses=losses)
+def _save(
+    path: Path,
+    config: PretrainConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel,
+    losses: list[float],
+):
+    state = dict(config=asdict(config), model=model.state_dict(), optimizer=optimizer.state_dict(),
+                 ema=ema.state_dict(), losses=losses)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as tmp: torch.save(state, tmp)
 
-def _resume(path: Path, config: PretrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> list[float]:
+def _resume(
+    path: Path,
+    config: PretrainConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel,
+) -> list[float]:
     if not path.is_file(): return []
     try: state = torch.load(path, weights_only=True)
-    except Exception as e: raise FoundIRError(f"can't read {path} ({type(e).__name__}): delete it to start again") from None
+    except Exception as e:
+        raise FoundIRError(f"can't read {path} ({type(e).__name__}): delete it to start again") from None
     changed = [k for k, v in asdict(config).items() if state["config"].get(k) != v]
-    if changed: raise FoundIRError(f"{path} was made with another {', '.join(changed)}: use those settings again or choose another folder")
+    if changed:
+        raise FoundIRError(f"{path} was made with another {', '.join(changed)}: use those settings again or choose "
+                           "another folder")
     try: model.load_state_dict(state["model"])
-    except RuntimeError: raise FoundIRError(f"{path} holds another model: use its settings again or choose another folder") from None
+    except RuntimeError:
+        raise FoundIRError(f"{path} holds another model: use its settings again or choose another folder") from None
     optimizer.load_state_dict(state["optimizer"])
     ema.load_state_dict(state["ema"])
     return state["losses"]
@@ -201,9 +235,9 @@ VAE_RECIPE = PretrainConfig(steps=600, lr=4e-4, clip=0.2)
 
 def vae_loss(
     vae: PatchAutoencoderKL,
-    images: Tensor, # (B, 3, H, W) in [−1, 1]
-    noise: Tensor, # like the latents, standard normal
-    kl_weight: float = 1e-8, # per nat of a whole latent picture
+    images: Tensor,  # (B, 3, H, W) in [−1, 1]
+    noise: Tensor,  # like the latents, standard normal
+    kl_weight: float = 1e-8,  # per nat of a whole latent picture
 ) -> Tensor:
     "Mean squared error of a sampled reconstruction, plus KL."
     posterior = vae.encode(images).latent_dist
@@ -212,11 +246,11 @@ def vae_loss(
 
 def pretrain_vae(
     pool: CropPool,
-    folder: str | Path, # for the checkpoint and the result, `folder/vae`
+    folder: str | Path,  # for the checkpoint and the result, `folder/vae`
     config: PretrainConfig = VAE_RECIPE,
-    vae_config: Mapping | None = None, # `PatchAutoencoderKL`'s arguments
-    stop_at: int | None = None, # end early, as if interrupted after this step
-) -> tuple[PatchAutoencoderKL, list[float]]: # trained, in fp32, and the loss of every step
+    vae_config: Mapping | None = None,  # `PatchAutoencoderKL`'s arguments
+    stop_at: int | None = None,  # end early, as if interrupted after this step
+) -> tuple[PatchAutoencoderKL, list[float]]:  # trained, in fp32, and the loss of every step
     "Start at PCA, train, measure the scaling factor, save. Goes on from the checkpoint in `folder`."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash_seed("vae weights", config.seed))
@@ -225,17 +259,20 @@ def pretrain_vae(
     def loss_of(step: int) -> Tensor:
         rng = generator("vae", config.seed, step)
         images = pool.crops(rng, config.batch_size, config.crop, config.leaf_share).images
-        noise = torch.randn((len(images), vae.config.latent_channels, *(n // vae.config.patch_size for n in images.shape[2:])), generator=rng)
+        h, w = (n // vae.config.patch_size for n in images.shape[2:])
+        noise = torch.randn((len(images), vae.config.latent_channels, h, w), generator=rng)
         return vae_loss(vae, images, noise)
     losses = _fit(vae, loss_of, config, folder, stop_at)
-    with torch.no_grad(): latents = vae.encode(pool.crops(generator("scale", config.seed), 64, config.crop, leaf_share=0).images).latent_dist.mode()
+    with torch.no_grad():
+        images = pool.crops(generator("scale", config.seed), 64, config.crop, leaf_share=0).images
+        latents = vae.encode(images).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.save_pretrained(Path(folder) / "vae")
     return vae, losses
 
 # %% ../nbs/47_pretrain.ipynb #4d894bd6
 PRIOR_RECIPE = PretrainConfig(steps=6000, lr=2e-3, warmup=200, crop=96, weight_decay=1e-2, ema_decay=0.999)
-CAPTIONS = ("a photograph", "dead leaves", "") # of a photograph, of dead leaves, dropped
+CAPTIONS = ("a photograph", "dead leaves", "")  # of a photograph, of dead leaves, dropped
 
 # %% ../nbs/47_pretrain.ipynb #0b500e72
 class PriorLoss:
@@ -249,21 +286,23 @@ class PriorLoss:
         rng, c = generator("prior", self.config.seed, step), self.config
         crops = self.pool.crops(rng, c.batch_size, c.crop, c.leaf_share)
         with torch.no_grad(): latents = encode_latents(self.base.vae, crops.images)
-        noise, timesteps = torch.randn(latents.shape, generator=rng), torch.randint(self.scheduler.config.num_train_timesteps, (c.batch_size,), generator=rng)
+        noise = torch.randn(latents.shape, generator=rng)
+        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (c.batch_size,), generator=rng)
         caption = torch.where(torch.rand(c.batch_size, generator=rng) < 0.2, 2, crops.is_leaves.long())
         noisy = self.scheduler.add_noise(latents, noise, timesteps).to(memory_format=torch.channels_last)
         with autocast(self.unet.device, self.dtype):
-            out = self.unet(noisy, timesteps, self.embeds[caption], added_cond_kwargs=dict(text_embeds=self.pooled[caption], time_ids=crops.time_ids)).sample
+            out = self.unet(noisy, timesteps, self.embeds[caption],
+                            added_cond_kwargs=dict(text_embeds=self.pooled[caption], time_ids=crops.time_ids)).sample
         return sample_losses(out, prediction_target(self.scheduler, latents, noise, timesteps)).mean()
 
 # %% ../nbs/47_pretrain.ipynb #6c2612b2
 def pretrain_prior(
-    base: Base, # its VAE and text encoders are used as they are
+    base: Base,  # its VAE and text encoders are used as they are
     pool: CropPool,
-    folder: str | Path, # for the checkpoint and the result, `folder/unet`
+    folder: str | Path,  # for the checkpoint and the result, `folder/unet`
     config: PretrainConfig = PRIOR_RECIPE,
-    stop_at: int | None = None, # end early, as if interrupted after this step
-) -> tuple[UNet2DConditionModel, list[float]]: # a trained copy of `base.unet_prior`, and the loss of every step
+    stop_at: int | None = None,  # end early, as if interrupted after this step
+) -> tuple[UNet2DConditionModel, list[float]]:  # a trained copy of `base.unet_prior`, and the loss of every step
     "Train the diffusion prior on clean crops. Goes on from the checkpoint in `folder`."
     unet = UNet2DConditionModel.from_config(base.unet_prior.config)
     unet.load_state_dict(base.unet_prior.state_dict())

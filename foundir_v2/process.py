@@ -24,14 +24,15 @@ def _gone(watched: list[tuple[int, float]]) -> bool:
     import psutil
     for pid, started in watched:
         try:
-            if psutil.Process(pid).create_time() != started or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE: return True
+            if psutil.Process(pid).create_time() != started or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
         except psutil.NoSuchProcess: return True
     return False
 
 # %% ../nbs/05_process.ipynb #2e58ef06
 def exit_with_parent(
-    interval: float = 0.5, # seconds between two looks
-) -> threading.Thread: # the watching thread
+    interval: float = 0.5,  # seconds between two looks
+) -> threading.Thread:  # the watching thread
     "End this process, at once and with status 1, when its parent ends."
     watched = ancestors()
     def watch():
@@ -43,7 +44,7 @@ def exit_with_parent(
 
 # %% ../nbs/05_process.ipynb #05c7a002
 @contextmanager
-def interruptible() -> Iterator[Callable[[], None]]: # raises `KeyboardInterrupt` if Ctrl-C was pressed since the block began
+def interruptible() -> Iterator[Callable[[], None]]:  # raises `KeyboardInterrupt` if Ctrl-C was pressed meanwhile
     "For loops: what is called once per round. Outside of the main thread, which alone gets signals, it does nothing."
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

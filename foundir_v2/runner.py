@@ -24,60 +24,72 @@ def checkout() -> Path:
     import foundir_v2
     root = Path(foundir_v2.__file__).resolve().parents[1]
     if not (root/"settings.ini").is_file():
-        raise RunnerError(f"{root} is no clone of the repository: stages run from a clone, not from an installed package")
-    here = next((p for p in (Path.cwd().resolve(), *Path.cwd().resolve().parents) if (p/"settings.ini").is_file()), root)
+        raise RunnerError(f"{root} is no clone of the repository: stages run from a clone, "
+                          "not from an installed package")
+    here = next((p for p in (Path.cwd().resolve(), *Path.cwd().resolve().parents) if (p/"settings.ini").is_file()),
+                root)
     if here != root:
-        raise RunnerError(f"this is the checkout {here}, but foundir_v2 comes from {root}: activate this checkout's .venv")
+        raise RunnerError(f"this is the checkout {here}, but foundir_v2 comes from {root}: "
+                          "activate this checkout's .venv")
     return root
 
 def check_interpreter(
-    root: Path, # repository root
-    prefix: str = sys.prefix, # of the interpreter in question
+    root: Path,  # repository root
+    prefix: str = sys.prefix,  # of the interpreter in question
 ) -> None:
-    "Raises `RunnerError` unless the interpreter is that of `root/.venv`, or, where there is none, has what root's lock pins."
-    own, installed = root/".venv", Path(prefix)/"requirements.lock" # `make venv` leaves a copy of what it installed
+    """Raises `RunnerError` unless the interpreter is that of `root/.venv`, or, where there is none, has what root's
+    lock pins."""
+    own, installed = root/".venv", Path(prefix)/"requirements.lock"  # `make venv` leaves a copy of what it installed
     if Path(prefix).resolve() == own.resolve(): return
-    if not own.exists() and installed.is_file() and installed.read_bytes() == (root/"requirements.lock").read_bytes(): return
+    if not own.exists() and installed.is_file() and installed.read_bytes() == (root/"requirements.lock").read_bytes():
+        return
     raise RunnerError(f"Python at {prefix} is not this repository's: run `make venv` once, then `. .venv/bin/activate`")
 
 # %% ../nbs/06_runner.ipynb #dcfe27d2
 def notebook_parameters(
-    nb: Any, # a notebook read by nbformat
-    name: str = "notebook", # for the messages
-) -> dict[str, Any]: # name -> default value
-    "What the cell tagged `parameters` assigns. Raises `RunnerError` if there isn't exactly one such cell or it holds something other than `name = literal`."
+    nb: Any,  # a notebook read by nbformat
+    name: str = "notebook",  # for the messages
+) -> dict[str, Any]:  # name -> default value
+    """What the cell tagged `parameters` assigns.
+    Raises `RunnerError` if there isn't exactly one such cell or it holds something other than `name = literal`."""
     tagged = [c for c in nb.cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
-    if len(tagged) != 1: raise RunnerError(f"{name}: expected one code cell tagged 'parameters', found {len(tagged)}; was the tag lost in cleaning?")
+    if len(tagged) != 1:
+        raise RunnerError(f"{name}: expected one code cell tagged 'parameters', found {len(tagged)}; "
+                          "was the tag lost in cleaning?")
     found = {}
     for node in ast.parse(tagged[0].source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (node.targets if isinstance(node, ast.Assign)
+                   else [node.target] if isinstance(node, ast.AnnAssign) else [])
         try:
             (target,) = targets
             found[target.id] = ast.literal_eval(node.value)
         except (ValueError, AttributeError, TypeError):
-            raise RunnerError(f"{name}: line {node.lineno} of the parameters cell is not `name = literal`: {ast.unparse(node)}") from None
+            raise RunnerError(f"{name}: line {node.lineno} of the parameters cell is not `name = literal`: "
+                              f"{ast.unparse(node)}") from None
     return found
 
 # %% ../nbs/06_runner.ipynb #c0a05302
 def check_parameters(
-    given: Iterable[str], # names from params.yaml
-    wanted: Iterable[str], # names of the notebook's parameters
-    name: str, # of the notebook
-    sections: Iterable[str] = (), # that `given` was read from
+    given: Iterable[str],  # names from params.yaml
+    wanted: Iterable[str],  # names of the notebook's parameters
+    name: str,  # of the notebook
+    sections: Iterable[str] = (),  # that `given` was read from
 ) -> None:
     "Raises `RunnerError` unless both are the same names."
     given, wanted = set(given), set(wanted)
     problems = []
     if given - wanted: problems.append(f"doesn't know the parameters {', '.join(sorted(given - wanted))}")
     if wanted - given: problems.append(f"misses a value for {', '.join(sorted(wanted - given))}")
-    if problems: raise RunnerError(f"{name} {' and '.join(problems)} (sections: {', '.join(sections) or 'none'}; its parameters: {', '.join(sorted(wanted)) or 'none'})")
+    if problems:
+        raise RunnerError(f"{name} {' and '.join(problems)} (sections: {', '.join(sections) or 'none'}; "
+                          f"its parameters: {', '.join(sorted(wanted)) or 'none'})")
 
 # %% ../nbs/06_runner.ipynb #bceb9274
 def set_value(
-    params: dict[str, dict[str, Any]], # changed in place
-    sections: Iterable[str], # where a key without a section is looked for
-    setting: str, # key=value, the value in YAML
-) -> dict[str, Any]: # {} or, for a key that is in no section, key -> value
+    params: dict[str, dict[str, Any]],  # changed in place
+    sections: Iterable[str],  # where a key without a section is looked for
+    setting: str,  # key=value, the value in YAML
+) -> dict[str, Any]:  # {} or, for a key that is in no section, key -> value
     "Apply one `--set`. Raises `RunnerError` if it isn't key=value, or leads nowhere."
     from foundir_v2.config import parse_yaml
     key, equals, text = setting.partition("=")
@@ -94,12 +106,13 @@ def set_value(
 
 # %% ../nbs/06_runner.ipynb #29bd04ce
 def read_parameters(
-    sections: list[str], # of the parameter file, each `section` or `name=section`
-    wanted: Iterable[str], # names of the notebook's parameters
-    settings: list[str] = (), # `key=value`, see `set_value`
-    path: str | Path | None = None, # parameter file; default: params.yaml
-) -> dict[str, Any]: # name -> value
-    "What the notebook gets. Raises `ConfigError` on parameters that no stage could work with, `RunnerError` on a key in two sections."
+    sections: list[str],  # of the parameter file, each `section` or `name=section`
+    wanted: Iterable[str],  # names of the notebook's parameters
+    settings: list[str] = (),  # `key=value`, see `set_value`
+    path: str | Path | None = None,  # parameter file; default: params.yaml
+) -> dict[str, Any]:  # name -> value
+    """What the notebook gets.
+    Raises `ConfigError` on parameters that no stage could work with, `RunnerError` on a key in two sections."""
     from foundir_v2.config import load_params
     from foundir_v2.params import check_params, keys_read
     params, home = load_params(path), {n or s: s for n, _, s in (text.rpartition("=") for text in sections)}
@@ -110,13 +123,15 @@ def read_parameters(
         given = {k: params[section][k] for k in read[section]}
         given = {name: given} if name in wanted else given
         if twice := sorted(set(given) & set(values)):
-            raise RunnerError(f"{', '.join(twice)} is given twice: by {section} and before it; name the section in the notebook")
+            raise RunnerError(f"{', '.join(twice)} is given twice: by {section} and before it; "
+                              "name the section in the notebook")
         values |= given
     return values
 
 # %% ../nbs/06_runner.ipynb #0623511a
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-RANDOM_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|(?<=\bT_)[0-9a-f]{5}(?![0-9a-f])")  # UUIDs and pandas' table ids
+# UUIDs and pandas' table ids
+RANDOM_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|(?<=\bT_)[0-9a-f]{5}(?![0-9a-f])")
 
 def _strip_text(text: str, ids: dict[str, str]) -> str:
     "Addresses removed, random ids numbered in order of appearance."
@@ -125,12 +140,13 @@ def _strip_text(text: str, ids: dict[str, str]) -> str:
 def _strip_output(output: Any, ids: dict[str, str]) -> None:
     if "text" in output: output.text = _strip_text(output.text, ids)
     for kind, value in output.get("data", {}).items():
-        if isinstance(value, str) and (kind.startswith("text/") or kind.endswith("+xml")): output.data[kind] = _strip_text(value, ids)
+        if isinstance(value, str) and (kind.startswith("text/") or kind.endswith("+xml")):
+            output.data[kind] = _strip_text(value, ids)
 
 # %% ../nbs/06_runner.ipynb #92639a8d
 def strip_volatile(
-    nb: Any, # an executed notebook, changed in place
-) -> Any: # the same notebook
+    nb: Any,  # an executed notebook, changed in place
+) -> Any:  # the same notebook
     "Remove everything that differs between two executions of the same code on the same data."
     nb.metadata = type(nb.metadata)({k: v for k, v in nb.metadata.items() if k in ("kernelspec", "language_info")})
     ids: dict[str, str] = {}
@@ -159,21 +175,24 @@ def _temporary(out: Path) -> Path:
 
 # %% ../nbs/06_runner.ipynb #38694a38
 def execute(
-    src: str | Path, # pipeline notebook
-    out: str | Path, # where the executed copy goes
-    parameters: dict[str, Any], # a value for every parameter of the notebook
-    root: str | Path, # working directory of the kernel, first on its import path; failed copies go to its logs/
-) -> Path: # `out`
-    "Run a notebook and write its report. Raises `papermill.PapermillExecutionError` when a cell fails; then `out` is as it was before."
+    src: str | Path,  # pipeline notebook
+    out: str | Path,  # where the executed copy goes
+    parameters: dict[str, Any],  # a value for every parameter of the notebook
+    root: str | Path,  # working directory of the kernel, first on its import path; failed copies go to its logs/
+) -> Path:  # `out`
+    """Run a notebook and write its report.
+    Raises `papermill.PapermillExecutionError` when a cell fails; then `out` is as it was before."""
     import nbformat, papermill
     src, out, root = Path(src), Path(out), Path(root)
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+    searched = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(root), *searched]))
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = _temporary(out)
     try:
-        nb = papermill.execute_notebook(str(src), str(tmp), parameters, cwd=str(root), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                                        extra_arguments=["--log-level=CRITICAL"])
+        nb = papermill.execute_notebook(
+            str(src), str(tmp), parameters, cwd=str(root), progress_bar=False, stdout_file=sys.stdout,
+            stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"])
         nbformat.write(strip_volatile(nb), tmp)
         os.replace(tmp, out)
     except BaseException:
@@ -192,7 +211,8 @@ def run_stage(args: argparse.Namespace) -> None:
     import nbformat
     os.chdir(root)
     exit_with_parent()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the kernel is shut down and the temporary file moved
+    # so that the kernel is shut down and the temporary file moved
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not Path(args.src).is_file(): raise RunnerError(f"no notebook at {args.src} (paths are relative to {root})")
     wanted = notebook_parameters(nbformat.read(args.src, 4), args.src)
     values = read_parameters(args.sections, wanted, args.set, args.params)
@@ -202,20 +222,21 @@ def run_stage(args: argparse.Namespace) -> None:
 # %% ../nbs/06_runner.ipynb #dc80f940
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m foundir_v2.runner",
-                                description="Execute a pipeline notebook with sections of params.yaml as its parameters.")
+                                description="Execute a pipeline notebook with sections of params.yaml as its "
+                                            "parameters.")
     p.add_argument("src", help="notebook with a cell tagged 'parameters'")
     p.add_argument("out", help="the executed copy, written when the run has succeeded")
     p.add_argument("sections", nargs="*", metavar="[NAME=]SECTION",
                    help="sections of the parameter file: a mapping for the parameter NAME, or its keys as parameters")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", 
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                    help="set a key of a section, or a parameter that no section gives (YAML); may be repeated")
     p.add_argument("--params", metavar="FILE", help="another parameter file than params.yaml")
     return p
 
-def main(argv: list[str] | None = None) -> int: # exit code
+def main(argv: list[str] | None = None) -> int:  # exit code
     "Command line of `python -m foundir_v2.runner`."
     args = parser().parse_args(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR) # tells at import what a CPU lacks
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells at import what a CPU lacks
     try: run_stage(args)
     except (ValueError, FileNotFoundError, PermissionError) as e:
         print(f"runner: {e}", file=sys.stderr)
@@ -223,7 +244,8 @@ def main(argv: list[str] | None = None) -> int: # exit code
     except Exception as e:
         text = str(e) if type(e).__name__ == "PapermillExecutionError" else traceback.format_exc()
         print(re.sub(r"\x1b\[[0-9;]*m", "", text).rstrip(), file=sys.stderr)
-        print(f"runner: {args.src} failed; the notebook as far as it came is logs/{Path(args.out).stem}.failed.ipynb", file=sys.stderr)
+        print(f"runner: {args.src} failed; the notebook as far as it came is logs/{Path(args.out).stem}.failed.ipynb",
+              file=sys.stderr)
         return 1
     return 0
 

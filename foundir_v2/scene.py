@@ -31,7 +31,6 @@ def depth_map(h: int, w: int, seed: int) -> Tensor:
     d = slope * y + tilt * x + 0.6 * smooth_field(h, w, 3, g) + 0.2 * smooth_field(h, w, 8, g)
     return to_unit(d)
 
-
 def scatter(
     image: Tensor,  # (3, H, W)
     depth: Tensor,  # (H, W)
@@ -44,7 +43,6 @@ def scatter(
     A = torch.tensor([airlight - tint, airlight, airlight + tint], device=image.device).clamp(0, 1)[:, None, None]
     return image * t + A * (1 - t)
 
-
 def haze(image: Tensor, beta: float, airlight: float, tint: float, seed: int) -> Tensor:
     "Haze over the depth of `depth_map`. Parameters as in `scatter`."
     return scatter(image, depth_map(*image.shape[1:], seed), beta, airlight, tint)
@@ -55,19 +53,16 @@ def _plane(image: Tensor, seed: int) -> Tensor:
     angle = 2 * math.pi * torch.rand(1, generator=generator("plane", seed)).item()
     return to_unit(y * math.sin(angle) + x * math.cos(angle))
 
-
 def _radial(image: Tensor, seed: int) -> Tensor:
     y, x = positions(*image.shape[1:])
     cy, cx, near = torch.rand(3, generator=generator("radial", seed)).tolist()
     d = to_unit(((y - 0.7 * (cy - 0.5)) ** 2 + (x - 0.7 * (cx - 0.5)) ** 2).sqrt())
     return d if near < 0.25 else 1 - d
 
-
 def _patches(image: Tensor, seed: int) -> Tensor:
     g = generator("patches", seed)
     cells = int(torch.randint(2, 5, (1,), generator=g))
     return to_unit(sum(2.0**-k * smooth_field(*image.shape[1:], cells * 2**k, g) for k in range(4))) ** 1.5
-
 
 def _attenuation(image: Tensor, seed: int) -> Tensor:
     value, least = image.amax(0, keepdim=True), image.amin(0, keepdim=True)
@@ -79,7 +74,6 @@ def _attenuation(image: Tensor, seed: int) -> Tensor:
 DEPTHS: Mapping[str, Callable[[Tensor, int], Tensor]] = dict(
     plane=_plane, radial=_radial, patches=_patches, attenuation=_attenuation)
 
-
 def scene_depth(
     image: Tensor,  # (3, H, W)
     prior: str,  # a key of `DEPTHS`
@@ -88,7 +82,6 @@ def scene_depth(
     "A depth that the picture might have. Raises `FoundIRError` naming the priors."
     if prior not in DEPTHS: raise FoundIRError(f"unknown depth prior {prior!r}; choose one of {', '.join(DEPTHS)}")
     return DEPTHS[prior](image, seed)
-
 
 def fog(image: Tensor, beta: float, airlight: float, tint: float, depth: str, seed: int) -> Tensor:
     "Haze over the depth of a prior, a key of `DEPTHS`. The other parameters as in `scatter`."
@@ -119,9 +112,7 @@ def line_kernel(length: float, angle: float, thickness: float) -> Tensor:
     distance = (across**2 + (along.abs() - length / 2).clamp(min=0) ** 2).sqrt()
     return torch.exp(-2 * (distance / thickness) ** 2)
 
-
 _LAYERS = ((1.0, 1.0), (0.7, 2.0), (0.45, 4.0))  # (size, density) of near, middle and far layer
-
 
 def rain(
     image: Tensor,  # (3, H, W)
@@ -146,7 +137,6 @@ def flake_kernel(radius: float, angle: float, stretch: float) -> Tensor:
     s, c = math.sin(math.radians(angle)), math.cos(math.radians(angle))
     r = (((dx * s + dy * c) / stretch) ** 2 + (dx * c - dy * s) ** 2).sqrt() / radius
     return torch.sigmoid((1 - r) * 4 * min(radius, 2)) / torch.sigmoid(torch.tensor(4.0 * min(radius, 2)))
-
 
 def snow(
     image: Tensor,  # (3, H, W)
@@ -174,7 +164,6 @@ def _drop_heights(h: int, w: int, cover: float, radius: float, g: torch.Generato
     seeds = torch.cat([impulses(h, w, share / (math.pi * r**2), g) > 0 for r, share in sizes]).float()
     height = convolve(seeds, caps).amax(0)
     return height * (0.75 + 0.5 * smooth_field(h, w, max(2, round(max(h, w) / radius)), g))
-
 
 def raindrop(
     image: Tensor,  # (3, H, W)
@@ -261,7 +250,6 @@ def camera_exposure(image: Tensor, stops: float, a: float, b: float) -> Tensor:
     power = 2.0 ** (-stops * a)
     return math.exp(b * (1 - power)) * image.clamp(min=0) ** power
 
-
 def tone(
     image: Tensor,  # (3, H, W)
     contrast: float,  # steeper (> 0, at most 1) or flatter (< 0) middle tones
@@ -270,7 +258,6 @@ def tone(
     "A tone curve on encoded values; white stays."
     x = image + contrast * image * (1 - image) * (2 * image - 1)
     return black + (1 - black) * x
-
 
 def colour_cast(
     image: Tensor,  # (3, H, W)

@@ -29,9 +29,10 @@ def set_timesteps(
     first, total = float(noise_scheduler.timesteps[0]), noise_scheduler.config.num_train_timesteps
     if first < 0.9 * total - 1:
         spacing = noise_scheduler.config.get("timestep_spacing")
-        raise FoundIRError(f"{steps} steps with {spacing!r} timestep spacing start at t = {first:.0f} of {total}, far from "
-                           "noise: use more steps (20), or trailing spacing: pipe.scheduler = "
-                           "pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing='trailing')")
+        raise FoundIRError(f"{steps} steps with {spacing!r} timestep spacing start at t = {first:.0f} of {total}, "
+                           "far from noise: use more steps (20), or trailing spacing: "
+                           "pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, "
+                           "timestep_spacing='trailing')")
     return noise_scheduler.timesteps
 
 # %% ../nbs/49_solver.ipynb #b98e047d
@@ -60,8 +61,8 @@ def make_noise_scheduler(
         choices = ", ".join(sorted(n for n, c in known.items() if not lacks(c)))
         raise FoundIRError(f"unknown noise scheduler {name!r}: choose from {choices}")
     if missing := lacks(cls):
-        raise FoundIRError(f"noise scheduler {name!r} doesn't know {missing[0]}={like.config[missing[0]]!r}, which this "
-                           "model was trained with: choose another, for instance euler or ddim")
+        raise FoundIRError(f"noise scheduler {name!r} doesn't know {missing[0]}={like.config[missing[0]]!r}, "
+                           "which this model was trained with: choose another, for instance euler or ddim")
     try: return cls.from_config(like.config, **{k: v for k, v in LATENTS.items() if k in takes(cls)})
     except ImportError as e:
         raise FoundIRError(f"noise scheduler {name!r} needs another package: {' '.join(str(e).split())}") from None

@@ -21,14 +21,15 @@ PACKAGE = "foundir_v2"
 GENERATED = ("__init__", "_modidx")  # the version and nbdev's index: they decide about no result
 
 def imported_modules(
-    source: str, # Python
-) -> set[str]: # names of our modules, without the package
+    source: str,  # Python
+) -> set[str]:  # names of our modules, without the package
     "Which modules of this library a source imports, in any of the spellings."
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, [PACKAGE if node.level else "", node.module]))  # the package is flat: one dot is the package
+            # the package is flat: one dot is the package
+            module = ".".join(filter(None, [PACKAGE if node.level else "", node.module]))
             names = [f"{module}.{a.name}" for a in node.names] if module == PACKAGE else [module]
         else: continue
         found |= {n.split(".")[1] for n in names if n.startswith(PACKAGE + ".")}
@@ -36,32 +37,35 @@ def imported_modules(
 
 # %% ../nbs/07_stages.ipynb #84a75318
 def notebook_source(
-    path: str | Path, # notebook
-) -> str: # its code cells, without magics and shell commands
+    path: str | Path,  # notebook
+) -> str:  # its code cells, without magics and shell commands
     "The Python of a notebook as one text."
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    return "\n".join(re.sub(r"^(\s*)[%!].*$", r"\1pass", s, flags=re.M) for s in sources if not s.lstrip().startswith("%%"))
+    return "\n".join(re.sub(r"^(\s*)[%!].*$", r"\1pass", s, flags=re.M)
+                     for s in sources if not s.lstrip().startswith("%%"))
 
 # %% ../nbs/07_stages.ipynb #54b21965
 def import_closure(
-    source: str, # Python to start from
-    root: str | Path, # repository root
-) -> list[str]: # paths of modules relative to `root`, sorted
+    source: str,  # Python to start from
+    root: str | Path,  # repository root
+) -> list[str]:  # paths of modules relative to `root`, sorted
     "The modules of this library that running `source` can load. Raises `FoundIRError` for a module that doesn't exist."
     done, todo = set(), imported_modules(source)
     while todo:
         name = todo.pop()
         path = Path(root)/PACKAGE/f"{name}.py"
-        if not path.is_file(): raise FoundIRError(f"{PACKAGE}.{name} is imported but {path} doesn't exist: export its notebook, or correct the import")
+        if not path.is_file():
+            raise FoundIRError(f"{PACKAGE}.{name} is imported but {path} doesn't exist: export its notebook, "
+                               "or correct the import")
         done.add(name)
         todo |= imported_modules(path.read_text(encoding="utf-8")) - done
     return [f"{PACKAGE}/{n}.py" for n in sorted(done)]
 
 # %% ../nbs/07_stages.ipynb #70a2c92a
 def runner_arguments(
-    cmd: str, # command of a stage
-) -> tuple[str, list[str]] | None: # notebook and sections; None for other commands
+    cmd: str,  # command of a stage
+) -> tuple[str, list[str]] | None:  # notebook and sections; None for other commands
     "Take a runner command apart."
     words = shlex.split(cmd)
     if f"{PACKAGE}.runner" not in words: return None
@@ -72,9 +76,9 @@ def runner_arguments(
     return src, [s.rpartition("=")[2] for s in sections]
 
 def code_deps(
-    notebook: str, # path relative to `root`
-    root: str | Path, # repository root
-) -> list[str]: # the notebook and its closure
+    notebook: str,  # path relative to `root`
+    root: str | Path,  # repository root
+) -> list[str]:  # the notebook and its closure
     "What the results of a pipeline notebook depend on, apart from data and parameters."
     return [notebook, *import_closure(notebook_source(Path(root)/notebook), root)]
 
@@ -87,28 +91,31 @@ def modules(root: str | Path) -> list[str]:
     "Paths of all files of the package that nbdev writes, relative to `root`."
     return sorted(p.relative_to(root).as_posix() for p in (Path(root)/PACKAGE).glob("*.py"))
 
-PARAMETERS = f"{PACKAGE}.params" # by name: it stands above this module, on which training depends
+PARAMETERS = f"{PACKAGE}.params"  # by name: it stands above this module, on which training depends
 
 def read_by(
-    sections: Sequence[str], # of a stage
-    root: str | Path, # repository root
-) -> list[str]: # for `params:` in dvc.yaml
+    sections: Sequence[str],  # of a stage
+    root: str | Path,  # repository root
+) -> list[str]:  # for `params:` in dvc.yaml
     "The keys that a stage with these sections reads; without a params.yaml, the sections."
     path = Path(root)/"params.yaml"
-    return importlib.import_module(PARAMETERS).dvc_params(sections, load_params(path)) if path.is_file() else list(sections)
+    return (importlib.import_module(PARAMETERS).dvc_params(sections, load_params(path)) if path.is_file()
+            else list(sections))
 
 def expected_stage(
-    name: str, # of the stage
-    stage: dict[str, Any], # as in dvc.yaml
-    root: str | Path, # repository root
-) -> dict[str, Any]: # the entries that follow from the code: some of deps, params, outs
+    name: str,  # of the stage
+    stage: dict[str, Any],  # as in dvc.yaml
+    root: str | Path,  # repository root
+) -> dict[str, Any]:  # the entries that follow from the code: some of deps, params, outs
     "What dvc.yaml should say about a stage."
-    if name == "export": return dict(deps=library_notebooks(root), outs=[{m: dict(cache=False, persist=True)} for m in modules(root)])
+    if name == "export":
+        return dict(deps=library_notebooks(root), outs=[{m: dict(cache=False, persist=True)} for m in modules(root)])
     arguments = runner_arguments(stage["cmd"])
     if arguments is None: return {}
     notebook, sections = arguments
     params = read_by(sections, root)
-    data = [d for d in stage.get("deps", []) if d != notebook and not d.startswith((PACKAGE + "/", "nbs/")) or d.startswith(f"{PACKAGE}/assets")]
+    data = [d for d in stage.get("deps", [])
+            if d != notebook and not d.startswith((PACKAGE + "/", "nbs/")) or d.startswith(f"{PACKAGE}/assets")]
     return dict(deps=data + code_deps(notebook, root)) | (dict(params=params) if params else {})
 
 # %% ../nbs/07_stages.ipynb #87bacde9
@@ -128,21 +135,23 @@ def _sync(document: Any, root: Path) -> list[str]:
             old = stage.get(key, [])
             if list(old) == value: continue
             as_text = lambda items: [i if isinstance(i, str) else next(iter(i)) for i in items]
-            changes.append(f"{name}.{key}: " + ", ".join([f"+{v}" for v in as_text(value) if v not in as_text(old)] + [f"-{v}" for v in as_text(old) if v not in as_text(value)] or ["order"]))
+            added = [f"+{v}" for v in as_text(value) if v not in as_text(old)]
+            gone = [f"-{v}" for v in as_text(old) if v not in as_text(value)]
+            changes.append(f"{name}.{key}: " + ", ".join(added + gone or ["order"]))
             stage[key] = value
     return changes
 
 # %% ../nbs/07_stages.ipynb #edc8958e
 def differences(
-    root: str | Path | None = None, # default: the repository around the current folder
-) -> list[str]: # one line per entry of dvc.yaml that is wrong, empty if it is right
+    root: str | Path | None = None,  # default: the repository around the current folder
+) -> list[str]:  # one line per entry of dvc.yaml that is wrong, empty if it is right
     "Compare dvc.yaml with the code."
     root = Path(root or repo_root())
     return _sync(_yaml().load((root/"dvc.yaml").read_text(encoding="utf-8")), root)
 
 def update(
-    root: str | Path | None = None, # default: the repository around the current folder
-) -> list[str]: # what was changed
+    root: str | Path | None = None,  # default: the repository around the current folder
+) -> list[str]:  # what was changed
     "Write the dependencies, params and exported files into dvc.yaml."
     root, yaml = Path(root or repo_root()), _yaml()
     document = yaml.load((root/"dvc.yaml").read_text(encoding="utf-8"))
@@ -152,12 +161,13 @@ def update(
     return changes
 
 # %% ../nbs/07_stages.ipynb #4b31ec51
-def main(argv: list[str] | None = None) -> int: # exit code
+def main(argv: list[str] | None = None) -> int:  # exit code
     "Command line of `python -m foundir_v2.stages`."
-    p = argparse.ArgumentParser(prog="python -m foundir_v2.stages", description="Write the code dependencies of every stage into dvc.yaml.")
+    p = argparse.ArgumentParser(prog="python -m foundir_v2.stages",
+                                description="Write the code dependencies of every stage into dvc.yaml.")
     p.add_argument("--check", action="store_true", help="write nothing; exit with 1 if dvc.yaml is not right")
     args = p.parse_args(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR) # tells at import what a CPU lacks
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells at import what a CPU lacks
     try: changes = differences() if args.check else update()
     except (FoundIRError, FileNotFoundError) as e:
         print(f"stages: {e}", file=sys.stderr)

@@ -29,14 +29,14 @@ STATES = {
 class Target:
     "Something that a command is going to write."
     path: str | Path
-    kind: str = "file" # of `KINDS`
-    suffixes: Sequence[str] = () # that its name may end with; empty: any
-    source: str | Path | None = None # what it is made from, if it has one source
-    state: str = "foreign" # of `STATES`: what it is, if it exists
+    kind: str = "file"  # of `KINDS`
+    suffixes: Sequence[str] = ()  # that its name may end with; empty: any
+    source: str | Path | None = None  # what it is made from, if it has one source
+    state: str = "foreign"  # of `STATES`: what it is, if it exists
 
 # %% ../nbs/01_targets.ipynb #a157d36a
 def named(
-    path: str | Path, # from the command line
+    path: str | Path,  # from the command line
 ) -> Path:
     "A path with a name. Raises `TargetError` for an empty one."
     if not str(path): raise TargetError("an empty name: give the name of a file or a folder")
@@ -73,7 +73,7 @@ def _check_new(above: Path, name: str, wrong: Any) -> None:
 
 # %% ../nbs/01_targets.ipynb #ba9c736f
 def folds_case(
-    folder: Path, # exists
+    folder: Path,  # exists
 ) -> bool:
     "Are large and small letters the same in the names of this folder? Raises `TargetError` where no file can be made."
     try:
@@ -84,7 +84,7 @@ def folds_case(
 
 def identity(
     path: str | Path,
-    folded: bool = False, # whether letters are folded where it lies
+    folded: bool = False,  # whether letters are folded where it lies
 ) -> tuple[int, int] | str:
     "What tells files whatever they are called: device and inode; for a new file the path that it will have."
     try: found = os.stat(path)
@@ -95,7 +95,7 @@ def identity(
 
 # %% ../nbs/01_targets.ipynb #54c9e847
 def check_distinct(
-    known: Sequence[tuple[Target, Any]], # targets with their identities
+    known: Sequence[tuple[Target, Any]],  # targets with their identities
 ) -> None:
     "Raises `TargetError` if something would be written twice."
     first: dict[Any, Target] = {}
@@ -114,8 +114,8 @@ def check_distinct(
 
 # %% ../nbs/01_targets.ipynb #32381523
 def check_inputs(
-    known: Sequence[tuple[Target, Any]], # targets with their identities
-    inputs: Sequence[str | Path], # files that are read; a folder stands for all that it holds
+    known: Sequence[tuple[Target, Any]],  # targets with their identities
+    inputs: Sequence[str | Path],  # files that are read; a folder stands for all that it holds
 ) -> None:
     "Raises `TargetError` if something that is read would be replaced or changed."
     read, real = {identity(named(i)) for i in inputs}, [Path(os.path.realpath(i)) for i in inputs]
@@ -139,8 +139,8 @@ def check_existing(targets: Iterable[Target]) -> None:
 
 def check_targets(
     targets: Iterable[Target],
-    inputs: Iterable[str | Path] = (), # files that are read; a folder stands for all that it holds
-    force: bool = False, # replace what exists
+    inputs: Iterable[str | Path] = (),  # files that are read; a folder stands for all that it holds
+    force: bool = False,  # replace what exists
 ) -> None:
     "All rules, for all targets of a command. Raises `TargetError`; changes nothing."
     targets = list(targets)
@@ -155,12 +155,12 @@ def check_targets(
 # %% ../nbs/01_targets.ipynb #f0a7c2d2
 class Format(NamedTuple):
     "A format of image files."
-    name: str # Pillow's
-    begin: bytes = b"" # of every file
-    end: bytes = b"" # what a whole file holds; empty: this format isn't written
+    name: str  # Pillow's
+    begin: bytes = b""  # of every file
+    end: bytes = b""  # what a whole file holds; empty: this format isn't written
 
 JPEG = Format("JPEG", b"\xff\xd8\xff", b"\xff\xd9")
-FORMATS = { # by suffix
+FORMATS = {  # by suffix
     ".png": Format("PNG", b"\x89PNG", b"IEND\xaeB`\x82"), ".jpg": JPEG, ".jpeg": JPEG,
     ".webp": Format("WEBP", b"RIFF", b"WEBP"), ".bmp": Format("BMP"), ".gif": Format("GIF"), ".tif": Format("TIFF"),
     ".tiff": Format("TIFF"), ".ppm": Format("PPM"), ".pgm": Format("PPM"), ".jp2": Format("JPEG2000"),
@@ -174,7 +174,7 @@ def file_hash(path: str | Path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def is_broken(
-    path: Path, # an existing file, whose suffix says what it should hold
+    path: Path,  # an existing file, whose suffix says what it should hold
 ) -> bool:
     "Is this the beginning of a picture, or a picture with damage, which nobody can use?"
     if path.suffix.lower() not in WRITABLE or not path.is_file(): return False
@@ -184,14 +184,14 @@ def is_broken(
     from PIL import Image
     try:
         with Image.open(path) as im: im.load()
-    except Exception: return True # damaged files make the codecs raise nearly anything
+    except Exception: return True  # damaged files make the codecs raise nearly anything
     return False
 
 # %% ../nbs/01_targets.ipynb #70d5c1e8
-BEGIN = b'{"output": ' # of every line of a log
+BEGIN = b'{"output": '  # of every line of a log
 
 def read_records(
-    path: Path, # of a log; it may be missing
+    path: Path,  # of a log; it may be missing
 ) -> list[dict[str, Any]]:
     "The complete lines of a log. Raises `TargetError` if it is a file of another kind."
     data, records = path.read_bytes() if path.is_file() else b"", []
@@ -199,7 +199,7 @@ def read_records(
         raise TargetError(f"{path} is not a log of this command: choose another name for the log")
     for line in data.decode(errors="replace").splitlines():
         try: record = json.loads(line)
-        except ValueError: continue # cut short by a crash
+        except ValueError: continue  # cut short by a crash
         if isinstance(record, dict) and isinstance(record.get("made"), dict): records.append(record)
     return records
 
@@ -208,15 +208,15 @@ class RestoreLog:
     "A JSON line per result, and what they say about the files that are there."
     def __init__(
         self,
-        path: str | Path, # made when first written; as `read_records`
+        path: str | Path,  # made when first written; as `read_records`
     ):
         self.path, self._records = Path(path), read_records(Path(path))
 
-    def name(self, path: Path) -> str: # as it is written in the log
+    def name(self, path: Path) -> str:  # as it is written in the log
         "A path, seen from the log's folder."
         return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(self.path.parent))).as_posix()
 
-    def state(self, path: Path) -> str: # of `STATES`
+    def state(self, path: Path) -> str:  # of `STATES`
         "What an existing file is."
         made = [r["made"][name] for r in self._records for name in [self.name(path)] if name in r["made"]]
         if not made or not path.is_file(): return "foreign"
@@ -230,9 +230,9 @@ class RestoreLog:
 
     def add(
         self,
-        target: Path, # the result
-        made: Mapping[Path, Path], # name of each file -> where it lies now, complete: the line must be there first
-        **record: Any, # with its `key`
+        target: Path,  # the result
+        made: Mapping[Path, Path],  # name of each file -> where it lies now, complete: the line must be there first
+        **record: Any,  # with its `key`
     ) -> None:
         "Write a line, and hand it to the disk."
         cut = self.path.exists() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")

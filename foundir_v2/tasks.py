@@ -19,23 +19,19 @@ class Uniform(NamedTuple):
     low: float
     high: float
 
-
 class LogUniform(NamedTuple):
     "A positive real number whose logarithm is spread evenly over [log low, log high]."
     low: float
     high: float
-
 
 class Integers(NamedTuple):
     "A whole number, each of low, low + 1, …, high equally likely."
     low: int
     high: int
 
-
 class Choice(NamedTuple):
     "One of several names, each equally likely."
     options: tuple[str, ...]
-
 
 Range = Uniform | LogUniform | Integers | Choice
 
@@ -45,9 +41,7 @@ class Step(NamedTuple):
     operator: str  # a key of `foundir_v2.degrade.OPERATORS`
     ranges: Mapping[str, Range]  # parameter name -> range; parameters not named are the operator's own
 
-
 CATEGORIES: tuple[str, ...] = ("deblur", "denoise", "weather", "lowlight", "sr")
-
 
 @dataclass(frozen=True)
 class SubTask:
@@ -60,7 +54,8 @@ class SubTask:
 
     def __post_init__(self):
         if self.category not in CATEGORIES:
-            raise FoundIRError(f"sub-task {self.name!r}: unknown category {self.category!r}; choose one of {', '.join(CATEGORIES)}")
+            raise FoundIRError(f"sub-task {self.name!r}: unknown category {self.category!r}; "
+                               f"choose one of {', '.join(CATEGORIES)}")
         if not self.recipe: raise FoundIRError(f"sub-task {self.name!r}: the recipe is empty; give at least one Step")
 
     @property
@@ -76,8 +71,10 @@ _DIM_CAMERA = {"shot": LogUniform(1e-4, 1.2e-3), "read_offset": Uniform(-0.5, 0.
 _HAZE = {"beta": Uniform(0.6, 1.8), "airlight": Uniform(0.7, 1.0), "tint": Uniform(-0.04, 0.04)}
 _DENSE_HAZE = {"beta": Uniform(1.8, 3.0), "airlight": Uniform(0.7, 1.0), "tint": Uniform(-0.04, 0.04)}
 _THIN_HAZE = {"beta": Uniform(0.4, 1.2), "airlight": Uniform(0.7, 1.0), "tint": Uniform(-0.04, 0.04)}
-_RAIN = {"density": LogUniform(0.004, 0.03), "length": Uniform(9, 25), "angle": Uniform(-45, 45), "strength": Uniform(0.4, 0.9)}
-_SNOW = {"density": LogUniform(0.004, 0.02), "radius": Uniform(1.5, 4), "angle": Uniform(-45, 45), "strength": Uniform(0.6, 1.0)}
+_RAIN = {"density": LogUniform(0.004, 0.03), "length": Uniform(9, 25), "angle": Uniform(-45, 45),
+         "strength": Uniform(0.4, 0.9)}
+_SNOW = {"density": LogUniform(0.004, 0.02), "radius": Uniform(1.5, 4), "angle": Uniform(-45, 45),
+         "strength": Uniform(0.6, 1.0)}
 _DROPS = {"cover": Uniform(0.08, 0.25), "radius": Uniform(5, 13), "defocus": Uniform(1, 3)}
 _DARK = {"stops": Uniform(2, 5)}
 _DUSK = {"stops": Uniform(1.5, 3)}
@@ -86,15 +83,14 @@ _DUSK = {"stops": Uniform(1.5, 3)}
 _DEBLUR = (
     SubTask("motion_blur", "deblur", (Step("motion_blur", _MOTION),)),
     SubTask("defocus_blur", "deblur", (Step("defocus_blur", {"radius": Uniform(1.5, 5)}),)),
-    SubTask("blur_noise", "deblur", (Step("motion_blur", _SHORT_MOTION), Step("gaussian_noise", {"sigma": Uniform(5, 20)}))),
-    SubTask("blur_jpeg", "deblur", (Step("motion_blur", _SHORT_MOTION), Step("jpeg", {"quality": Integers(20, 60)}))),
-)
-_DENOISE = (
-    SubTask("gaussian_noise", "denoise", (Step("gaussian_noise", {"sigma": Uniform(15, 50)}),)),
-    SubTask("camera_noise", "denoise", (Step("camera_noise", _CAMERA),)),
-    SubTask("jpeg", "denoise", (Step("jpeg", {"quality": Integers(10, 40)}),)),
-    SubTask("noise_jpeg", "denoise", (Step("gaussian_noise", {"sigma": Uniform(10, 30)}), Step("jpeg", {"quality": Integers(20, 60)}))),
-)
+    SubTask("blur_noise", "deblur",
+            (Step("motion_blur", _SHORT_MOTION), Step("gaussian_noise", {"sigma": Uniform(5, 20)}))),
+    SubTask("blur_jpeg", "deblur", (Step("motion_blur", _SHORT_MOTION), Step("jpeg", {"quality": Integers(20, 60)}))))
+_DENOISE = (SubTask("gaussian_noise", "denoise", (Step("gaussian_noise", {"sigma": Uniform(15, 50)}),)),
+            SubTask("camera_noise", "denoise", (Step("camera_noise", _CAMERA),)),
+            SubTask("jpeg", "denoise", (Step("jpeg", {"quality": Integers(10, 40)}),)),
+            SubTask("noise_jpeg", "denoise",
+                    (Step("gaussian_noise", {"sigma": Uniform(10, 30)}), Step("jpeg", {"quality": Integers(20, 60)}))))
 
 # %% ../nbs/10_tasks.ipynb #633ff141
 _WEATHER = (
@@ -205,7 +201,6 @@ def subtask(
     for one in known:
         if one.name == name: return one
     raise FoundIRError(f"unknown sub-task {name!r}; choose one of {', '.join(s.name for s in known)}")
-
 
 def by_category() -> dict[str, list[str]]:
     "Category -> names of its sub-tasks, both in the catalogue's order: the default of `mixture.tasks`."

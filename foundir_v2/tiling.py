@@ -24,8 +24,11 @@ def tile_starts(
     overlap: float,  # smallest fraction of a tile shared with its neighbour, 0 <= overlap < 1
     multiple: int = 1,  # starts are multiples of this; length and tile have to be, too
 ) -> tuple[int, ...]:
-    "The fewest tiles that cover the length with at least this overlap, evenly spread. Raises `FoundIRError` on impossible settings."
-    if not 0 <= overlap < 1: raise FoundIRError(f"tile_overlap={overlap}: give the fraction that neighbouring tiles share, from 0 up to, not including, 1")
+    """The fewest tiles that cover the length with at least this overlap, evenly spread.
+    Raises `FoundIRError` on impossible settings."""
+    if not 0 <= overlap < 1:
+        raise FoundIRError(f"tile_overlap={overlap}: give the fraction that neighbouring tiles share, from 0 up to, "
+                           "not including, 1")
     if tile < multiple or tile % multiple or length % multiple:
         raise FoundIRError(f"tile {tile} on a length of {length}: both must be positive multiples of {multiple}")
     if length <= tile: return (0,)
@@ -58,7 +61,8 @@ class TileGrid:
     def scaled(self, k: int) -> "TileGrid":
         "The same grid in a unit k times smaller."
         times = lambda starts: tuple(k * s for s in starts)
-        return TileGrid(k * self.height, k * self.width, k * self.tile_height, k * self.tile_width, times(self.tops), times(self.lefts))
+        return TileGrid(k * self.height, k * self.width, k * self.tile_height, k * self.tile_width, times(self.tops),
+                        times(self.lefts))
 
     def crop(self, x: Tensor, top: int, left: int) -> Tensor:
         "The tile of x (..., height, width) that starts there: (..., tile_height, tile_width), a view."
@@ -92,7 +96,8 @@ def total_weights(
     length: int,  # of the canvas
     tile: int,
 ) -> Tensor:  # (length,) float32, > 0
-    "Sum of the tiles' weights along one side. Grid and Gaussian are separable, so the canvas' total is the product of both sides'."
+    """Sum of the tiles' weights along one side.
+    Grid and Gaussian are separable, so the canvas' total is the product of both sides'."""
     total, weights = torch.zeros(length), gaussian_weights(tile)
     for start in starts: total[start : start + tile] += weights
     return total
@@ -126,8 +131,10 @@ def map_tiles(
     grid, out = grid.scaled(scale), None
     for call in calls:
         y_nChw = function(call)
-        if out is None: out = y_nChw.new_zeros((pictures, y_nChw.shape[1], grid.height, grid.width), dtype=torch.float32)
-        for tile, y_Chw in zip(call, y_nChw): _merge(out[tile.picture], y_Chw, grid, scale * tile.top, scale * tile.left)
+        if out is None:
+            out = y_nChw.new_zeros((pictures, y_nChw.shape[1], grid.height, grid.width), dtype=torch.float32)
+        for tile, y_Chw in zip(call, y_nChw):
+            _merge(out[tile.picture], y_Chw, grid, scale * tile.top, scale * tile.left)
     rows, columns = (total_weights(*side).to(out.device) for side in (
         (grid.tops, grid.height, grid.tile_height), (grid.lefts, grid.width, grid.tile_width)))
     return out.div_(rows[:, None]).div_(columns)

@@ -22,11 +22,11 @@ from .vae import encode_latents
 
 # %% ../nbs/63_timesteps.ipynb #63000008
 def clean_latents(
-    noise_scheduler: DDPMScheduler, # holds the noise schedule and its `prediction_type`
-    output: Tensor, # of the U-Net, (B, C, h, w)
-    noisy: Tensor, # x_t, the same shape
-    timesteps: Tensor, # (B,)
-) -> Tensor: # estimate of z_0, the same shape
+    noise_scheduler: DDPMScheduler,  # holds the noise schedule and its `prediction_type`
+    output: Tensor,  # of the U-Net, (B, C, h, w)
+    noisy: Tensor,  # x_t, the same shape
+    timesteps: Tensor,  # (B,)
+) -> Tensor:  # estimate of z_0, the same shape
     """What the U-Net's output says about the clean latents: the inverse of `objective.prediction_target`.
 
     Raises `FoundIRError` naming the choices for another `prediction_type`."""
@@ -41,10 +41,10 @@ def clean_latents(
 # %% ../nbs/63_timesteps.ipynb #6300000b
 @torch.no_grad()
 def timestep_errors(
-    pipe: Any, # a `FoundIRv2Pipeline`
-    items: Sequence[Any], # with `input`, `gt` (3, H, W) in [0, 1] of one size, and `seed`
-    bands: int = 10, # equal parts of the timesteps
-) -> pd.DataFrame: # index: first and last timestep of a band; columns: noisy latents, LQ image, model
+    pipe: Any,  # a `FoundIRv2Pipeline`
+    items: Sequence[Any],  # with `input`, `gt` (3, H, W) in [0, 1] of one size, and `seed`
+    bands: int = 10,  # equal parts of the timesteps
+) -> pd.DataFrame:  # index: first and last timestep of a band; columns: noisy latents, LQ image, model
     "Mean squared error of estimates of the clean latents, relative to the latents' own variance."
     unet, schedule = pipe.unet, training_scheduler(pipe.scheduler)
     total, device = schedule.config.num_train_timesteps, pipe.unet.device
@@ -61,7 +61,7 @@ def timestep_errors(
         t = torch.tensor([int(torch.randint(first, last + 1, (), generator=g)) for g in rngs], device=device)
         x = schedule.add_noise(z, torch.stack([torch.randn(z.shape[1:], generator=g) for g in rngs]).to(z), t)
         out = unet(x.to(unet.dtype), t, text, lq_embedding=embedding, added_cond_kwargs=added).sample.float()
-        share = schedule.alphas_cumprod.to(x)[t][:, None, None, None].sqrt() # the best linear guess, for latents of variance 1
+        share = schedule.alphas_cumprod.to(x)[t][:, None, None, None].sqrt()  # the best linear guess, for latents of variance 1
         return clean_latents(schedule, out, x, t), share * x
 
     blind = error(estimates(total - 1, total - 1)[0])

@@ -24,7 +24,7 @@ from .targets import file_hash
 
 # %% ../nbs/60_trainlog.ipynb #6eb2de6d
 def read_log(
-    path: str | Path, # a JSONL file, possibly with a half line at the end
+    path: str | Path,  # a JSONL file, possibly with a half line at the end
 ) -> list[dict[str, Any]]:
     "The records of a log."
     records = []
@@ -35,15 +35,16 @@ def read_log(
 
 def check_steps(
     log: str | Path,
-    steps: int, # how many it must tell of
+    steps: int,  # how many it must tell of
 ) -> None:
     "Raises `FoundIRError` unless each of the steps stands in the log, once and in order."
     found = [r.get("step") for r in read_log(log) if isinstance(r, dict) and r.get("kind") == "step"]
-    if found != list(range(1, steps + 1)): raise FoundIRError(f"{log} doesn't tell of steps 1 to {steps}: move its folder away")
+    if found != list(range(1, steps + 1)):
+        raise FoundIRError(f"{log} doesn't tell of steps 1 to {steps}: move its folder away")
 
 def write_log(
     records: Sequence[dict[str, Any]],
-    path: str | Path, # a JSONL file; it is replaced
+    path: str | Path,  # a JSONL file; it is replaced
 ) -> None:
     "Write records as `read_log` reads them, completely or not at all."
     with atomic_write(path) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
@@ -53,8 +54,8 @@ class TrainLog:
     "A JSONL file that agrees with the checkpoint, and DVCLive's files if wanted."
     def __init__(self,
         path: str | Path,
-        start: str | Path | None, # the log up to the checkpoint to continue from; None: an empty log
-        live_dir: str | Path | None = None, # folder for DVCLive; it is rebuilt from the log
+        start: str | Path | None,  # the log up to the checkpoint to continue from; None: an empty log
+        live_dir: str | Path | None = None,  # folder for DVCLive; it is rebuilt from the log
     ):
         self.path, self.live = Path(path), None
         kept = b"" if start is None else Path(start).read_bytes()
@@ -108,9 +109,9 @@ def check(self: TrainLog) -> None:
 @dataclass(frozen=True)
 class TrainResult:
     "What a stage left behind."
-    output: Path # folder with unet/ (averaged weights), pipeline.json, config.json, log.jsonl, mixture.csv, mixture.jsonl
-    log: list[dict[str, Any]] # all records
-    resumed_from: int | None # step of the checkpoint that this process continued from
+    output: Path  # folder with unet/ (averaged weights), pipeline.json, config.json, log.jsonl, mixture.csv, mixture.jsonl
+    log: list[dict[str, Any]]  # all records
+    resumed_from: int | None  # step of the checkpoint that this process continued from
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -151,7 +152,7 @@ class Course:
 
     def last_weights(self,
         tasks: Collection[str],
-    ) -> dict[str, float] | None: # None: no stage has updated a mixture of these tasks
+    ) -> dict[str, float] | None:  # None: no stage has updated a mixture of these tasks
         "Where the updates have led."
         updates = [r["weights"] for r in self.records if r["scores"] and set(r["weights"]) == set(tasks)]
         return updates[-1] if updates else None
@@ -161,10 +162,10 @@ class Course:
 def followed_by(
     self: Course,
     stage: int,
-    steps: int, # of the stage
-    log: Sequence[Mapping[str, Any]], # its records
-    weights: Mapping[str, float], # its proportions, if they were never updated
-) -> Course: # up to the end of that stage
+    steps: int,  # of the stage
+    log: Sequence[Mapping[str, Any]],  # its records
+    weights: Mapping[str, float],  # its proportions, if they were never updated
+) -> Course:  # up to the end of that stage
     "Add a stage."
     own = [r for r in log if r["kind"] == "mixture"]
     if not own and steps: own = [dict(kind="mixture", step=0, weights=dict(weights), scores={})]
@@ -172,7 +173,7 @@ def followed_by(
     return Course([*self.records, *({**r, **where(r["step"])} for r in own)])
 
 def read_course(
-    folder: str | Path | None, # of a finished stage; None: there is none before
+    folder: str | Path | None,  # of a finished stage; None: there is none before
 ) -> Course:
     "The course up to the end of a stage; empty if it has left none."
     path = None if folder is None else Path(folder) / COURSE
@@ -180,7 +181,7 @@ def read_course(
 
 def write_course(
     course: Course,
-    stem: str | Path, # gets the endings .csv (rows) and .jsonl (records, with the scores of every reference image)
+    stem: str | Path,  # gets the endings .csv (rows) and .jsonl (records, with the scores of every reference image)
 ) -> None:
     "Write the course as a table and as records."
     write_mixture(course.rows, f"{stem}.csv")

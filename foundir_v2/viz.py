@@ -13,7 +13,6 @@ from pathlib import Path
 # %% ../nbs/04_viz.ipynb #3de7e297
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -29,8 +28,8 @@ def _array(image: Tensor) -> np.ndarray:
     if x.ndim == 3 and x.shape[0] == 1: x = x[0]
     if x.ndim == 2: return x.numpy()
     if x.ndim == 3 and x.shape[0] == 3: return x.clamp(0, 1).permute(1, 2, 0).numpy()
-    raise FoundIRError(f"expected a picture (3, H, W) or a plane (H, W), got {tuple(image.shape)}: pass one picture at a time, without a batch axis")
-
+    raise FoundIRError(f"expected a picture (3, H, W) or a plane (H, W), got {tuple(image.shape)}: "
+                       "pass one picture at a time, without a batch axis")
 
 def _panel(ax: Axes, image: Tensor, title: str | None = None) -> None:
     "Draw one picture, without ticks; planes in grey from 0 to 1."
@@ -41,10 +40,10 @@ def _panel(ax: Axes, image: Tensor, title: str | None = None) -> None:
 # %% ../nbs/04_viz.ipynb #c5d09483
 def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
     "A figure with (rows, columns) axes of that size in inches, already off pyplot's list."
-    fig, axes = plt.subplots(rows, columns, figsize=(columns * width, rows * height), dpi=80, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(rows, columns, figsize=(columns * width, rows * height), dpi=80, squeeze=False,
+                             layout="constrained")
     plt.close(fig)
     return fig, axes
-
 
 def _aspect(images: Sequence[Tensor]) -> float:
     "Height over width of the tallest picture, within what fits on a page."
@@ -58,7 +57,8 @@ def strip(
 ) -> Figure:
     "Pictures side by side. Raises `FoundIRError` if there is none, or if the labels don't match in number."
     if len(images) == 0: raise FoundIRError("nothing to show: give at least one picture")
-    if labels is not None and len(labels) != len(images): raise FoundIRError(f"{len(images)} pictures but {len(labels)} labels: give one label per picture")
+    if labels is not None and len(labels) != len(images):
+        raise FoundIRError(f"{len(images)} pictures but {len(labels)} labels: give one label per picture")
     fig, axes = _panels(1, len(images), width, width * _aspect(images) + (0.25 if labels else 0))
     for ax, image, label in zip(axes[0], images, labels or [None] * len(images)): _panel(ax, image, label)
     return fig
@@ -74,7 +74,8 @@ def grid(
     columns = max((len(r) for r in rows), default=0)
     if columns == 0: raise FoundIRError("nothing to show: give at least one row with a picture")
     for kind, labels, n in (("row", row_labels, len(rows)), ("column", column_labels, columns)):
-        if labels is not None and len(labels) != n: raise FoundIRError(f"{n} {kind}s but {len(labels)} {kind} labels: give one label per {kind}")
+        if labels is not None and len(labels) != n:
+            raise FoundIRError(f"{n} {kind}s but {len(labels)} {kind} labels: give one label per {kind}")
     fig, axes = _panels(len(rows), columns, width, width * _aspect([x for r in rows for x in r]))
     for i, row in enumerate(rows):
         for j in range(columns):
@@ -91,11 +92,15 @@ def heatmaps(
     vmax: float | None = None,  # upper end; default: the largest value
     width: float = 1.8,  # of a panel, inches
 ) -> Figure:
-    "Planes side by side on one colour scale. Raises `FoundIRError` if there is none, or if the labels don't match in number."
+    """Planes side by side on one colour scale.
+    Raises `FoundIRError` if there is none, or if the labels don't match in number."""
     planes = [_array(m) for m in maps]
     if not planes: raise FoundIRError("nothing to show: give at least one map")
-    if any(p.ndim != 2 for p in planes): raise FoundIRError(f"expected maps (n, H, W), got a picture of shape {tuple(maps[0].shape)}: use strip for pictures")
-    if labels is not None and len(labels) != len(planes): raise FoundIRError(f"{len(planes)} maps but {len(labels)} labels: give one label per map")
+    if any(p.ndim != 2 for p in planes):
+        raise FoundIRError(f"expected maps (n, H, W), got a picture of shape {tuple(maps[0].shape)}: "
+                           "use strip for pictures")
+    if labels is not None and len(labels) != len(planes):
+        raise FoundIRError(f"{len(planes)} maps but {len(labels)} labels: give one label per map")
     vmin = min(float(p.min()) for p in planes) if vmin is None else vmin
     vmax = max(float(p.max()) for p in planes) if vmax is None else vmax
     fig, axes = _panels(1, len(planes), width, width * _aspect(list(maps)) + 0.25)
@@ -110,16 +115,20 @@ def heatmaps(
 def plot_mixture(
     df: "pandas.DataFrame",  # columns step, task, weight and, if known, score
 ) -> Figure:
-    "Sampling proportions as a staircase and, if there are scores, their gains. Raises `FoundIRError` if a column is missing or the table is empty."
+    """Sampling proportions as a staircase and, if there are scores, their gains.
+    Raises `FoundIRError` if a column is missing or the table is empty."""
     missing = {"step", "task", "weight"} - set(df.columns)
-    if missing: raise FoundIRError(f"the mixture table lacks {', '.join(sorted(missing))}: it needs the columns step, task, weight (and score)")
+    if missing:
+        raise FoundIRError(f"the mixture table lacks {', '.join(sorted(missing))}: it needs the columns step, task, "
+                           "weight (and score)")
     if df.empty: raise FoundIRError("the mixture table is empty: nothing was trained yet")
     scored = "score" in df.columns and df["score"].notna().any()
     fig, axes = _panels(1, 1 + scored, 3.6, 2.4)
     for task, part in df.sort_values("step", kind="stable").groupby("task", sort=False):
         line, = axes[0, 0].plot(part["step"], part["weight"], drawstyle="steps-post", marker=".", label=task)
         known = part.dropna(subset=["score"]) if scored else part.iloc[:0]
-        if len(known): axes[0, 1].plot(known["step"], known["score"] - known["score"].iloc[0], marker=".", color=line.get_color())
+        if len(known):
+            axes[0, 1].plot(known["step"], known["score"] - known["score"].iloc[0], marker=".", color=line.get_color())
     axes[0, 0].set(xlabel="step", ylabel="proportion", ylim=(0, None))
     if scored: axes[0, 1].set(xlabel="step", ylabel="score, gain since the first")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
@@ -131,7 +140,6 @@ def with_palette(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer)
     return Image.open(buffer).convert("RGB").quantize(128)
-
 
 def close_up(
     images: Iterable[Tensor],  # pictures (3, H, W)

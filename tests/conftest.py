@@ -1,6 +1,7 @@
-"""What several test files share. (A test imports `small_training` from this folder: pytest puts it on the path because of this file.)
+"""What several test files share.
 
-Property tests try the same examples on every run of `make test`; `make fuzz` looks for new ones, within a budget of time."""
+A test imports `small_training` from this folder: pytest puts it on the path because of this file.
+Property tests try the same examples on every run of `make test`; `make fuzz` looks for new ones."""
 import os
 import random
 import sys
@@ -33,7 +34,8 @@ def bench(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def hub_client():
-    "The command line may leave the hub's client offline for the rest of the process; the next test begins as this one did."
+    """The command line may leave the hub's client offline for the rest of the process; the next test begins as this
+    one did."""
     client = lambda: sys.modules.get('huggingface_hub.constants')
     before = client().HF_HUB_OFFLINE if client() else os.environ.get('HF_HUB_OFFLINE', '') in ('1', 'ON', 'YES', 'TRUE')
     yield

@@ -44,10 +44,12 @@ def test_batch_axis_quirk_sees_the_same_pixel_of_all_images_only():
 def test_batch_axis_quirk_is_sequence_first_attention():
     torch.manual_seed(0)
     block, x = SpatialBlock(16, heads=4, batch_axis_attention=True), torch.randn(3, 10, 16)
-    out, _ = F.multi_head_attention_forward(x, x, x, 16, 4, block.to_qkv.weight, block.to_qkv.bias, None, None, False, 0.0, block.to_out.weight, block.to_out.bias)
+    out, _ = F.multi_head_attention_forward(x, x, x, 16, 4, block.to_qkv.weight, block.to_qkv.bias, None, None, False,
+                                            0.0, block.to_out.weight, block.to_out.bias)
     torch.testing.assert_close(block.attend(x), out)
     block.batch_axis_attention = False
-    out, _ = F.multi_head_attention_forward(*[x.transpose(0, 1)] * 3, 16, 4, block.to_qkv.weight, block.to_qkv.bias, None, None, False, 0.0, block.to_out.weight, block.to_out.bias)
+    out, _ = F.multi_head_attention_forward(*[x.transpose(0, 1)] * 3, 16, 4, block.to_qkv.weight, block.to_qkv.bias,
+                                            None, None, False, 0.0, block.to_out.weight, block.to_out.bias)
     torch.testing.assert_close(block.attend(x), out.transpose(0, 1))
 
 
@@ -86,7 +88,8 @@ def test_grouped_convolution_equals_conv2d_with_the_same_gradients(channels, gro
     plain = torch.nn.functional.conv2d(x, conv.weight, padding=kernel // 2, groups=groups)
     for y in (conv(x), torch.utils.checkpoint.checkpoint(conv, x, use_reentrant=False)):
         torch.testing.assert_close(y, plain)
-        torch.testing.assert_close(torch.autograd.grad((y * cotangent).sum(), (x, conv.weight)), torch.autograd.grad((plain * cotangent).sum(), (x, conv.weight), retain_graph=True))
+        torch.testing.assert_close(torch.autograd.grad((y * cotangent).sum(), (x, conv.weight)),
+                                   torch.autograd.grad((plain * cotangent).sum(), (x, conv.weight), retain_graph=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,11 +108,15 @@ def test_bf16_autocast_trains_and_stays_close_to_fp32(kind):
 def test_channels_last_gives_the_same_result(kind):
     torch.manual_seed(0)
     expert, x = make_expert(kind, 16, heads=4), torch.randn(2, 16, 6, 5)
-    torch.testing.assert_close(expert.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last)), expert(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(expert.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last)),
+                               expert(x), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("arguments, words", [(dict(kind="spatail", channels=16), ["spatail", "spatial", "channel", "sparse"]), (dict(kind="channel", channels=20), ["channels=20", "heads=8"]),
-                                              (dict(kind="sparse", channels=16, layers=0), ["layers=0"]), (dict(kind="spatial", channels=16, heads=0), ["heads=0"])])
+@pytest.mark.parametrize("arguments, words", [
+    (dict(kind="spatail", channels=16), ["spatail", "spatial", "channel", "sparse"]),
+    (dict(kind="channel", channels=20), ["channels=20", "heads=8"]),
+    (dict(kind="sparse", channels=16, layers=0), ["layers=0"]),
+    (dict(kind="spatial", channels=16, heads=0), ["heads=0"])])
 def test_wrong_arguments_are_named(arguments, words):
     with pytest.raises(FoundIRError) as e:
         make_expert(**arguments)

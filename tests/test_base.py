@@ -1,7 +1,6 @@
 """Base models: tokenizer facts, schedules, layout on disk, and the step from base to restorer."""
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import foundir_v2.base as base_module
-from foundir_v2.base import (ASSETS, SDXL_SCHEDULE, SDXL_UNET, TINY_SCHEDULE, TINY_UNET, assets_path, build_foundir_unet, encode_prompts, load_base, micro_conditioning, new_base, resolve_model, save_base,
-                             start_at_identity, training_scheduler)
+from foundir_v2.base import (
+    ASSETS, SDXL_SCHEDULE, SDXL_UNET, TINY_SCHEDULE, TINY_UNET, assets_path, build_foundir_unet, encode_prompts,
+    load_base, micro_conditioning, new_base, resolve_model, save_base, start_at_identity, training_scheduler)
 from foundir_v2.core import FoundIRError
 from foundir_v2.unet import OWN_MODULES, FoundIRUNet
 from foundir_v2.vae import PatchAutoencoderKL
@@ -58,8 +58,10 @@ def test_round_trip_on_disk(base, saved):
             assert torch.equal(p.half().float(), q.float()), name
     for text in ["", "a naïve café, 3 dogs! 日本 🙂", "word " * 100]:
         for a, b in ((base.tokenizer, again.tokenizer), (base.tokenizer_2, again.tokenizer_2)):
-            assert a(text, padding="max_length", truncation=True).input_ids == b(text, padding="max_length", truncation=True).input_ids
-    assert isinstance(again.noise_scheduler, EulerDiscreteScheduler) and again.noise_scheduler.config.prediction_type == "v_prediction"
+            assert (a(text, padding="max_length", truncation=True).input_ids
+                    == b(text, padding="max_length", truncation=True).input_ids)
+    assert isinstance(again.noise_scheduler, EulerDiscreteScheduler)
+    assert again.noise_scheduler.config.prediction_type == "v_prediction"
     assert load_base(saved, dtype=torch.bfloat16).vae.dtype == torch.bfloat16
 
 
@@ -82,8 +84,10 @@ def test_a_restorer_is_built_in_the_precision_of_its_base(saved):
 
 
 def test_layout_on_disk_is_diffusers_and_the_vocabulary_is_there_once(saved):
-    assert {p.name for p in saved.iterdir()} == {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler"}
-    assert len(list(saved.rglob("vocab.json"))) == len(list(saved.rglob("merges.txt"))) == 1 and not list(saved.rglob("*.bin"))
+    assert {p.name for p in saved.iterdir()} == {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
+                                                 "unet", "scheduler"}
+    assert len(list(saved.rglob("vocab.json"))) == len(list(saved.rglob("merges.txt"))) == 1
+    assert not list(saved.rglob("*.bin"))
     assert UNet2DConditionModel.from_pretrained(saved, subfolder="unet").config.block_out_channels == [32, 48, 48]
     assert json.loads((saved / "tokenizer_2/tokenizer_config.json").read_text())["pad_token"] == "!"
 
@@ -91,17 +95,20 @@ def test_layout_on_disk_is_diffusers_and_the_vocabulary_is_there_once(saved):
 def test_restorer_starts_as_the_prior(base):
     unet = build_foundir_unet(base, **OPTIONS)
     assert all(p.requires_grad for p in unet.parameters())
-    unet.requires_grad_(False)  # torch.matmul picks its kernel by this flag, also without gradients; the prior is frozen
+    # torch.matmul picks its kernel by this flag, also without gradients; the prior is frozen
+    unet.requires_grad_(False)
     embeds, pooled = encode_prompts(base, ["a cat", ""])
     extra = dict(added_cond_kwargs=dict(text_embeds=pooled, time_ids=micro_conditioning(*torch.full((3, 2, 2), 64))))
     x, lq = torch.randn(2, 16, 8, 8), torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        assert torch.equal(unet(x, 999, embeds, unet.embed_lq(lq), **extra).sample, base.unet_prior(x, 999, embeds, **extra).sample)
+        assert torch.equal(unet(x, 999, embeds, unet.embed_lq(lq), **extra).sample,
+                           base.unet_prior(x, 999, embeds, **extra).sample)
         assert torch.equal(unet.lq_features(lq), base.vae.encoder(lq))
     for p in unet.parameters():
         p.data.add_(1)
     with torch.no_grad():
-        assert not any(torch.equal(p, q) for p, q in zip(base.unet_prior.parameters(), unet.parameters()) if p.shape == q.shape), "copies, not shared memory"
+        both = zip(base.unet_prior.parameters(), unet.parameters())
+        assert not any(torch.equal(p, q) for p, q in both if p.shape == q.shape), "copies, not shared memory"
 
 
 def test_new_modules_depend_on_the_seed_alone(base):
@@ -137,7 +144,8 @@ def test_prompts(base):
 def test_training_scheduler_keeps_the_schedule(schedule):
     euler = EulerDiscreteScheduler(**schedule)
     ddpm = training_scheduler(euler)
-    assert isinstance(ddpm, DDPMScheduler) and ddpm.config.prediction_type == schedule["prediction_type"] and not ddpm.config.clip_sample
+    assert isinstance(ddpm, DDPMScheduler) and ddpm.config.prediction_type == schedule["prediction_type"]
+    assert not ddpm.config.clip_sample
     torch.testing.assert_close(ddpm.alphas_cumprod, euler.alphas_cumprod, atol=2**-23, rtol=1e-5)
     assert (float(ddpm.alphas_cumprod[-1]) == 0) == bool(schedule.get("rescale_betas_zero_snr"))
 
@@ -167,7 +175,8 @@ def test_sdxl_size_and_tiny_structure():
     assert kinds(tiny) == kinds(sdxl) and tiny.config.addition_embed_type == "text_time"
 
 
-@pytest.mark.parametrize("source, words", [("sdxl", ["sdxl", "base", "tiny"]), ("/no/such/folder", ["/no/such/folder"]), ("./a/b", ["./a/b"])])
+@pytest.mark.parametrize("source, words", [
+    ("sdxl", ["sdxl", "base", "tiny"]), ("/no/such/folder", ["/no/such/folder"]), ("./a/b", ["./a/b"])])
 def test_unknown_models_are_named(source, words):
     with pytest.raises(FoundIRError) as e:
         load_base(source)
@@ -183,7 +192,8 @@ def test_names_folders_and_hub_names_are_told_apart(tmp_path, saved):
         load_base(tmp_path)
 
 
-@pytest.mark.parametrize("answer, offline", [(200, False), (404, False), (503, True), (OSError("no network"), True), (RuntimeError, True)])
+@pytest.mark.parametrize("answer, offline", [
+    (200, False), (404, False), (503, True), (OSError("no network"), True), (RuntimeError, True)])
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, answer, offline):
     import huggingface_hub
     class Session:
@@ -201,7 +211,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, answer, offline):
 
 def test_what_comes_from_the_hub(tmp_path):
     assert base_module.on_hub("owner/name") and not base_module.on_hub("tiny") and not base_module.on_hub(tmp_path)
-    for name, text, expected in (("config.json", '{"base": "base"}', False), ("config.json", "{", False), ("pipeline.json", '{"base": "owner/name"}', True)):
+    for name, text, expected in (("config.json", '{"base": "base"}', False), ("config.json", "{", False),
+                                 ("pipeline.json", '{"base": "owner/name"}', True)):
         (tmp_path / name).write_text(text)
         assert base_module.on_hub(tmp_path) == expected
 
@@ -239,12 +250,14 @@ def test_shipped_base():
         with safe_open(path, "pt") as f:
             assert {f.get_slice(k).get_dtype() for k in f.keys()} <= {"F16", "I64"}, path
     assert dict(base.unet_prior.config)["block_out_channels"] and base.vae.config.scaling_factor != 1
-    assert base.noise_scheduler.config.rescale_betas_zero_snr and base.noise_scheduler.config.timestep_spacing == "trailing"
+    assert base.noise_scheduler.config.rescale_betas_zero_snr
+    assert base.noise_scheduler.config.timestep_spacing == "trailing"
     fresh = new_base(base.vae, {k: v for k, v in base.unet_prior.config.items() if not k.startswith("_")})
-    assert (fresh.unet_prior.conv_out.weight - base.unet_prior.conv_out.weight).abs().mean() > 1e-3, "trained, not initialised"
+    assert (fresh.unet_prior.conv_out.weight - base.unet_prior.conv_out.weight).abs().mean() > 1e-3, (
+        "trained, not initialised")
 
 
-# --- a start at the identity ------------------------------------------------------------------------------------------------------------------
+# --- a start at the identity ------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def wide():
@@ -262,13 +275,18 @@ def one_step(base, unet, lq, seed=0):
     embeds, pooled = encode_prompts(base, [""] * len(lq))
     sizes = torch.full((len(lq), 2), lq.shape[-1])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    return unet(noise, 999, embeds, unet.embed_lq(lq), added_cond_kwargs=dict(text_embeds=pooled, time_ids=micro_conditioning(sizes, 0 * sizes, sizes))).sample, latents
+    return (
+        unet(noise, 999, embeds, unet.embed_lq(lq),
+             added_cond_kwargs=dict(text_embeds=pooled, time_ids=micro_conditioning(sizes, 0 * sizes, sizes))).sample,
+        latents)
 
 
-@pytest.mark.parametrize("moe, kind, sign", [("soft", "v_prediction", -1), (None, "v_prediction", -1), ("soft", "sample", 1)])
+@pytest.mark.parametrize("moe, kind, sign", [
+    ("soft", "v_prediction", -1), (None, "v_prediction", -1), ("soft", "sample", 1)])
 def test_identity_start_returns_the_latents_of_its_input(wide, moe, kind, sign):
     schedule = EulerDiscreteScheduler(**{**TINY_SCHEDULE, "prediction_type": kind})
-    base = base_module.Base(wide.vae, wide.text_encoder, wide.text_encoder_2, wide.tokenizer, wide.tokenizer_2, wide.unet_prior, schedule)
+    base = base_module.Base(wide.vae, wide.text_encoder, wide.text_encoder_2, wide.tokenizer, wide.tokenizer_2,
+                            wide.unet_prior, schedule)
     unet = build_foundir_unet(base, **{**OPTIONS, "moe": moe}).eval()
     start_at_identity(unet, base)
     lq = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -285,11 +303,14 @@ def test_identity_start_leaves_what_it_does_not_need(wide):
     unet, fresh = (build_foundir_unet(wide, **OPTIONS) for _ in range(2))
     start_at_identity(unet, wide)
     changed = {n for (n, a), b in zip(unet.named_parameters(), fresh.parameters()) if not torch.equal(a, b)}
-    assert all(n.startswith(("lq_embedding.", "moe_scheduler.experts.", "moe_projection.", "up_blocks.2.resnets.1.", "conv_norm_out.", "conv_out.")) for n in changed)
+    assert all(n.startswith(("lq_embedding.", "moe_scheduler.experts.", "moe_projection.", "up_blocks.2.resnets.1.",
+                             "conv_norm_out.", "conv_out.")) for n in changed)
     assert not any(n.startswith("lq_features.") for n in changed)
 
 
-@pytest.mark.parametrize("options, what", [(dict(moe="hard"), "soft gating"), (dict(lq_norm_groups=16), "lq_norm_groups=0")])
+@pytest.mark.parametrize("options, what", [
+    (dict(moe="hard"), "soft gating"),
+    (dict(lq_norm_groups=16), "lq_norm_groups=0")])
 def test_identity_start_says_what_it_needs(wide, options, what):
     unet = build_foundir_unet(wide, **{**OPTIONS, **options})
     before = [p.clone() for p in unet.parameters()]
@@ -298,6 +319,9 @@ def test_identity_start_says_what_it_needs(wide, options, what):
 
 
 def test_identity_start_needs_room_in_the_norm_and_a_schedule_without_signal(base, wide):
-    with pytest.raises(FoundIRError, match="group of three"): start_at_identity(build_foundir_unet(base, **OPTIONS), base)
-    epsilon = base_module.Base(wide.vae, wide.text_encoder, wide.text_encoder_2, wide.tokenizer, wide.tokenizer_2, wide.unet_prior, EulerDiscreteScheduler(**SDXL_SCHEDULE))
-    with pytest.raises(FoundIRError, match="not epsilon"): start_at_identity(build_foundir_unet(epsilon, **OPTIONS), epsilon)
+    with pytest.raises(FoundIRError, match="group of three"):
+        start_at_identity(build_foundir_unet(base, **OPTIONS), base)
+    epsilon = base_module.Base(wide.vae, wide.text_encoder, wide.text_encoder_2, wide.tokenizer, wide.tokenizer_2,
+                               wide.unet_prior, EulerDiscreteScheduler(**SDXL_SCHEDULE))
+    with pytest.raises(FoundIRError, match="not epsilon"):
+        start_at_identity(build_foundir_unet(epsilon, **OPTIONS), epsilon)

@@ -1,4 +1,5 @@
-"Captioners: none, sidecar files, tables and the shipped one, the shortening rule, a real vision-language model of a few kilobytes, and the cache."
+"""Captioners: none, sidecar files, tables and the shipped one, the shortening rule, a real vision-language model of
+a few kilobytes, and the cache."""
 import csv
 import hashlib
 import json
@@ -9,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from foundir_v2.caption import (CAPTIONERS, PROMPT, CachedCaptioner, Captioner, CSVCaptioner, NoCaption, SidecarCaptioner, VLMCaptioner,
-                                VLMConfig, captioner_choices, make_captioner, read_captions, shipped_captions, shorten)
+from foundir_v2.caption import (
+    CAPTIONERS, PROMPT, CachedCaptioner, Captioner, CSVCaptioner, NoCaption, SidecarCaptioner, VLMCaptioner, VLMConfig,
+    captioner_choices, make_captioner, read_captions, shipped_captions, shorten)
 from foundir_v2.core import FoundIRError, save_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def pictures(tmp_path):
-    for i, name in enumerate("ab"): save_image(torch.rand(3, 24, 30, generator=torch.Generator().manual_seed(i)), tmp_path/f"{name}.png")
+    for i, name in enumerate("ab"):
+        save_image(torch.rand(3, 24, 30, generator=torch.Generator().manual_seed(i)), tmp_path/f"{name}.png")
     return tmp_path
 
 
@@ -49,10 +52,12 @@ def table(path, *rows, columns=("photo", "sha256", "caption")):
 
 
 def test_a_table_goes_by_content_wherever_the_picture_lies(pictures):
-    captioner = CSVCaptioner(table(pictures/"t.csv", ("a", sha256(pictures/"a.png"), "  a Käfer,\non grass "), ("b", sha256(pictures/"b.png"), "")))
+    captioner = CSVCaptioner(table(pictures/"t.csv", ("a", sha256(pictures/"a.png"), "  a Käfer,\non grass "),
+                                   ("b", sha256(pictures/"b.png"), "")))
     (pictures/"train").mkdir()
     moved = (pictures/"a.png").rename(pictures/"train/c.png")
-    assert isinstance(captioner, Captioner) and captioner(moved) == "a Käfer, on grass" and captioner(pictures/"b.png") == ""
+    assert isinstance(captioner, Captioner) and captioner(moved) == "a Käfer, on grass"
+    assert captioner(pictures/"b.png") == ""
 
 
 def test_a_manifests_other_columns_their_order_a_mark_and_blank_lines_do_no_harm(pictures):
@@ -79,12 +84,17 @@ def test_a_stale_row_is_an_error_that_names_the_photograph(pictures, photo, stal
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", "lacks the column photo"), (b"photo,caption\na,b\n", "lacks the column sha256"), (b"photo,sha256,caption\na," + b"0" * 64, "row 1: 2 cells"),
-    (b"photo,sha256,caption\na," + b"0" * 64 + b",a cat, close\n", "row 1: 4 cells"), (b"photo,sha256,caption\na,12,x\n", "a: '12' is no sha256"),
+    (b"", "lacks the column photo"),
+    (b"photo,caption\na,b\n", "lacks the column sha256"),
+    (b"photo,sha256,caption\na," + b"0" * 64, "row 1: 2 cells"),
+    (b"photo,sha256,caption\na," + b"0" * 64 + b",a cat, close\n", "row 1: 4 cells"),
+    (b"photo,sha256,caption\na,12,x\n", "a: '12' is no sha256"),
     (b"photo,sha256,caption\na," + b"0" * 64 + b",x\na," + b"1" * 64 + b",y\n", "a: a second row"),
     (b"photo,sha256,caption\na," + b"0" * 64 + b",x\nb," + b"0" * 64 + b",y\n", "b: a second row"),
-    (b"photo,sha256,caption\na," + b"0" * 64 + b',"open', "can't read"), (b"\xff\xfe\x00\x80", "UnicodeDecodeError"),
-    (None, "FileNotFoundError"), ("folder", "IsADirectoryError")], ids=str)
+    (b"photo,sha256,caption\na," + b"0" * 64 + b',"open', "can't read"),
+    (b"\xff\xfe\x00\x80", "UnicodeDecodeError"),
+    (None, "FileNotFoundError"),
+    ("folder", "IsADirectoryError")], ids=str)
 def test_a_wrong_table_is_refused_in_one_line(tmp_path, content, words):
     if content == "folder": (tmp_path/"t.csv").mkdir()
     elif content is not None: (tmp_path/"t.csv").write_bytes(content)
@@ -95,7 +105,8 @@ def test_a_wrong_table_is_refused_in_one_line(tmp_path, content, words):
 def test_tables_with_equal_captions_have_equal_names(pictures):
     one, two = (table(pictures/f"{n}.csv", ("a", "0" * 64, text)) for n, text in (("x", "a cat"), ("y", "a dog")))
     same = table(pictures/"z.csv", ("a", "0" * 64, "a cat"))
-    names = [CSVCaptioner(one).name, CSVCaptioner(same).name, CSVCaptioner(two).name, CSVCaptioner(one, strict=False).name]
+    names = [CSVCaptioner(one).name, CSVCaptioner(same).name, CSVCaptioner(two).name,
+             CSVCaptioner(one, strict=False).name]
     assert names[0] == names[1] and len(set(names)) == 3
 
 
@@ -106,7 +117,8 @@ SHIPPED = read_captions(shipped_captions())
 
 def test_the_shipped_captions_are_those_of_the_photographs():
     from foundir_v2.fetch import PHOTOS
-    assert {sha: photo for sha, (photo, _) in SHIPPED.items()} == {s.sha256: Path(s.file).stem for s in PHOTOS} and len(SHIPPED) == 86
+    assert {sha: photo for sha, (photo, _) in SHIPPED.items()} == {s.sha256: Path(s.file).stem for s in PHOTOS}
+    assert len(SHIPPED) == 86
     if (ROOT/"data/SOURCES.csv").exists():
         rows = [r for r in csv.DictReader((ROOT/"data/SOURCES.csv").open(encoding="utf-8")) if r["split"]]
         assert {r["sha256"]: Path(r["file"]).stem for r in rows} == {sha: photo for sha, (photo, _) in SHIPPED.items()}
@@ -118,7 +130,8 @@ def test_the_shipped_captions_are_plain_sentences():
     for caption in captions:
         assert 15 <= len(caption.split()) <= 35 and caption.isascii() and caption.endswith("."), caption
         assert re.match("An? .*photograph|A light micrograph", caption), caption
-        assert not re.search(r"blur|nois[ey]|haz[ey]|fog|grain|sharp|crisp|clean|compress|quality|resolution|in focus", caption), caption
+        assert not re.search(r"blur|nois[ey]|haz[ey]|fog|grain|sharp|crisp|clean|compress|quality|resolution|in focus",
+                             caption), caption
     assert all(b"\r" not in line for line in shipped_captions().read_bytes().splitlines(keepends=True))
 
 
@@ -135,7 +148,8 @@ def test_the_shipped_captions_reach_a_manifest_and_its_items():
     import pandas as pd
     path = ROOT/"data/photos/chelsea.png"
     h, w = load_image(path).shape[1:]
-    rows = pd.DataFrame([dict(photo="chelsea", path="data/photos/chelsea.png", lq="", task="", split="reference", width=w, height=h)])
+    rows = pd.DataFrame(
+        [dict(photo="chelsea", path="data/photos/chelsea.png", lq="", task="", split="reference", width=w, height=h)])
     described = add_captions(rows, make_captioner("shipped", ROOT/"nowhere"), ROOT)
     items = reference_items(described, "reference", ["haze", "sr_x4"], 1, 48, 0, ROOT)
     assert [x.caption for x in items] == [SHIPPED[sha256(path)][1]] * 2 and "tabby cat" in items[0].caption
@@ -167,24 +181,35 @@ def test_shortening_keeps_words_in_order_and_never_adds(text, drop, keep):
 def tiny_vlm(tmp_path_factory):
     "LLaVA's classes with random weights and a vocabulary of two dozen words, saved like a real model."
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig,
+                              LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
     folder = tmp_path_factory.mktemp("vlm")
-    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", *(PROMPT + " USER: ASSISTANT: a cat looks at the bowl .").split()]
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>",
+             *(PROMPT + " USER: ASSISTANT: a cat looks at the bowl .").split()]
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>", extra_special_tokens={"image_token": "<image>"})
-    template = "{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}ASSISTANT: "
-    LlavaProcessor(CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16), tokenizer, patch_size=8, vision_feature_select_strategy="default",
-                   num_additional_image_tokens=1, chat_template=template).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", bos_token="<s>",
+                                        eos_token="</s>", extra_special_tokens={"image_token": "<image>"})
+    template = ("{% for m in messages %}USER: {% for c in m.content %}"
+                "{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}"
+                "{% endfor %}{% endfor %}ASSISTANT: ")
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    processor = LlavaProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
+                               num_additional_image_tokens=1, chat_template=template)
+    processor.save_pretrained(folder)
     torch.manual_seed(0)
     small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **small), text_config=LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0, bos_token_id=2, eos_token_id=3, **small),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=4, vision_feature_layer=-1)).save_pretrained(folder)
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **small)
+    text = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0, bos_token_id=2,
+                       eos_token_id=3, **small)
+    both = LlavaConfig(vision_config=vision, text_config=text, image_seq_length=4, vision_feature_layer=-1,
+                       image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
+    LlavaForConditionalGeneration(both).save_pretrained(folder)
     return folder, set(words)
 
 
-def config(folder, **changes): return VLMConfig(**(dict(model=str(folder), max_new_tokens=10, drop_words=0, temperature=1.0, top_p=1.0) | changes))
+def config(folder, **changes):
+    return VLMConfig(**(dict(model=str(folder), max_new_tokens=10, drop_words=0, temperature=1.0, top_p=1.0) | changes))
 
 
 def test_a_vision_language_model_describes_reproducibly(tiny_vlm, pictures):
@@ -215,7 +240,8 @@ def test_the_global_random_state_is_left_alone(tiny_vlm, pictures):
 
 
 def test_a_model_that_is_not_there_or_not_for_conversations_is_one_line(tiny_vlm, pictures, tmp_path):
-    with pytest.raises(FoundIRError, match="no captions") as e: VLMCaptioner(config(tmp_path/"nothing"), "cpu")(pictures/"a.png")
+    with pytest.raises(FoundIRError, match="no captions") as e:
+        VLMCaptioner(config(tmp_path/"nothing"), "cpu")(pictures/"a.png")
     assert "\n" not in str(e.value)
     import shutil
     mute = tmp_path/"mute"
@@ -232,7 +258,8 @@ class Counting:
 def test_the_cache_goes_by_content_and_captioner(pictures):
     asked = Counting()
     cached = CachedCaptioner(asked, pictures/"cache")
-    assert cached.name == "counting" and [cached(pictures/"a.png") for _ in range(3)] == ["counting 1"] * 3 and len(asked.asked) == 1
+    assert cached.name == "counting" and [cached(pictures/"a.png") for _ in range(3)] == ["counting 1"] * 3
+    assert len(asked.asked) == 1
     (pictures/"renamed.png").write_bytes((pictures/"a.png").read_bytes())
     assert cached(pictures/"renamed.png") == "counting 1" and cached(pictures/"b.png") == "counting 2"
     assert CachedCaptioner(Counting("other"), pictures/"cache")(pictures/"a.png") == "other 1"
@@ -254,14 +281,17 @@ def test_a_damaged_cache_file_is_named_and_a_failure_leaves_none(pictures):
 
 
 def test_names_of_models_with_other_settings_differ(tiny_vlm):
-    names = {VLMCaptioner(config(tiny_vlm[0], **c), "cpu").name for c in ({}, {"prompt": "what is it"}, {"seed": 3}, {"temperature": 0.5})}
+    names = {VLMCaptioner(config(tiny_vlm[0], **c), "cpu").name
+             for c in ({}, {"prompt": "what is it"}, {"seed": 3}, {"temperature": 0.5})}
     assert len(names) == 4
 
 
 def test_captioners_by_name(tmp_path):
-    assert isinstance(make_captioner("none", tmp_path), NoCaption) and make_captioner("sidecar:.cap", tmp_path).suffix == ".cap"
+    assert isinstance(make_captioner("none", tmp_path), NoCaption)
+    assert make_captioner("sidecar:.cap", tmp_path).suffix == ".cap"
     vlm = make_captioner("vlm:some/model", tmp_path)
-    assert isinstance(vlm, CachedCaptioner) and vlm.captioner.config.model == "some/model", "made without loading anything"
+    assert isinstance(vlm, CachedCaptioner) and vlm.captioner.config.model == "some/model", (
+        "made without loading anything")
     for wrong in ("", "clip", "vlm:", "vlm", "none:x", "none:", "csv", "csv:", "shipped:x", None):
         with pytest.raises(FoundIRError, match="unknown captioner") as e: make_captioner(wrong, tmp_path)
         assert captioner_choices() in str(e.value)
@@ -281,5 +311,6 @@ def test_sidecars_of_two_folders_have_two_cache_entries(tmp_path):
     from PIL import Image
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for name in "xy": (tmp_path / name).mkdir(); (tmp_path / name / "a.txt").write_text(f"text {name}")
-    texts = [CachedCaptioner(SidecarCaptioner(folder=tmp_path / name), tmp_path / "cache")(tmp_path / "a.png") for name in "xy"]
+    texts = [CachedCaptioner(SidecarCaptioner(folder=tmp_path / name), tmp_path / "cache")(tmp_path / "a.png")
+             for name in "xy"]
     assert texts == ["text x", "text y"]

@@ -55,17 +55,22 @@ def test_keeps_the_newest_and_ignores_partial_ones(tmp_path):
     for k in (10, 20, 100): save(folder, run, k)
     assert folder.steps() == [20, 100]
     (tmp_path / "run/.partial-000000200").mkdir()  # what a kill during a save leaves
-    for name in ("step-abc", "step-7", "step-000000300.old", ".partial-mine"): (tmp_path / "run" / name).mkdir()  # not ours
+    # not ours
+    for name in ("step-abc", "step-7", "step-000000300.old", ".partial-mine"): (tmp_path / "run" / name).mkdir()
     (tmp_path / "run/step-000000400").write_text("a file")
     assert restore(folder, run).step == 100
-    assert [p.name for p in (tmp_path / "run").glob(".partial*")] == [".partial-mine"] and (tmp_path / "run/step-abc").is_dir()
+    assert [p.name for p in (tmp_path / "run").glob(".partial*")] == [".partial-mine"]
+    assert (tmp_path / "run/step-abc").is_dir()
 
 
 def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     run, folder = start(0), ck.Checkpoints(tmp_path)
     save(folder, run, 1)
-    monkeypatch.setattr(run[0], "save_state", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(FoundIRError, match=r"can't write the checkpoint of step 2 to .*No space left on device; \d+ MiB free"): save(folder, run, 2)
+    monkeypatch.setattr(run[0], "save_state",
+                        lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(FoundIRError,
+                       match=r"can't write the checkpoint of step 2 to .*No space left on device; \d+ MiB free"):
+        save(folder, run, 2)
     assert folder.steps() == [1] and restore(folder, start(1)).step == 1 and not list(tmp_path.glob(".partial*"))
 
 
@@ -74,13 +79,15 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_full_disk_is_named_and_the_run_goes_on_from_the_checkpoint_before(tmp_path, room):
     "One checkpoint of this model is about 30 KiB: the second one breaks off in another file each time."
     disk = tmp_path / "disk"; disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode: pytest.skip("mounting is not allowed here")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
     try:
         run, folder = start(0), ck.Checkpoints(disk / "run")
         steps(run, 0, 1); save(folder, run, 1)
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - room * 1024))
         try: save(folder, run, 2)
-        except FoundIRError as e: assert "step 2" in str(e) and str(disk) in str(e) and "free on that disk" in str(e) and "\n" not in str(e)
+        except FoundIRError as e:
+            assert "step 2" in str(e) and str(disk) in str(e) and "free on that disk" in str(e) and "\n" not in str(e)
         else: assert room >= 24, "the disk was to be full"
         (disk / "filler").unlink()
         assert restore(folder, start(1)).step in (1, 2) and not list((disk / "run").glob(".partial*"))
@@ -163,13 +170,17 @@ def test_a_folder_that_is_not_as_we_left_it_is_refused_before_the_work(tmp_path,
     out = tmp_path / "out"
     if harm == "foreign": out.mkdir(); (out / "photo.png").write_text("mine")
     else:
-        with ck.atomic_folder(out, "foundir_v2.test") as f: (f / "unet").mkdir(); (f / "unet/w").write_text("w"); (f / "log").write_text("l")
+        with ck.atomic_folder(out, "foundir_v2.test") as f:
+            (f / "unet").mkdir()
+            (f / "unet/w").write_text("w")
+            (f / "log").write_text("l")
     if harm == "added": (out / "notes.txt").write_text("mine")
     if harm == "added below": (out / "unet/photos").mkdir(); (out / "unet/photos/notes.txt").write_text("mine")
     if harm == "edited": (out / "log").write_text("mine")
     if harm == "removed": (out / "log").unlink()
     if harm == "seal": (out / ck.SEAL).unlink()
-    if harm == "old seal": (out / ck.SEAL).write_text((out / ck.SEAL).read_text().replace("foundir_v2", "somebody"))  # a seal, but of others
+    # a seal, but of others
+    if harm == "old seal": (out / ck.SEAL).write_text((out / ck.SEAL).read_text().replace("foundir_v2", "somebody"))
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     with pytest.raises(FoundIRError, match="holds what we did not make"):
         with ck.atomic_folder(out, "foundir_v2.test"): pytest.fail("begun")
@@ -194,7 +205,8 @@ def test_an_empty_folder_and_a_missing_parent_are_fine(tmp_path):
 def test_places_that_can_not_be_a_folder_of_ours(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine"); (tmp_path / "here/below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here/below")
-    for place in ("", ".", "..", "/", tmp_path, tmp_path / "here", "/dev/null", "/dev/null/x", tmp_path / "file", tmp_path / "file/x", "/proc/x/y"):
+    for place in ("", ".", "..", "/", tmp_path, tmp_path / "here", "/dev/null", "/dev/null/x", tmp_path / "file",
+                  tmp_path / "file/x", "/proc/x/y"):
         with pytest.raises(FoundIRError, match="give the name of a folder|choose a folder"):
             with ck.atomic_folder(place, "foundir_v2.test", force=True): pytest.fail("begun")
     assert names(tmp_path) == ["file", "here"] and names(tmp_path / "here") == ["below"]
@@ -210,7 +222,8 @@ def test_long_names(tmp_path):
 def test_only_left_overs_of_dead_writers_of_the_same_folder_go(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""]); dead.wait()
     gone = [f".run.{dead.pid}-0123abcd.partial", f".run.{os.getpid()}-0123abcd.partial"]  # process ids come again
-    stay = [f".run.b.{dead.pid}-0123abcd.partial", f".run.b.{dead.pid}-0123abcd.old.partial", ".run.1-0123abcd.partial", ".run.x.partial", ".run.old.partial", "run.b"]
+    stay = [f".run.b.{dead.pid}-0123abcd.partial", f".run.b.{dead.pid}-0123abcd.old.partial", ".run.1-0123abcd.partial",
+            ".run.x.partial", ".run.old.partial", "run.b"]
     for name in gone + stay: (tmp_path / name).mkdir(); (tmp_path / name / "f").touch()
     write(tmp_path / "run", "x")
     assert names(tmp_path) == sorted([*stay, "run"]) and names(tmp_path / "run") == [ck.SEAL, "x"]
@@ -220,12 +233,14 @@ def test_two_writers_of_neighbours_and_of_one_folder(tmp_path):
     with ck.atomic_folder(tmp_path / "run.b", "foundir_v2.test") as f:
         (f / "x").write_text("b")
         write(tmp_path / "run", "x")
-        with pytest.raises(FoundIRError, match=rf"is being written by process {os.getpid()}"): write(tmp_path / "run.b", "x")
+        with pytest.raises(FoundIRError, match=rf"is being written by process {os.getpid()}"):
+            write(tmp_path / "run.b", "x")
         assert (f / "x").read_text() == "b"
     assert names(tmp_path) == ["run", "run.b"]
 
 
-HOLD = "from foundir_v2.checkpoint import only_writer; import time, sys\nwith only_writer(sys.argv[1]): print('in', flush=True); time.sleep(60)"
+HOLD = ("from foundir_v2.checkpoint import only_writer; import time, sys\n"
+        "with only_writer(sys.argv[1]): print('in', flush=True); time.sleep(60)")
 
 
 def test_second_writer_is_refused_by_name_and_enters_after_kill_9(tmp_path):
@@ -235,16 +250,20 @@ def test_second_writer_is_refused_by_name_and_enters_after_kill_9(tmp_path):
         with pytest.raises(FoundIRError, match=rf"process {other.pid} \("):
             with ck.only_writer(tmp_path / "run"): pass
     finally: other.send_signal(signal.SIGKILL)
-    with ck.only_writer(tmp_path / "run"): assert json.loads((tmp_path / ".run.owner").read_text())["pid"] == os.getpid()
+    with ck.only_writer(tmp_path / "run"):
+        assert json.loads((tmp_path / ".run.owner").read_text())["pid"] == os.getpid()
     other.wait()
     assert not list(tmp_path.iterdir())  # lock and note go with the owner
 
 
-@pytest.mark.parametrize("note", ["[]", "null", "{}", '"x"', "17", '{"pid": 1}', '{"pid": "1", "started": 0, "command": ""}', '{"pid": -1, "started": 0, "command": ""}',
-                                  '{"pid": 99999999999999999999, "started": 0, "command": ""}', '{"pid": 1, "started": "x", "command": ""}', "\x00\xff", "[" * 100000])
+@pytest.mark.parametrize("note", [
+    "[]", "null", "{}", '"x"', "17", '{"pid": 1}', '{"pid": "1", "started": 0, "command": ""}',
+    '{"pid": -1, "started": 0, "command": ""}', '{"pid": 99999999999999999999, "started": 0, "command": ""}',
+    '{"pid": 1, "started": "x", "command": ""}', "\x00\xff", "[" * 100000])
 def test_a_note_that_makes_no_sense_is_overwritten(tmp_path, note):
     (tmp_path / ".run.owner").write_text(note)
-    with ck.only_writer(tmp_path / "run"): assert json.loads((tmp_path / ".run.owner").read_text())["pid"] == os.getpid()
+    with ck.only_writer(tmp_path / "run"):
+        assert json.loads((tmp_path / ".run.owner").read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("name", [".run.owner", ".run.lock"])
@@ -277,7 +296,9 @@ def test_half_removed_folders_never_look_whole(tmp_path, monkeypatch):
     save(folder, run, 1)
     write(tmp_path / "out", "a", "old")
     def die(path, *args, **kwargs):
-        if Path(path).exists(): next(p for p in sorted(Path(path).rglob("*")) if p.is_file()).unlink(); raise KeyboardInterrupt
+        if Path(path).exists():
+            next(p for p in sorted(Path(path).rglob("*")) if p.is_file()).unlink()
+            raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(ck.shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt): save(folder, run, 2)
@@ -304,6 +325,8 @@ def test_killed_between_the_two_renames(tmp_path, monkeypatch):
 
 
 def test_a_link_is_no_folder_to_write(tmp_path):
-    (tmp_path / "real").mkdir(); (tmp_path / "link").symlink_to(tmp_path / "real"); (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     for name in ("link", "dangling"):
         with pytest.raises(FoundIRError, match="give the name of a folder"): write(tmp_path / name, "x")

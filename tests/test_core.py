@@ -6,8 +6,9 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from foundir_v2.core import (DiskFullError, FoundIRError, ImageError, Restorer, atomic_write, autocast, from_pil, generator, hash_seed, load_alpha,
-                             load_image, pick_device, pick_dtype, repo_root, save_image, seed_everything, to_pil)
+from foundir_v2.core import (
+    DiskFullError, FoundIRError, ImageError, Restorer, atomic_write, autocast, from_pil, generator, hash_seed,
+    load_alpha, load_image, pick_device, pick_dtype, repo_root, save_image, seed_everything, to_pil)
 
 
 def picture(h=20, w=30, c=3, seed=0):
@@ -44,8 +45,8 @@ def test_exif_orientation(tmp_path, orientation):
     stored = picture()
     exif = Image.Exif(); exif[0x0112] = orientation
     Image.fromarray(stored).save(tmp_path / "x.png", exif=exif)
-    upright = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.swapaxes(0, 1), 6: np.rot90(stored, -1),
-               7: np.rot90(stored, 2).swapaxes(0, 1), 8: np.rot90(stored)}[orientation]
+    upright = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.swapaxes(0, 1),
+               6: np.rot90(stored, -1), 7: np.rot90(stored, 2).swapaxes(0, 1), 8: np.rot90(stored)}[orientation]
     assert torch.equal(load_image(tmp_path / "x.png"), as_tensor(upright))
 
 
@@ -103,7 +104,9 @@ def test_16_bit_colour(tmp_path):
     pixels = [(65535, 32768, 0), (257, 0, 65535)]
     raw = b"\0" + b"".join(struct.pack(">HHH", *p) for p in pixels)
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+    (tmp_path / "x.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
     want = torch.tensor(pixels).T[:, None] / 65535
     assert (load_image(tmp_path / "x.png") - want).abs().max() < 1 / 255
 
@@ -137,7 +140,8 @@ def test_damaged_files_never_raise_anything_else(data):
     out = io.BytesIO()
     Image.fromarray(picture()).save(out, data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])))
     raw = bytearray(out.getvalue())
-    for i in data.draw(st.lists(st.integers(0, len(raw) - 1), min_size=1, max_size=8)): raw[i] = data.draw(st.integers(0, 255))
+    for i in data.draw(st.lists(st.integers(0, len(raw) - 1), min_size=1, max_size=8)):
+        raw[i] = data.draw(st.integers(0, 255))
     with tempfile.NamedTemporaryFile() as f:
         f.write(raw); f.flush()
         try: x = load_image(f.name, max_pixels=10_000)
@@ -168,7 +172,9 @@ def test_decompression_bomb(tmp_path, recwarn):
     "A tiny file of 400 million pixels is refused before it is decoded; so is anything above a limit of one's own."
     import struct, zlib
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
     with pytest.raises(ImageError, match="more than 89,478,485 pixels") as e: load_image(tmp_path / "bomb.png")
     one_line(e, "bomb.png")
     save_image(torch.zeros(3, 10, 10), tmp_path / "x.png")
@@ -200,8 +206,9 @@ def test_jpeg_is_written_at_quality_95(tmp_path):
 
 def test_save_refuses_what_it_can_not_write(tmp_path):
     x = torch.rand(3, 4, 4)
-    cases = [(x[None], "a.png", {}, "(1, 3, 4, 4)"), (x[:1], "a.png", {}, "(1, 4, 4)"), (x / 0, "a.png", {}, "infinite"), (x, "a.bmp", {}, ".webp"), (x, "a", {}, ".png"),
-             (x, "a.jpg", dict(alpha=x[:1]), "transparency")]
+    cases = [
+        (x[None], "a.png", {}, "(1, 3, 4, 4)"), (x[:1], "a.png", {}, "(1, 4, 4)"), (x / 0, "a.png", {}, "infinite"),
+        (x, "a.bmp", {}, ".webp"), (x, "a", {}, ".png"), (x, "a.jpg", dict(alpha=x[:1]), "transparency")]
     for image, name, kw, word in cases:
         with pytest.raises(FoundIRError) as e: save_image(image, tmp_path / name, **kw)
         one_line(e, word)
@@ -239,7 +246,8 @@ def test_atomic_write_keeps_the_old_file_and_its_suffix(tmp_path):
     assert path.read_text() == "one" and os.listdir(path.parent) == ["x.tar"]
 
 
-@pytest.mark.parametrize("name", ["漢" * 80 + ".png", "é" * 125 + ".tar", "x" * 251 + ".png", "a." + "漢" * 80, "." + "x" * 254])
+@pytest.mark.parametrize("name", [
+    "漢" * 80 + ".png", "é" * 125 + ".tar", "x" * 251 + ".png", "a." + "漢" * 80, "." + "x" * 254])
 def test_names_as_long_as_the_file_system_allows(tmp_path, name):
     with atomic_write(tmp_path / name) as tmp: tmp.write_text("one")
     assert (tmp_path / name).read_text() == "one" and os.listdir(tmp_path) == [name]
@@ -252,7 +260,8 @@ def test_a_full_disk_is_named(tmp_path):
     for code in (errno.ENOSPC, errno.EDQUOT):
         with pytest.raises(DiskFullError, match="x.png: make room") as e:
             with atomic_write(tmp_path / "x.png") as outer, atomic_write(outer): raise OSError(code, os.strerror(code))
-        assert "\n" not in str(e.value) and os.listdir(tmp_path) == ["x.png"] and (tmp_path / "x.png").read_text() == "old"
+        assert "\n" not in str(e.value) and os.listdir(tmp_path) == ["x.png"]
+        assert (tmp_path / "x.png").read_text() == "old"
     with pytest.raises(OSError, match="Input/output"):
         with atomic_write(tmp_path / "x.png"): raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -269,7 +278,8 @@ def test_file_and_folder_reach_the_disk(tmp_path, monkeypatch):
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.txt"; path.write_text("old")
-    code = f"import os, signal\nfrom foundir_v2.core import atomic_write\nwith atomic_write({str(path)!r}) as t:\n    t.write_text('ne'); os.kill(os.getpid(), signal.SIGKILL)"
+    code = (f"import os, signal\nfrom foundir_v2.core import atomic_write\nwith atomic_write({str(path)!r}) as t:\n"
+            "    t.write_text('ne'); os.kill(os.getpid(), signal.SIGKILL)")
     assert subprocess.run([sys.executable, "-c", code], cwd=repo_root(Path(__file__).parent)).returncode == -9
     assert path.read_text() == "old"
 
@@ -278,12 +288,14 @@ def test_hash_seed_is_the_same_everywhere():
     "Pinned: changing these values changes every degradation, crop and noise of earlier runs."
     assert hash_seed("degrade", "haze", 17) == 6925271429732539278
     code = "from foundir_v2.core import hash_seed; print(hash_seed('degrade', 'haze', 17))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "7"}, cwd=repo_root(Path(__file__).parent))
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         env=os.environ | {"PYTHONHASHSEED": "7"}, cwd=repo_root(Path(__file__).parent))
     assert int(out.stdout) == hash_seed("degrade", "haze", 17)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.one_of(st.integers(-2**70, 2**70), st.text(max_size=5)), max_size=4).map(tuple), min_size=2, max_size=20, unique_by=repr))
+@given(st.lists(st.lists(st.one_of(st.integers(-2**70, 2**70), st.text(max_size=5)), max_size=4).map(tuple), min_size=2,
+                max_size=20, unique_by=repr))
 def test_different_parts_give_different_seeds(parts):
     seeds = [hash_seed(*p) for p in parts]
     assert len(set(seeds)) == len(parts) and all(0 <= s < 2**63 for s in seeds)
@@ -305,7 +317,8 @@ def test_generator_and_seed_everything():
 
 def test_devices():
     assert pick_device("cpu") == torch.device("cpu") == pick_device(torch.device("cpu"))
-    assert pick_device().type == (torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
+    assert pick_device().type == (
+        torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
     for bad in ("gpu", "", "cuda:999", None, 3.5):
         with pytest.raises(FoundIRError): pick_device(bad)
 
@@ -333,5 +346,6 @@ def test_restorer_protocol():
 
 def test_core_stays_light():
     "The wheel's core must work without the extras."
-    code = "import sys, foundir_v2.core; bad = {'pandas', 'matplotlib', 'pyiqa', 'diffusers', 'fastcore'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    code = ("import sys, foundir_v2.core; bad = {'pandas', 'matplotlib', 'pyiqa', 'diffusers', "
+            "'fastcore'} & set(sys.modules); sys.exit(str(bad) if bad else 0)")
     assert subprocess.run([sys.executable, "-c", code], cwd=repo_root(Path(__file__).parent)).returncode == 0

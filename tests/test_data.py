@@ -29,14 +29,17 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def manifest():
     splits = dict(a="train", b="train", c="reference", d="reference")
-    return pd.DataFrame([dict(photo=n, path=f"{n}.png", lq="", task="", split=splits[n], width=w, height=h, caption=f"photo {n}") for n, (h, w) in SIZES.items()])
+    return pd.DataFrame([dict(photo=n, path=f"{n}.png", lq="", task="", split=splits[n], width=w, height=h,
+                              caption=f"photo {n}") for n, (h, w) in SIZES.items()])
 
 
 @pytest.fixture(scope="module")
 def dataset(manifest, root): return RestorationDataset(manifest, "train", TASKS, crop=32, root=root)
 
 
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k]
+                                        for k in a)
 
 
 DRAWS = [(task, i, 100 * t + 10 * i + s) for t, task in enumerate(TASKS) for i in range(2) for s in range(4)]
@@ -163,7 +166,8 @@ def test_workers_give_what_the_main_process_gives(dataset):
     batches = [DRAWS[:5], DRAWS[5:10]]
     with_workers = list(DataLoader(dataset, batch_sampler=batches, num_workers=2, collate_fn=collate))
     for batch, draws in zip(with_workers, batches):
-        assert torch.equal(batch["lq"], torch.stack([dataset[d]["lq"] for d in draws])) and batch["subtask"] == [dataset[d]["subtask"] for d in draws]
+        assert torch.equal(batch["lq"], torch.stack([dataset[d]["lq"] for d in draws]))
+        assert batch["subtask"] == [dataset[d]["subtask"] for d in draws]
     assert batch["original_size"].shape == (5, 2) and batch["caption"][0].startswith("photo")
 
 
@@ -178,11 +182,13 @@ def test_the_gt_is_a_window_of_the_photograph(manifest, root):
 
 
 def test_other_colours_keep_the_shapes_and_come_before_the_damage(manifest, root):
-    plain, coloured, half = (RestorationDataset(manifest, "train", {"denoise": ["gaussian_noise"]}, crop=32, root=root, recoloured=share) for share in (0, 1, 0.5))
+    plain, coloured, half = (RestorationDataset(manifest, "train", {"denoise": ["gaussian_noise"]}, crop=32, root=root,
+                                                recoloured=share) for share in (0, 1, 0.5))
     changed = 0
     for seed in range(60):
         a, b, c = (ds["denoise", 0, seed] for ds in (plain, coloured, half))
-        assert same(b, coloured["denoise", 0, seed]) and b["crop_top_left"].tolist() == a["crop_top_left"].tolist() and 0 <= b["gt"].min() and b["gt"].max() <= 1
+        assert same(b, coloured["denoise", 0, seed]) and b["crop_top_left"].tolist() == a["crop_top_left"].tolist()
+        assert 0 <= b["gt"].min() and b["gt"].max() <= 1
         inside = (b["gt"] > 0) & (b["gt"] < 1)
         if inside.all(): torch.testing.assert_close(b["gt"].mean(0), a["gt"].mean(0))  # the mean of the channels stays
         changed += not torch.equal(c["gt"], a["gt"])
@@ -193,22 +199,26 @@ def test_other_colours_keep_the_shapes_and_come_before_the_damage(manifest, root
 def test_views_fit_vary_and_respect_the_grid():
     for multiple in (1, 4):
         views = [draw_view(61, 200, 32, (0.25, 1.0), multiple, generator("v", i)) for i in range(400)]
-        assert all(v.top >= 0 and v.top + v.side <= 61 and v.left + v.side <= 200 and v.side >= 32 and v.top % multiple == v.left % multiple == 0 for v in views)
-        assert {v.flip for v in views} == {True, False} and max(v.side for v in views) >= 60 - multiple and max(v.left for v in views) > 130
+        assert all(v.top >= 0 and v.top + v.side <= 61 and v.left + v.side <= 200 and v.side >= 32
+                   and v.top % multiple == v.left % multiple == 0 for v in views)
+        assert {v.flip for v in views} == {True, False} and max(v.side for v in views) >= 60 - multiple
+        assert max(v.left for v in views) > 130
     assert draw_view(32, 32, 32, (0.1, 1), 1, generator("v"))[:3] == (0, 0, 32)
 
 
 def test_shrinking_keeps_the_content_in_place():
     ramp = torch.linspace(0, 1, 100).expand(3, 100, 100)
     x = look(ramp, View(10, 20, 64, 32, False))
-    assert torch.allclose(x[:, 5:-5, 5:-5], ((20 + 2 * torch.arange(32.0) + 0.5) / 99).expand(3, 32, 32)[:, 5:-5, 5:-5], atol=2e-3)
+    assert torch.allclose(x[:, 5:-5, 5:-5], ((20 + 2 * torch.arange(32.0) + 0.5) / 99).expand(3, 32, 32)[:, 5:-5, 5:-5],
+                          atol=2e-3)
     assert torch.equal(look(ramp, View(10, 20, 64, 32, True)), x.flip(-1))
     assert torch.allclose(look((ramp * 255).round().byte(), View(0, 0, 50, 50, False)), ramp[:, :50, :50], atol=3e-3)
 
 
 def test_size_conditions_count_shrunk_pixels():
     c = size_conditions(400, 600, View(100, 40, 256, 128, False))
-    assert {k: v.tolist() for k, v in c.items()} == dict(original_size=[400, 600], crop_top_left=[50, 20], target_size=[128, 128])
+    assert {k: v.tolist() for k, v in c.items()} == dict(
+        original_size=[400, 600], crop_top_left=[50, 20], target_size=[128, 128])
 
 
 @pytest.mark.parametrize("top, left", [(0, 0), (32, 56), (40, 64)])
@@ -218,14 +228,17 @@ def test_a_small_stored_lq_is_aligned_with_its_gt(root, top, left):
     for seed in range(6):
         view = View(top, left, 36, 36, seed % 2 == 0)
         a, b = stored_pair(gt, lq, view, seed)
-        assert torch.allclose(a, look(upsample_lq(lq, gt.shape[1:], hash_seed("enlarge", seed)), view), atol=1e-5) and torch.equal(b, look(gt, view))
+        assert torch.allclose(a, look(upsample_lq(lq, gt.shape[1:], hash_seed("enlarge", seed)), view), atol=1e-5)
+        assert torch.equal(b, look(gt, view))
 
 
 def with_pairs(manifest, root):
     save_image(degrade(load_image(root / "a.png"), "haze", 3), root / "a_haze.png")
     save_image(degrade(load_image(root / "d.png"), "sr_x4", 3), root / "d_small.png")
     rows = manifest.to_dict("records")
-    return pd.DataFrame([rows[0] | dict(photo="p", lq="a_haze.png", task="haze"), rows[3] | dict(photo="q", lq="d_small.png", task="sr", split="train"), rows[1],
+    return pd.DataFrame([rows[0] | dict(photo="p", lq="a_haze.png", task="haze"),
+                         rows[3] | dict(photo="q", lq="d_small.png", task="sr", split="train"),
+                         rows[1],
                          rows[3] | dict(photo="r", lq="d_small.png", task="sr_x4")])
 
 
@@ -243,11 +256,21 @@ def test_stored_pairs_serve_their_task_only(manifest, root):
 
 
 @pytest.mark.parametrize("change, match", [
-    (dict(tasks={}), "no tasks"), (dict(tasks={"weather": []}), "list of sub-tasks"), (dict(tasks={"weather": "haze"}), "list of sub-tasks"), (dict(tasks={"weather": ["fog"]}), "unknown sub-task 'fog'"),
-    (dict(split="validation"), "validation.*train"), (dict(crop=65), "b is 64x120.*too small"), (dict(crop=63), None), (dict(crop=0), "at least 1"),
-    (dict(scale_range=(0, 0)), "scale_range"), (dict(scale_range=(-0.1, 1)), "scale_range"),
-    (dict(variety=-0.1), "variety=-0.1"), (dict(clean_share=2), "clean_share=2"),
-    (dict(scale_range=(0.5, 1.5)), "scale_range"), (dict(scale_range=(1, 0.5)), "scale_range"), (dict(recoloured=1.1), "recoloured=1.1")])
+    (dict(tasks={}), "no tasks"),
+    (dict(tasks={"weather": []}), "list of sub-tasks"),
+    (dict(tasks={"weather": "haze"}), "list of sub-tasks"),
+    (dict(tasks={"weather": ["fog"]}), "unknown sub-task 'fog'"),
+    (dict(split="validation"), "validation.*train"),
+    (dict(crop=65), "b is 64x120.*too small"),
+    (dict(crop=63), None),
+    (dict(crop=0), "at least 1"),
+    (dict(scale_range=(0, 0)), "scale_range"),
+    (dict(scale_range=(-0.1, 1)), "scale_range"),
+    (dict(variety=-0.1), "variety=-0.1"),
+    (dict(clean_share=2), "clean_share=2"),
+    (dict(scale_range=(0.5, 1.5)), "scale_range"),
+    (dict(scale_range=(1, 0.5)), "scale_range"),
+    (dict(recoloured=1.1), "recoloured=1.1")])
 def test_what_cannot_work_is_refused_at_once(manifest, root, change, match):
     options = dict(split="train", tasks=TASKS, crop=32, root=root) | change
     if match is None: assert RestorationDataset(manifest, **options)["sr", 1, 0]["lq"].shape == (3, 63, 63)
@@ -259,37 +282,49 @@ def test_bad_draws_and_pairs_are_refused(dataset, manifest, root):
     with pytest.raises(FoundIRError, match="mist.*denoise"): dataset["mist", 0, 0]
     with pytest.raises(IndexError, match="2 rows"): dataset["sr", 2, 0]
     table = with_pairs(manifest, root)
-    with pytest.raises(FoundIRError, match="pair p .*'haze'.*not among"): RestorationDataset(table, "train", {"sr": ["sr_x4"]}, crop=32, root=root)
-    with pytest.raises(FoundIRError, match="'denoise' has neither"): RestorationDataset(table[:2], "train", TASKS, crop=32, root=root)
+    with pytest.raises(FoundIRError, match="pair p .*'haze'.*not among"):
+        RestorationDataset(table, "train", {"sr": ["sr_x4"]}, crop=32, root=root)
+    with pytest.raises(FoundIRError, match="'denoise' has neither"):
+        RestorationDataset(table[:2], "train", TASKS, crop=32, root=root)
 
 
 def test_reference_items_are_fixed_and_independent_of_their_company(manifest, root):
     together = reference_items(manifest, "reference", ["haze", "sr_x4", "jpeg"], 3, 48, 7, root=root)
     alone = reference_items(manifest, "reference", [SUBTASKS["sr_x4"]], 2, 48, 7, root=root)
     for a, b in zip(together[3:5], alone):
-        assert torch.equal(a.lq, b.lq) and torch.equal(a.gt, b.gt) and torch.equal(a.input, b.input) and (a.photo, a.seed) == (b.photo, b.seed)
+        assert torch.equal(a.lq, b.lq) and torch.equal(a.gt, b.gt) and torch.equal(a.input, b.input)
+        assert (a.photo, a.seed) == (b.photo, b.seed)
     assert [x.subtask.name for x in together] == ["haze"] * 3 + ["sr_x4"] * 3 + ["jpeg"] * 3
-    assert all({x.photo for x in together[i:i + 3]} == {"c", "d"} for i in (0, 3, 6)) and len({x.seed for x in together}) == 9
-    assert all(x.gt.shape == x.input.shape == (3, 48, 48) and x.lq.shape == (3, 48 // x.subtask.scale, 48 // x.subtask.scale) for x in together)
+    assert all({x.photo for x in together[i:i + 3]} == {"c", "d"} for i in (0, 3, 6))
+    assert len({x.seed for x in together}) == 9
+    assert all(x.gt.shape == x.input.shape == (3, 48, 48)
+               and x.lq.shape == (3, 48 // x.subtask.scale, 48 // x.subtask.scale) for x in together)
     assert all(x.caption == f"photo {x.photo}" for x in together)
-    assert reference_items(manifest.assign(caption=float("nan")), "reference", ["haze"], 1, 48, 7, root=root)[0].caption == ""
+    assert reference_items(
+        manifest.assign(caption=float("nan")), "reference", ["haze"], 1, 48, 7, root=root)[0].caption == ""
     other = reference_items(manifest, "reference", ["haze"], 1, 48, 8, root=root)[0]
     assert not torch.equal(other.gt, together[0].gt)
-    for x in together: assert torch.equal(x.lq, degrade(x.gt, x.subtask, x.seed)) and torch.equal(x.input, upsample_lq(x.lq, (48, 48)))
+    for x in together:
+        assert torch.equal(x.lq, degrade(x.gt, x.subtask, x.seed)) and torch.equal(x.input, upsample_lq(x.lq, (48, 48)))
 
 
 def test_stored_pairs_come_first_as_reference_items(manifest, root):
     item = reference_items(with_pairs(manifest, root), "reference", ["sr_x4"], 1, 48, 0, root=root)[0]
     assert item.photo == "r" and item.lq.shape == (3, 12, 12)
     assert -10 * torch.log10(((item.input - item.gt) ** 2).mean()) > 18, "LQ and GT are not aligned"
-    with pytest.raises(FoundIRError, match="neither photographs nor pairs for haze"): reference_items(with_pairs(manifest, root), "reference", ["haze"], 1, 48, 0, root=root)
+    with pytest.raises(FoundIRError, match="neither photographs nor pairs for haze"):
+        reference_items(with_pairs(manifest, root), "reference", ["haze"], 1, 48, 0, root=root)
 
 
 def test_impossible_reference_items_are_refused(manifest, root):
-    with pytest.raises(FoundIRError, match="multiple of sr_x4's scale 4: choose 48"): reference_items(manifest, "reference", ["sr_x4"], 1, 50, 0, root=root)
-    with pytest.raises(FoundIRError, match="too small"): reference_items(manifest, "reference", ["haze"], 1, 128, 0, root=root)
-    with pytest.raises(FoundIRError, match="per_subtask"): reference_items(manifest, "reference", ["haze"], 0, 48, 0, root=root)
-    with pytest.raises(FoundIRError, match="unknown sub-task"): reference_items(manifest, "reference", ["fog"], 1, 48, 0, root=root)
+    with pytest.raises(FoundIRError, match="multiple of sr_x4's scale 4: choose 48"):
+        reference_items(manifest, "reference", ["sr_x4"], 1, 50, 0, root=root)
+    with pytest.raises(FoundIRError, match="too small"):
+        reference_items(manifest, "reference", ["haze"], 1, 128, 0, root=root)
+    with pytest.raises(FoundIRError, match="per_subtask"):
+        reference_items(manifest, "reference", ["haze"], 0, 48, 0, root=root)
+    with pytest.raises(FoundIRError, match="unknown sub-task"):
+        reference_items(manifest, "reference", ["fog"], 1, 48, 0, root=root)
 
 
 def test_the_default_tasks_work(manifest, root):
@@ -314,5 +349,8 @@ def test_no_pair_may_also_be_nan(manifest, root, dataset):
 
 def test_a_reference_pair_of_a_whole_category_is_refused(manifest, root):
     pair = manifest.iloc[[2]].assign(lq="d.png", task="weather")
-    with pytest.raises(FoundIRError, match="name its sub-task"): reference_items(pd.concat([manifest, pair]), "reference", ["haze"], 1, 32, 0, root)
-    assert len(reference_items(pd.concat([manifest, pair.assign(task="underwater")]), "reference", ["haze"], 1, 32, 0, root)) == 1  # a pair nobody asks for
+    with pytest.raises(FoundIRError, match="name its sub-task"):
+        reference_items(pd.concat([manifest, pair]), "reference", ["haze"], 1, 32, 0, root)
+    # a pair nobody asks for
+    assert len(reference_items(pd.concat([manifest, pair.assign(task="underwater")]), "reference", ["haze"], 1, 32, 0,
+                               root)) == 1

@@ -85,7 +85,8 @@ def digest():
 
 
 def test_another_process_makes_the_same_pixels():
-    code = "import sys; sys.path.insert(0, 'tests'); import torch; torch.manual_seed(99); torch.rand(5); from test_degrade import digest; print(digest())"
+    code = ("import sys; sys.path.insert(0, 'tests'); import torch; torch.manual_seed(99); torch.rand(5); "
+            "from test_degrade import digest; print(digest())")
     other = subprocess.run([sys.executable, "-c", code], cwd=repo_root(), capture_output=True, text=True, check=True)
     assert other.stdout.strip() == digest()
 
@@ -102,8 +103,10 @@ def test_any_size_works_or_is_refused_in_one_line(name, h, w, seed):
     assert y.shape == (3, h // k, w // k) and y.isfinite().all()
 
 
-@pytest.mark.parametrize("bad, match", [(torch.rand(1, 3, 8, 8), "3, H, W"), (torch.rand(1, 8, 8), "3, H, W"), (torch.rand(3, 0, 8), "3, H, W"),
-                                        (torch.zeros(3, 8, 8, dtype=torch.uint8), "255"), (torch.full((3, 8, 8), 2.0), "0, 1"), (torch.full((3, 8, 8), torch.nan), "nan"), ("x.png", "str")])
+@pytest.mark.parametrize("bad, match", [
+    (torch.rand(1, 3, 8, 8), "3, H, W"), (torch.rand(1, 8, 8), "3, H, W"), (torch.rand(3, 0, 8), "3, H, W"),
+    (torch.zeros(3, 8, 8, dtype=torch.uint8), "255"), (torch.full((3, 8, 8), 2.0), "0, 1"),
+    (torch.full((3, 8, 8), torch.nan), "nan"), ("x.png", "str")])
 def test_bad_images_are_refused(bad, match):
     with pytest.raises(FoundIRError, match=match): degrade(bad, "haze", 0)
 
@@ -112,7 +115,8 @@ def test_unknown_names_are_refused():
     with pytest.raises(FoundIRError, match="motion_blur"): degrade(picture(), "fog", 0)
     smoke = SubTask("x", "weather", (Step("smoke", {}),))
     with pytest.raises(FoundIRError, match="unknown operator 'smoke'.*haze"): draw_parameters(smoke, 0)
-    with pytest.raises(FoundIRError, match="unknown range"): draw_parameters(SubTask("x", "weather", (Step("low_light", {"stops": (1, 2)}),)), 0)
+    with pytest.raises(FoundIRError, match="unknown range"):
+        draw_parameters(SubTask("x", "weather", (Step("low_light", {"stops": (1, 2)}),)), 0)
 
 
 def test_parameters_stay_in_their_ranges_and_cover_them():
@@ -155,7 +159,8 @@ def test_motion_kernel_is_centred_and_as_long_as_asked(seed):
     spread = (k.sum(0) * at**2).sum()
     assert abs(spread - (20**2 / 12 + 0.5)) < 1.5 and (k.sum(1) * at**2).sum() < 1, "not a horizontal line of 20 px"
     bent = motion_kernel(25, 0, 2, seed)
-    assert abs((bent.sum(0) * at).sum()) < 0.2 and abs((bent.sum(1) * at).sum()) < 0.2 and not torch.equal(bent, motion_kernel(25, 0, 2, seed + 1))
+    assert abs((bent.sum(0) * at).sum()) < 0.2 and abs((bent.sum(1) * at).sum()) < 0.2
+    assert not torch.equal(bent, motion_kernel(25, 0, 2, seed + 1))
 
 
 def test_blur_keeps_light_and_flat_areas():
@@ -163,7 +168,8 @@ def test_blur_keeps_light_and_flat_areas():
     for y in (motion_blur(flat, 20, 30, 1, 0), defocus_blur(flat, 4)): assert torch.allclose(y, flat, atol=1e-4)
     point = torch.zeros(3, 41, 41)
     point[:, 20, 20] = 1
-    for y in (motion_blur(point, 15, 30, 1, 0), defocus_blur(point, 3)): assert abs(srgb_to_linear(y).sum() / 3 - 1) < 0.02
+    for y in (motion_blur(point, 15, 30, 1, 0), defocus_blur(point, 3)):
+        assert abs(srgb_to_linear(y).sum() / 3 - 1) < 0.02
     assert abs(disc_kernel(3).count_nonzero() - 37) <= 8
 
 
@@ -182,7 +188,8 @@ def test_haze_follows_koschmieder():
     y = haze(x, 1.2, 0.9, 0.0, 3)
     t = torch.exp(-1.2 * d)
     assert torch.allclose(y, x * t + 0.9 * (1 - t), atol=1e-6) and d.min() == 0 and d.max() == 1
-    assert sum((depth_map(48, 56, s)[:12].mean() > depth_map(48, 56, s)[-12:].mean()).item() for s in range(20)) >= 18, "far is not at the top"
+    depths = [depth_map(48, 56, s) for s in range(20)]
+    assert sum((d[:12].mean() > d[-12:].mean()).item() for d in depths) >= 18, "far is not at the top"
     assert haze(x, 1.2, 0.9, 0.04, 3)[2].mean() > y[2].mean() > haze(x, 1.2, 0.9, -0.04, 3)[2].mean()
 
 
@@ -195,7 +202,8 @@ def test_weather_only_adds_light_on_black_and_more_with_density():
 
 def test_rain_falls_in_its_direction():
     y = rain(torch.zeros(3, 128, 128), 0.005, 25, 0, 0.9, 1)[0]
-    assert y.diff(dim=0).abs().mean() < 0.7 * y.diff(dim=1).abs().mean(), "vertical streaks change more across than along"
+    assert y.diff(dim=0).abs().mean() < 0.7 * y.diff(dim=1).abs().mean(), (
+        "vertical streaks change more across than along")
 
 
 def test_each_stop_halves_linear_light():
@@ -216,7 +224,8 @@ def test_upsampling_draws_all_three_modes_and_defaults_to_bicubic():
     lq = downscale(picture(), 4)
     made = [upsample_lq(lq, (48, 56), s) for s in range(20)]
     assert len({m.sum().item() for m in made}) == 3 and any(torch.equal(m, upsample_lq(lq, (48, 56))) for m in made)
-    assert all(0 <= m.min() and m.max() <= 1 for m in made) and upsample_lq(lq.double(), (48, 56), 1).dtype == torch.float64
+    assert all(0 <= m.min() and m.max() <= 1 for m in made)
+    assert upsample_lq(lq.double(), (48, 56), 1).dtype == torch.float64
 
 
 def test_every_operator_is_pure():

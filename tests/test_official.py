@@ -1,4 +1,5 @@
-"""The authors' checkpoint: their modules, written down once more from the description and with their names, agree with ours; files are read safely and completely or not at all."""
+"""The authors' checkpoint: their modules, written down once more from the description and with their names, agree
+with ours; files are read safely and completely or not at all."""
 import copy
 import csv
 import json
@@ -20,12 +21,15 @@ from foundir_v2.core import FoundIRError
 from foundir_v2.official import LAYOUTS, load_official, official_key, read_weights, to_official
 from foundir_v2.unet import OWN_MODULES, FoundIRUNet
 
-CSV = {row["key"]: tuple(map(int, row["shape"].split("x"))) for row in csv.DictReader((Path(__file__).parent / "data/official_added_weights.csv").open())}
+CSV = {row["key"]: tuple(map(int, row["shape"].split("x")))
+       for row in csv.DictReader((Path(__file__).parent / "data/official_added_weights.csv").open())}
 UNUSED = [k for k in CSV if k.startswith("information_transformer_layes.")]
-PLAIN = dict(sample_size=8, in_channels=4, out_channels=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(16, 32),
-             layers_per_block=1, attention_head_dim=(2, 4), cross_attention_dim=8, use_linear_projection=True, norm_num_groups=8, addition_embed_type="text_time", addition_time_embed_dim=8,
-             projection_class_embeddings_input_dim=56)
-ENCODER = dict(block_out_channels=[8, 16, 24], down_block_types=["DownEncoderBlock2D"] * 3, layers_per_block=1, norm_num_groups=4)
+PLAIN = dict(sample_size=8, in_channels=4, out_channels=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(16, 32), layers_per_block=1,
+             attention_head_dim=(2, 4), cross_attention_dim=8, use_linear_projection=True, norm_num_groups=8,
+             addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=56)
+ENCODER = dict(block_out_channels=[8, 16, 24], down_block_types=["DownEncoderBlock2D"] * 3, layers_per_block=1,
+               norm_num_groups=4)
 OURS = dict(lq_encoder={"class": "LQEncoder", **ENCODER}, lq_norm_groups=8, moe_heads=4)
 
 
@@ -36,10 +40,14 @@ class QuickGELU(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm layer with torch's sequence-first attention. `quirk`: it is handed (batch, tokens, channels) all the same."""
+    """Pre-norm layer with torch's sequence-first attention.
+    `quirk`: it is handed (batch, tokens, channels) all the same."""
     def __init__(self, c, heads):
         super().__init__()
-        self.attn, self.ln_1, self.ln_2, self.quirk = nn.MultiheadAttention(c, heads), nn.LayerNorm(c), nn.LayerNorm(c), True
+        self.attn = nn.MultiheadAttention(c, heads)
+        self.ln_1 = nn.LayerNorm(c)
+        self.ln_2 = nn.LayerNorm(c)
+        self.quirk = True
         self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(c, 2 * c), act=QuickGELU(), c_proj=nn.Linear(2 * c, c)))
 
     def forward(self, x):
@@ -58,7 +66,8 @@ class Norm(nn.Module):
 
     def forward(self, x):
         mean, var = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
-        return (x - mean) / torch.sqrt(var + 1e-5) * self.body.weight.view(1, -1, 1, 1) + self.body.bias.view(1, -1, 1, 1)
+        return (
+            (x - mean) / torch.sqrt(var + 1e-5) * self.body.weight.view(1, -1, 1, 1) + self.body.bias.view(1, -1, 1, 1))
 
 
 class ChannelAttention(nn.Module):
@@ -86,7 +95,8 @@ class ChannelFFN(nn.Module):
     def __init__(self, c):
         super().__init__()
         h = int(2.66 * c)
-        self.project_in, self.dwconv = nn.Conv2d(c, 2 * h, 1, bias=False), nn.Conv2d(2 * h, 2 * h, 3, padding=1, groups=2 * h, bias=False)
+        self.project_in = nn.Conv2d(c, 2 * h, 1, bias=False)
+        self.dwconv = nn.Conv2d(2 * h, 2 * h, 3, padding=1, groups=2 * h, bias=False)
         self.project_out = nn.Conv2d(h, c, 1, bias=False)
 
     def forward(self, x):
@@ -107,13 +117,17 @@ class SparseFFN(nn.Module):
     def forward(self, x):
         x = self.project_in(x)
         (a1, a2), (b1, b2) = self.dwconv3x3(x).relu().tensor_split(2, 1), self.dwconv5x5(x).relu().tensor_split(2, 1)
-        return self.project_out(torch.cat([self.dwconv3x3_1(torch.cat([a1, b1], 1)).relu(), self.dwconv5x5_1(torch.cat([a2, b2], 1)).relu()], 1))
+        return self.project_out(torch.cat(
+            [self.dwconv3x3_1(torch.cat([a1, b1], 1)).relu(), self.dwconv5x5_1(torch.cat([a2, b2], 1)).relu()], 1))
 
 
 class ConvLayer(nn.Module):
     def __init__(self, c, heads, sparse):
         super().__init__()
-        self.norm1, self.attn, self.norm2, self.ffn = Norm(c), ChannelAttention(c, heads, sparse), Norm(c), SparseFFN(c) if sparse else ChannelFFN(c)
+        self.norm1 = Norm(c)
+        self.attn = ChannelAttention(c, heads, sparse)
+        self.norm2 = Norm(c)
+        self.ffn = SparseFFN(c) if sparse else ChannelFFN(c)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -128,11 +142,16 @@ class Added(nn.Module):
     """What the authors added to SDXL's U-Net. `faithdiff`: without the mixture."""
     def __init__(self, width=320, encoder=None, groups=32, heads=8, faithdiff=False):
         super().__init__()
-        c, encoder = 2 * width, encoder or dict(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=2, norm_num_groups=32)
-        self.denoise_encoder = AutoencoderKL(**encoder, up_block_types=["UpDecoderBlock2D"] * len(encoder["block_out_channels"])).encoder
+        c, encoder = 2 * width, encoder or dict(
+            block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=2,
+            norm_num_groups=32)
+        self.denoise_encoder = AutoencoderKL(
+            **encoder, up_block_types=["UpDecoderBlock2D"] * len(encoder["block_out_channels"])).encoder
         del self.denoise_encoder.conv_norm_out, self.denoise_encoder.conv_act, self.denoise_encoder.conv_out
         f = encoder["block_out_channels"][-1]
-        self.condition_embedding = nn.ModuleDict(dict(norm_in=nn.GroupNorm(groups, f, eps=1e-6), conv_in=nn.Conv2d(f, f, 3, padding=1), conv_out=nn.Conv2d(f, width, 3, padding=1)))
+        self.condition_embedding = nn.ModuleDict(
+            dict(norm_in=nn.GroupNorm(groups, f, eps=1e-6), conv_in=nn.Conv2d(f, f, 3, padding=1),
+                 conv_out=nn.Conv2d(f, width, 3, padding=1)))
         self.information_transformer_layes = nn.Sequential(*[Transformer(c, heads) for _ in range(2)])
         self.spatial_ch_projs, self.faithdiff = nn.Linear(c, width), faithdiff
         if faithdiff: return
@@ -170,7 +189,8 @@ def randomise(module, seed):
 @pytest.fixture(scope="module")
 def theirs():
     torch.manual_seed(0)
-    return randomise(Added(16, ENCODER, 8, 4), 1), randomise(Added(16, ENCODER, 8, 4, faithdiff=True), 2), randomise(UNet2DConditionModel(**PLAIN), 3)
+    return (randomise(Added(16, ENCODER, 8, 4), 1), randomise(Added(16, ENCODER, 8, 4, faithdiff=True), 2),
+            randomise(UNet2DConditionModel(**PLAIN), 3))
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +207,8 @@ def faithdiff(theirs):
 
 
 def official_plain(key):
-    return key.split(".")[0] not in ("denoise_encoder", "condition_embedding", "information_transformer_layes", "spatial_ch_projs", "MoE")
+    return key.split(".")[0] not in ("denoise_encoder", "condition_embedding", "information_transformer_layes",
+                                     "spatial_ch_projs", "MoE")
 
 
 def build(seed=9, **options):
@@ -198,7 +219,8 @@ def build(seed=9, **options):
 def inputs(batch=3):
     g = torch.Generator().manual_seed(5)
     r = lambda *s: torch.randn(*s, generator=g)
-    return (r(batch, 4, 6, 8), 400, r(batch, 5, 8)), r(batch, 3, 24, 32).clamp(-1, 1), dict(added_cond_kwargs=dict(text_embeds=r(batch, 8), time_ids=torch.zeros(batch, 6)))
+    return ((r(batch, 4, 6, 8), 400, r(batch, 5, 8)), r(batch, 3, 24, 32).clamp(-1, 1),
+            dict(added_cond_kwargs=dict(text_embeds=r(batch, 8), time_ids=torch.zeros(batch, 6))))
 
 
 @torch.no_grad()
@@ -224,13 +246,15 @@ def test_reference_has_the_published_names_and_shapes():
     with torch.device("meta"): added = Added()
     assert {k: tuple(v.shape) for k, v in added.state_dict().items()} == CSV
     with torch.device("meta"): added = Added(faithdiff=True)
-    assert {k: tuple(v.shape) for k, v in added.state_dict().items()} == {k: s for k, s in CSV.items() if not k.startswith("MoE.")}
+    assert {k: tuple(v.shape) for k, v in added.state_dict().items()} == {
+        k: s for k, s in CSV.items() if not k.startswith("MoE.")}
 
 
 def test_every_published_key_is_used_or_named_at_full_size():
     with torch.device("meta"):
         unet = FoundIRUNet(**SDXL_UNET)
-        file = {**{k: v.detach() for k, v in UNet2DConditionModel(**SDXL_UNET).state_dict().items()}, **{k: torch.empty(s) for k, s in CSV.items()}}
+        file = {**{k: v.detach() for k, v in UNet2DConditionModel(**SDXL_UNET).state_dict().items()},
+                **{k: torch.empty(s) for k, s in CSV.items()}}
     report = load_official(file, unet)
     assert sorted(report.unused) == sorted(UNUSED) and not report.kept
     assert set(report.used) == set(file) - set(UNUSED)
@@ -248,7 +272,8 @@ def test_outputs_are_those_of_the_authors_modules(theirs, published, quirk):
     load_official(published, unet, batch_axis_attention=quirk)
     want = their_output(theirs[0], theirs[2], quirk)
     torch.testing.assert_close(output(unet), want, atol=1e-5, rtol=0)
-    assert (want - their_output(theirs[0], theirs[2], not quirk)).abs().max() > 1e-3, "the switch must matter, or this test shows nothing"
+    assert (want - their_output(theirs[0], theirs[2], not quirk)).abs().max() > 1e-3, (
+        "the switch must matter, or this test shows nothing")
 
 
 @pytest.mark.parametrize("quirk", [True, False])
@@ -264,7 +289,8 @@ def test_faithdiff(theirs, faithdiff, quirk, options):
 
 
 def test_every_added_weight_acts(theirs, published):
-    """No weight may land where it does nothing, or in another one's place: each alone changes both models in the same way."""
+    """No weight may land where it does nothing, or in another one's place: each alone changes both models in the
+    same way."""
     added, unet, (args, lq, _) = copy.deepcopy(theirs[0]).set_quirk(True), build(), inputs(2)
     load_official(published, unet)
     reference, h = dict(added.named_parameters()), unet.conv_in(args[0])
@@ -278,7 +304,8 @@ def test_every_added_weight_acts(theirs, published):
             p.copy_(q.reshape(p.shape))
             got = unet.condition(args[0], unet.embed_lq(lq))
             torch.testing.assert_close(got, added.features(h, lq), atol=3e-5, rtol=1e-5, msg=lambda m: f"{key}: {m}")
-            if not key.endswith("to_k.bias"): assert (got - base).abs().max() > 1e-6, key  # that one shifts all scores of a row alike, and softmax doesn't notice
+            # that one shifts all scores of a row alike, and softmax doesn't notice
+            if not key.endswith("to_k.bias"): assert (got - base).abs().max() > 1e-6, key
             p.copy_(before)
             q.copy_(before.reshape(q.shape))
 
@@ -320,7 +347,8 @@ def test_saved_in_our_format_with_the_switch(published, faithdiff, tmp_path):
         again = FoundIRUNet.from_pretrained(tmp_path / "m").eval()
         assert torch.equal(output(again), output(unet))
         same = to_official(again)
-        assert all(torch.equal(same[k], v) for k, v in weights.items() if not k.startswith("information_transformer_layes.") or weights is faithdiff)
+        assert all(torch.equal(same[k], v) for k, v in weights.items()
+                   if not k.startswith("information_transformer_layes.") or weights is faithdiff)
         assert same.keys() == weights.keys(), "their code wants the keys that nothing reads, too"
 
 
@@ -329,7 +357,8 @@ def test_reloading_switches_back_and_forth(published, faithdiff):
     load_official(published, unet)
     first = output(unet)
     load_official(faithdiff, unet, batch_axis_attention=False)
-    assert tuple(unet.config.moe_experts) == LAYOUTS["FaithDiff"] and unet.config.batch_axis_attention is False and to_official(unet).keys() == faithdiff.keys()
+    assert tuple(unet.config.moe_experts) == LAYOUTS["FaithDiff"] and unet.config.batch_axis_attention is False
+    assert to_official(unet).keys() == faithdiff.keys()
     load_official(published, unet)
     assert tuple(unet.config.moe_experts) == LAYOUTS["FoundIR-v2"] and torch.equal(output(unet), first)
     assert all(p.requires_grad for p in unet.parameters())
@@ -342,7 +371,8 @@ def test_model_without_memory_and_other_precision(published, tmp_path):
     for source in (published, tmp_path / "model.bin"):
         with torch.device("meta"): unet = FoundIRUNet(**PLAIN, **OURS).eval()
         load_official(source, unet)
-        assert torch.equal(output(unet), output(want)) and all(p.requires_grad and not p.is_meta for p in unet.parameters())
+        assert torch.equal(output(unet), output(want))
+        assert all(p.requires_grad and not p.is_meta for p in unet.parameters())
         with torch.device("meta"): unet = nn.Module.to(FoundIRUNet(**PLAIN, **OURS), torch.bfloat16)
         load_official(source, unet)
         assert {v.dtype for v in to_official(unet).values()} == {torch.bfloat16}
@@ -377,21 +407,28 @@ def fails(weights, unet, *parts, **options):
     text = str(e.value)
     assert "\n" not in text and len(text) < 700
     for part in parts: assert part in text, f"{part!r} is not in {text!r}"
-    assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items()) and dict(unet.config) == config, "a refused file must change nothing"
+    assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items()) and dict(unet.config) == config, (
+        "a refused file must change nothing")
 
 
 def test_wrong_keys_and_shapes(published, faithdiff):
     unet = build()
     without = lambda *names: {k: v for k, v in published.items() if k not in names}
-    fails(without("MoE.gate.bias", "mid_block.resnets.0.conv1.bias"), unet, "2 missing", "MoE.gate.bias", "mid_block.resnets.0.conv1.bias")
+    fails(without("MoE.gate.bias", "mid_block.resnets.0.conv1.bias"), unet, "2 missing", "MoE.gate.bias",
+          "mid_block.resnets.0.conv1.bias")
     fails(without("MoE.gate.bias"), unet, "1 missing", "MoE.gate.bias", strict=False)
     fails(published | {"agg_net.0.weight": torch.ones(1)}, unet, "1 unknown", "agg_net.0.weight")
     fails(published | {"agg_net.0.weight": torch.ones(1)}, unet, "1 unknown", strict=False)
-    fails(published | {"conv_in.weight": torch.ones(16, 8, 3, 3)}, unet, "conv_in.weight", "expected 16x4x3x3", "found 16x8x3x3")
-    fails(published | {"MoE.experts.1.ExpertB_transformer_layes.0.attn.temperature": torch.ones(8, 1, 1)}, unet, "expected 4x1x1", "found 8x1x1")
-    fails(without("spatial_ch_projs.weight") | {"information_transformer_layes.0.ln_1.bias": torch.ones(3)}, unet, "spatial_ch_projs.weight")
-    fails({k: v for k, v in faithdiff.items() if k != "information_transformer_layes.1.ln_2.bias"}, unet, "FaithDiff", "information_transformer_layes.1.ln_2.bias")
-    fails(published, FoundIRUNet(**PLAIN | dict(block_out_channels=(24, 32)), **OURS), "of another shape", "expected 24x4x3x3, found 16x4x3x3")
+    fails(published | {"conv_in.weight": torch.ones(16, 8, 3, 3)}, unet, "conv_in.weight", "expected 16x4x3x3",
+          "found 16x8x3x3")
+    fails(published | {"MoE.experts.1.ExpertB_transformer_layes.0.attn.temperature": torch.ones(8, 1, 1)}, unet,
+          "expected 4x1x1", "found 8x1x1")
+    fails(without("spatial_ch_projs.weight") | {"information_transformer_layes.0.ln_1.bias": torch.ones(3)}, unet,
+          "spatial_ch_projs.weight")
+    fails({k: v for k, v in faithdiff.items() if k != "information_transformer_layes.1.ln_2.bias"}, unet, "FaithDiff",
+          "information_transformer_layes.1.ln_2.bias")
+    fails(published, FoundIRUNet(**PLAIN | dict(block_out_channels=(24, 32)), **OURS), "of another shape",
+          "expected 24x4x3x3, found 16x4x3x3")
     fails(published, build(moe_layers=1), "unknown", "ExpertA_transformer_layes.1")
     fails(published, build(moe=None), "moe=None")
     fails(published, build(lq_norm_groups=0), "condition_embedding.norm_in.weight")
@@ -422,7 +459,9 @@ def test_strict_false_keeps_the_plain_unet(published):
 
 
 def test_models_that_their_layout_cannot_hold(caplog):
-    for options in (dict(moe="hard"), dict(moe=None), dict(lq_context_width=8), dict(moe_experts=("channel", "spatial", "sparse")), dict(lq_norm_groups=0), dict(lq_encoder={"class": "PatchEncoder", "channels": 48, "hidden": 16, "blocks": 1})):
+    for options in (dict(moe="hard"), dict(moe=None), dict(lq_context_width=8),
+                    dict(moe_experts=("channel", "spatial", "sparse")), dict(lq_norm_groups=0),
+                    dict(lq_encoder={"class": "PatchEncoder", "channels": 48, "hidden": 16, "blocks": 1})):
         with pytest.raises(FoundIRError, match=next(iter(options))): to_official(build(**options))
     unet = build(batch_axis_attention=True)
     assert not caplog.records
@@ -477,4 +516,6 @@ def test_no_weights_at_all(tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     (tmp_path / "short").write_bytes(b"abc")
-    for name, part in (("empty", "0 bytes"), ("pointer", "Git LFS"), ("short", "neither"), ("absent", "no weight file"), (".", "folder")): fails(tmp_path / name, build(), part)
+    for name, part in (("empty", "0 bytes"), ("pointer", "Git LFS"), ("short", "neither"), ("absent", "no weight file"),
+                       (".", "folder")):
+        fails(tmp_path / name, build(), part)

@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 
 from foundir_v2.base import TINY_UNET, new_base
 from foundir_v2.core import FoundIRError, generator
-from foundir_v2.pretrain import CropPool, PretrainConfig, _resume, dead_leaves, photographs, power_law, pretrain_prior, pretrain_vae
+from foundir_v2.pretrain import (
+    CropPool, PretrainConfig, _resume, dead_leaves, photographs, power_law, pretrain_prior, pretrain_vae)
 from foundir_v2.vae import PatchAutoencoderKL
 
 PALETTE = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
@@ -31,7 +32,8 @@ def test_dead_leaves_are_a_pure_function(seed, size):
     assert a.shape == (3, size, size) and a.min() >= 0 and a.max() <= 1 and a.std() > 0.01
     np.random.seed(0)
     torch.manual_seed(0)
-    assert torch.equal(a, dead_leaves(size, PALETTE, seed, leaves=60)) and not torch.equal(a, dead_leaves(size, PALETTE, seed + 1, leaves=60))
+    assert torch.equal(a, dead_leaves(size, PALETTE, seed, leaves=60))
+    assert not torch.equal(a, dead_leaves(size, PALETTE, seed + 1, leaves=60))
 
 
 def test_dead_leaves_take_their_colours_from_the_palette():
@@ -55,7 +57,8 @@ def test_crops(pool):
     assert 0 < a.is_leaves.sum() < 12 and (a.time_ids[a.is_leaves][:, :2] == 96).all()
     corner, original = a.time_ids[:, 2:4], a.time_ids[:, :2]
     assert (corner >= 0).all() and (corner + 48 <= original).all() and (a.time_ids[:, 4:] == 48).all()
-    assert not pool.crops(generator("t", 2), 6, 48, leaf_share=0).is_leaves.any() and pool.crops(generator("t", 2), 6, 48, leaf_share=1).is_leaves.all()
+    assert not pool.crops(generator("t", 2), 6, 48, leaf_share=0).is_leaves.any()
+    assert pool.crops(generator("t", 2), 6, 48, leaf_share=1).is_leaves.all()
 
 
 def test_crop_is_where_the_micro_conditioning_says(pool):
@@ -83,7 +86,8 @@ def test_photographs_without_data(tmp_path):
 def test_learning_rate():
     c = PretrainConfig(steps=100, lr=1.0, warmup=10)
     rates = [c.lr_at(s) for s in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates.index(max(rates)) == 9 and rates[-1] < 1e-2 and all(a >= b for a, b in zip(rates[9:], rates[10:]))
+    assert rates[0] == pytest.approx(0.1) and rates.index(max(rates)) == 9 and rates[-1] < 1e-2
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:]))
 
 
 def test_vae_run_resumes_exactly_and_beats_its_start(pool, tmp_path):
@@ -101,7 +105,8 @@ def test_vae_run_resumes_exactly_and_beats_its_start(pool, tmp_path):
 
 def test_prior_run_resumes_exactly_and_learns(pool, tmp_path):
     torch.manual_seed(0)
-    base = new_base(PatchAutoencoderKL(**SMALL_VAE), dict(TINY_UNET, block_out_channels=(16, 32, 32), attention_head_dim=(2, 2, 2)))
+    base = new_base(PatchAutoencoderKL(**SMALL_VAE),
+                    dict(TINY_UNET, block_out_channels=(16, 32, 32), attention_head_dim=(2, 2, 2)))
     before = {k: v.clone() for k, v in base.unet_prior.state_dict().items()}
     config = PretrainConfig(steps=4, **QUICK)
     unet, losses = pretrain_prior(base, pool, tmp_path / "a", config)
@@ -138,7 +143,9 @@ def test_broken_loss_stops_the_run_and_keeps_the_checkpoint(pool, tmp_path):
     good = (tmp_path / "checkpoint.pt").read_bytes()
     pool_of_nan = CropPool({"a": torch.rand(3, 64, 64)}, leaves=0, smallest=32)
     real = pool_of_nan.crops
-    object.__setattr__(pool_of_nan, "crops", lambda rng, n, s, leaf_share=0.3: _nan(real(rng, n, s, leaf_share)) if leaf_share else real(rng, n, s, leaf_share))
+    def crops(rng, n, s, leaf_share=0.3):
+        return _nan(real(rng, n, s, leaf_share)) if leaf_share else real(rng, n, s, leaf_share)
+    object.__setattr__(pool_of_nan, "crops", crops)
     with pytest.raises(FoundIRError, match="loss is nan at step 2"):
         pretrain_vae(pool_of_nan, tmp_path, config, SMALL_VAE)
     assert (tmp_path / "checkpoint.pt").read_bytes() == good

@@ -16,7 +16,10 @@ LOCK = load_yaml(ROOT / "dvc.lock")["stages"]
 def recorded(stage, path): return next(o["md5"] for o in LOCK[stage]["outs"] if o["path"] == path)
 
 
-@pytest.mark.parametrize("stage, path", [("evaluate", "metrics/evaluate.json"), ("train_stage2", "metrics/mixture.csv"), ("train_stage2", "metrics/mixture.jsonl")])
+@pytest.mark.parametrize("stage, path", [
+    ("evaluate", "metrics/evaluate.json"),
+    ("train_stage2", "metrics/mixture.csv"),
+    ("train_stage2", "metrics/mixture.jsonl")])
 def test_results_are_those_of_the_recorded_run(stage, path):
     assert hashlib.md5((ROOT / path).read_bytes()).hexdigest() == recorded(stage, path)
 

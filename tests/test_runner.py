@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from foundir_v2.config import load_params
-from foundir_v2.runner import RunnerError, _temporary, check_interpreter, check_parameters, checkout, notebook_parameters, read_parameters, set_value, strip_volatile
+from foundir_v2.runner import (RunnerError, _temporary, check_interpreter, check_parameters, checkout,
+                               notebook_parameters, read_parameters, set_value, strip_volatile)
 
 ROOT = checkout()
 
@@ -21,12 +22,14 @@ ROOT = checkout()
 def notebook(path: Path, *sources, tag='parameters'):
     cells = [nbformat.v4.new_code_cell(s, id=f'c{i}') for i, s in enumerate(sources)]
     if tag: cells[0].metadata['tags'] = [tag]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3'))), path)
+    kernel = dict(name='python3', language='python', display_name='python3')
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel)), path)
     return path
 
 
 def run(*argv, **kw):
-    return subprocess.run([sys.executable, '-m', 'foundir_v2.runner', *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120, **kw)
+    return subprocess.run([sys.executable, '-m', 'foundir_v2.runner', *map(str, argv)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120, **kw)
 
 
 @pytest.fixture
@@ -37,7 +40,8 @@ def params(tmp_path):
 
 
 def test_values_arrive_with_their_types_and_reports_repeat(tmp_path, params):
-    src = notebook(tmp_path / 's.ipynb', 'x = 0\nflag = False\nnames = []\nnothing = 0', 'print(repr((x, flag, names, nothing)), object())')
+    src = notebook(tmp_path / 's.ipynb', 'x = 0\nflag = False\nnames = []\nnothing = 0',
+                   'print(repr((x, flag, names, nothing)), object())')
     out = tmp_path / 'deep' / 'r.ipynb'
     reports = []
     for _ in range(2):
@@ -50,7 +54,8 @@ def test_values_arrive_with_their_types_and_reports_repeat(tmp_path, params):
 
 
 def test_sets_of_names_must_be_equal(tmp_path, params):
-    done = run(notebook(tmp_path / 's.ipynb', 'x = 0\nflag = 1\nnames = 2\nmore = 4'), tmp_path / 'r.ipynb', 'a', 'b', '--params', params)
+    done = run(notebook(tmp_path / 's.ipynb', 'x = 0\nflag = 1\nnames = 2\nmore = 4'), tmp_path / 'r.ipynb', 'a', 'b',
+               '--params', params)
     assert done.returncode == 2 and done.stderr.count('\n') == 1
     assert "doesn't know the parameters nothing and misses a value for more (sections: a, b; " in done.stderr
     assert not (tmp_path / 'r.ipynb').exists()
@@ -65,7 +70,8 @@ def test_parameters_cell_is_found_and_literal(tmp_path):
 
 
 def test_a_section_is_a_mapping_or_its_keys(params):
-    assert read_parameters(['a', 'b'], ['x', 'flag', 'b'], (), params) == dict(x=1, flag=True, b=dict(names=['u', 'v'], nothing=None))
+    assert read_parameters(['a', 'b'], ['x', 'flag', 'b'], (), params) == dict(
+        x=1, flag=True, b=dict(names=['u', 'v'], nothing=None))
     assert read_parameters(['mine=b'], ['mine'], (), params) == dict(mine=dict(names=['u', 'v'], nothing=None))
     params.write_text('a:\n  x: 1\nb:\n  x: 2\n')
     with pytest.raises(RunnerError, match='x is given twice'): read_parameters(['a', 'b'], ['x'], (), params)
@@ -75,10 +81,12 @@ def test_settings_find_their_section(params):
     assert read_parameters(['a'], ['x', 'flag'], ['x=null'], params) == dict(x=None, flag=True)
     assert read_parameters(['b'], ['b'], ['b.names=[w]', 'b.nothing=3'], params) == dict(b=dict(names=['w'], nothing=3))
     assert read_parameters(['a'], ['x', 'flag', 'stage'], ['stage=2'], params) == dict(x=1, flag=True, stage=2)
-    for bad, words in {'x': 'expected key=value', 'a=1': 'a is a section', 'a.x.y=1': 'there is no a.x', 'x=[1': "can't read --set x as YAML"}.items():
+    for bad, words in {'x': 'expected key=value', 'a=1': 'a is a section', 'a.x.y=1': 'there is no a.x',
+                       'x=[1': "can't read --set x as YAML"}.items():
         with pytest.raises(ValueError, match=words): read_parameters(['a'], ['x', 'flag'], [bad], params)
     tree = dict(a=dict(x=1))
-    assert set_value(tree, ['a'], 'y=2') == dict(y=2) and set_value(tree, ['a'], 'a.x=2') == {} and tree == dict(a=dict(x=2))
+    assert set_value(tree, ['a'], 'y=2') == dict(y=2) and set_value(tree, ['a'], 'a.x=2') == {}
+    assert tree == dict(a=dict(x=2))
 
 
 def test_check_parameters_accepts_equal_sets():
@@ -87,7 +95,8 @@ def test_check_parameters_accepts_equal_sets():
 
 
 def test_failure_keeps_the_report_and_the_evidence(tmp_path, params):
-    src, out = notebook(tmp_path / 's.ipynb', 'x = 0\nflag = 0', 'raise RuntimeError(f"no {x}")'), tmp_path / 'test-runner-failure.ipynb'
+    src = notebook(tmp_path / 's.ipynb', 'x = 0\nflag = 0', 'raise RuntimeError(f"no {x}")')
+    out = tmp_path / 'test-runner-failure.ipynb'
     out.write_text('the old report')
     failed = ROOT / 'logs' / 'test-runner-failure.failed.ipynb'
     try:
@@ -103,7 +112,8 @@ def test_a_copy_takes_the_interpreter_that_its_lock_pins(tmp_path):
     venv, copy = tmp_path / 'venv', tmp_path / 'copy'
     for folder in (venv, copy): folder.mkdir()
     (copy / 'requirements.lock').write_text('torch==2\n')
-    with pytest.raises(RunnerError, match='make venv'): check_interpreter(copy, prefix=str(venv))  # nobody knows what is installed there
+    # nobody knows what is installed there
+    with pytest.raises(RunnerError, match='make venv'): check_interpreter(copy, prefix=str(venv))
     (venv / 'requirements.lock').write_text('torch==1\n')
     with pytest.raises(RunnerError, match='make venv'): check_interpreter(copy, prefix=str(venv))
     (venv / 'requirements.lock').write_text('torch==2\n')
@@ -113,10 +123,14 @@ def test_a_copy_takes_the_interpreter_that_its_lock_pins(tmp_path):
 
 
 @pytest.mark.parametrize('changes, words', [
-    (['train_stage1.conditioning_init=identiy'], 'train_stage1.conditioning_init: expected one of zero, identity'), (['train_stage2.loss=l3'], 'train_stage2.loss: expected one of l1, l2, rmse, psnr'),
-    (['model.moe=sotf'], 'model.moe: expected one of soft, hard'), (['train.mixed_precision=fp8'], 'train.mixed_precision: expected one of auto, no, bf16, fp16'),
-    (['mixture.policy=dse'], 'mixture.policy: expected one of fixed'), (['evaluate.metrics=[pnsr]'], r"evaluate.metrics\[0\]: expected one of"),
-    (['train.weight_decay=-1', 'train.batch_size=1000000000', 'evaluate.split=tets'], 'train.batch_size: .* train.weight_decay: .* evaluate.split')])
+    (['train_stage1.conditioning_init=identiy'], 'train_stage1.conditioning_init: expected one of zero, identity'),
+    (['train_stage2.loss=l3'], 'train_stage2.loss: expected one of l1, l2, rmse, psnr'),
+    (['model.moe=sotf'], 'model.moe: expected one of soft, hard'),
+    (['train.mixed_precision=fp8'], 'train.mixed_precision: expected one of auto, no, bf16, fp16'),
+    (['mixture.policy=dse'], 'mixture.policy: expected one of fixed'),
+    (['evaluate.metrics=[pnsr]'], r"evaluate.metrics\[0\]: expected one of"),
+    (['train.weight_decay=-1', 'train.batch_size=1000000000', 'evaluate.split=tets'],
+     'train.batch_size: .* train.weight_decay: .* evaluate.split')])
 def test_bad_parameters_stop_any_stage_before_a_kernel_starts(tmp_path, monkeypatch, capsys, changes, words):
     "The ingest stage reads none of these."
     from foundir_v2 import runner
@@ -127,7 +141,8 @@ def test_bad_parameters_stop_any_stage_before_a_kernel_starts(tmp_path, monkeypa
     params = load_params(ROOT / 'params.yaml')
     for change in changes: assert set_value(params, list(params), change) == {}
     (tmp_path / 'params.yaml').write_text(json.dumps(params))
-    assert runner.main(['nbs/pipeline/ingest.ipynb', str(tmp_path / 'r.ipynb'), 'ingest', '--params', str(tmp_path / 'params.yaml')]) == 2
+    assert runner.main(['nbs/pipeline/ingest.ipynb', str(tmp_path / 'r.ipynb'), 'ingest', '--params',
+                        str(tmp_path / 'params.yaml')]) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and re.search(words, error)
 
@@ -151,17 +166,22 @@ def test_leftovers_of_dead_processes_go_and_live_ones_stay(tmp_path):
 
 
 def test_strip_numbers_random_ids_consistently():
-    cell = nbformat.v4.new_code_cell('', id='a', outputs=[nbformat.v4.new_output('stream', text='T_abcde T_12345 T_abcde 123e4567-e89b-12d3-a456-426614174000')])
-    assert strip_volatile(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs[0].text == f'T_00000 T_00001 T_00000 {2:036d}'
+    text = 'T_abcde T_12345 T_abcde 123e4567-e89b-12d3-a456-426614174000'
+    cell = nbformat.v4.new_code_cell('', id='a', outputs=[nbformat.v4.new_output('stream', text=text)])
+    stripped = strip_volatile(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs[0].text
+    assert stripped == f'T_00000 T_00001 T_00000 {2:036d}'
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='process groups')
 @pytest.mark.parametrize('victim, wait_for', [('shell', 'runner'), ('runner', 'kernel')])
 def test_nobody_outlives_a_killed_parent(tmp_path, params, victim, wait_for):
     pid_file = tmp_path / 'kernel.pid'
-    src = notebook(tmp_path / 's.ipynb', 'x = 0\nflag = 0', f'import os, time; open({str(pid_file)!r}, "w").write(str(os.getpid())); time.sleep(300)')
-    command = f'{sys.executable} -m foundir_v2.runner {src} {tmp_path / "r.ipynb"} a --params {params}; true'  # "; true" keeps the shell alive
-    caller = subprocess.Popen([sys.executable, '-c', f'import subprocess; subprocess.run(["sh", "-c", {command!r}])'], cwd=ROOT)
+    src = notebook(tmp_path / 's.ipynb', 'x = 0\nflag = 0',
+                   f'import os, time; open({str(pid_file)!r}, "w").write(str(os.getpid())); time.sleep(300)')
+    # "; true" keeps the shell alive
+    command = f'{sys.executable} -m foundir_v2.runner {src} {tmp_path / "r.ipynb"} a --params {params}; true'
+    caller = subprocess.Popen([sys.executable, '-c', f'import subprocess; subprocess.run(["sh", "-c", {command!r}])'],
+                              cwd=ROOT)
     try:
         deadline = time.time() + 60
         while not (pid_file.exists() and pid_file.read_text()):

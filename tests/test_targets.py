@@ -33,7 +33,8 @@ def test_large_and_small_letters(tmp_path, monkeypatch):
 
 
 def test_nothing_is_made_by_the_check(tmp_path):
-    check_targets([Target(tmp_path / "deep/er/a.png"), Target(tmp_path / "log", "log"), Target(tmp_path / "run", "folder"), Target(tmp_path / "cache", "store")])
+    check_targets([Target(tmp_path / "deep/er/a.png"), Target(tmp_path / "log", "log"),
+                   Target(tmp_path / "run", "folder"), Target(tmp_path / "cache", "store")])
     assert os.listdir(tmp_path) == []
 
 
@@ -51,13 +52,15 @@ def test_a_folder_that_is_replaced(tmp_path):
     refused([run], words="did not make it")
     check_targets([run], force=True)
     check_targets([Target(tmp_path / "run", "folder", state="ours")])
-    for held in ("run", "run/x", "run/not/there"): refused([run], [tmp_path / held], force=True, words="holds the input")
+    for held in ("run", "run/x", "run/not/there"):
+        refused([run], [tmp_path / held], force=True, words="holds the input")
     check_targets([Target(tmp_path / "run", "store")], [tmp_path / "run/x"])
 
 
 def test_the_log_of_another_program(tmp_path):
     log = tmp_path / "restore.jsonl"
-    for text in (b"", b'{"outp', b'{"output": "a.png", "made": {"a.png": "0"}}\n{"out', b'{"output": 3}\n\xff\xfe\n[]\n{"output": "b", "made": {"b": 1}}'):
+    for text in (b"", b'{"outp', b'{"output": "a.png", "made": {"a.png": "0"}}\n{"out',
+                 b'{"output": 3}\n\xff\xfe\n[]\n{"output": "b", "made": {"b": 1}}'):
         log.write_bytes(text)
         assert RestoreLog(log).state(tmp_path / "a.png") == "foreign"
     for text in (b"\x89PNG", b"{}", b'[{"output": ', b"output"):
@@ -81,7 +84,9 @@ def test_names_in_the_log_follow_its_folder(tmp_path):
     assert log.state(tmp_path / "moved/deep/a.txt") == "changed" and not log.done(tmp_path / "moved/deep/a.txt", "k")
 
 
-@pytest.mark.parametrize("content, broken", [(b"", True), (b"\x89PN", True), (b"\x89PNG\r\n", True), (b"my notes", False), (b"GIF89a", False), (b"\x89PNG..IEND\xaeB`\x82", True)])
+@pytest.mark.parametrize("content, broken", [
+    (b"", True), (b"\x89PN", True), (b"\x89PNG\r\n", True), (b"my notes", False), (b"GIF89a", False),
+    (b"\x89PNG..IEND\xaeB`\x82", True)])
 def test_broken_pictures(tmp_path, content, broken):
     (tmp_path / "a.png").write_bytes(content)
     (tmp_path / "a.txt").write_bytes(content)

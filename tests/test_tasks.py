@@ -7,8 +7,8 @@ from foundir_v2.degrade import OPERATORS
 from foundir_v2.tasks import (CATEGORIES, SUBTASKS, VARIANTS, Choice, Integers, LogUniform, Step, SubTask, Uniform,
                               by_category, subtask)
 
-REQUIRED = """motion_blur defocus_blur gaussian_noise camera_noise jpeg haze rain snow raindrop low_light low_light_noise
-sr_x2 sr_x4 blur_noise noise_jpeg rain_haze""".split()
+REQUIRED = """motion_blur defocus_blur gaussian_noise camera_noise jpeg haze rain snow raindrop low_light
+low_light_noise sr_x2 sr_x4 blur_noise noise_jpeg rain_haze""".split()
 
 
 def test_catalogue_has_the_required_subtasks_and_five_categories():
@@ -17,8 +17,9 @@ def test_catalogue_has_the_required_subtasks_and_five_categories():
     assert all(name == s.name for name, s in SUBTASKS.items())
 
 
-@pytest.mark.parametrize("name, category", dict(blur_noise="deblur", blur_jpeg="deblur", noise_jpeg="denoise", rain_haze="weather",
-                                                low_light_noise="lowlight", low_light_haze="lowlight", sr_x2_jpeg="sr").items())
+@pytest.mark.parametrize("name, category",
+                         dict(blur_noise="deblur", blur_jpeg="deblur", noise_jpeg="denoise", rain_haze="weather",
+                              low_light_noise="lowlight", low_light_haze="lowlight", sr_x2_jpeg="sr").items())
 def test_a_coupled_subtask_belongs_to_its_first_word(name, category):
     assert SUBTASKS[name].category == category and len(SUBTASKS[name].recipe) > 1
 

@@ -7,7 +7,8 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from foundir_v2.core import FoundIRError
-from foundir_v2.vae import PatchAutoencoderKL, PatchEncoder, build_lq_encoder, lq_encoder_config, lq_encoder_from_vae, pca_init, vae_scale_factor
+from foundir_v2.vae import (PatchAutoencoderKL, PatchEncoder, build_lq_encoder, lq_encoder_config, lq_encoder_from_vae,
+                            pca_init, vae_scale_factor)
 
 
 def smooth_images(count=4, size=64, seed=0):
@@ -49,7 +50,8 @@ def test_same_calls_as_autoencoder_kl():
     assert isinstance(posterior, DiagonalGaussianDistribution)
     assert posterior.sample(torch.Generator().manual_seed(0)).shape == (2, 16, 8, 12)
     assert vae.decode(posterior.mode()).sample.shape == x.shape
-    assert torch.equal(vae.encode(x, return_dict=False)[0].mode(), posterior.mode()) and torch.equal(vae.decode(posterior.mode(), return_dict=False)[0], vae(x).sample)
+    assert torch.equal(vae.encode(x, return_dict=False)[0].mode(), posterior.mode())
+    assert torch.equal(vae.decode(posterior.mode(), return_dict=False)[0], vae(x).sample)
 
 
 @torch.no_grad()
@@ -79,7 +81,8 @@ def test_training_lowers_the_error_of_the_pca_start():
 
 def test_lq_encoder_copies_an_autoencoder_kl():
     torch.manual_seed(0)
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16), norm_num_groups=8)
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                        block_out_channels=(8, 16), norm_num_groups=8)
     encoder, x = lq_encoder_from_vae(vae), torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         e = vae.encoder
@@ -105,7 +108,10 @@ def test_sdxl_lq_encoder_is_the_default():
         assert encoder.out_channels == 512 and encoder(torch.empty(1, 3, 64, 80)).shape == (1, 512, 8, 10)
 
 
-@pytest.mark.parametrize("config, words", [({"class": "VGG"}, ["VGG", "LQEncoder", "PatchEncoder"]), ({"patch_size": 4}, ["None", "PatchEncoder"]), ({"class": "PatchEncoder", "depth": 2}, ["depth", "blocks"])])
+@pytest.mark.parametrize("config, words", [
+    ({"class": "VGG"}, ["VGG", "LQEncoder", "PatchEncoder"]),
+    ({"patch_size": 4}, ["None", "PatchEncoder"]),
+    ({"class": "PatchEncoder", "depth": 2}, ["depth", "blocks"])])
 def test_wrong_lq_encoder_configs_are_named(config, words):
     with pytest.raises(FoundIRError) as e:
         build_lq_encoder(config)
@@ -124,4 +130,6 @@ def test_other_errors():
 def test_scale_factor():
     assert vae_scale_factor(PatchAutoencoderKL(patch_size=2)) == 2
     with torch.device("meta"):
-        assert vae_scale_factor(AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(32,) * 4)) == 8
+        assert vae_scale_factor(
+            AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                          block_out_channels=(32,) * 4)) == 8

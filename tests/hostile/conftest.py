@@ -1,6 +1,7 @@
 """Hostile inputs. `make hostile` tries all of them (HOSTILE=full) and prints a table; `make test` a reduced set.
 
-A test takes the fixture `tally` and calls `tally.held(name, fault)` for every case: `fault` is empty or says what went wrong. The test fails at its end if a case did."""
+A test takes the fixture `tally` and calls `tally.held(name, fault)` for every case: `fault` is empty or says what
+went wrong. The test fails at its end if a case did."""
 import hashlib
 import os
 from collections import Counter
@@ -43,9 +44,11 @@ def snap(): return snapshot
 
 @pytest.fixture
 def tally(request):
-    counts = Tally(f'{request.node.path.stem.removeprefix("test_hostile_")}: {request.node.originalname.removeprefix("test_").replace("_", " ")}')
+    counts = Tally(f'{request.node.path.stem.removeprefix("test_hostile_")}: '
+                   f'{request.node.originalname.removeprefix("test_").replace("_", " ")}')
     yield counts
-    if counts.faults: pytest.fail(f'{len(counts.faults)} cases did not hold\n' + '\n'.join(counts.faults[:20]), pytrace=False)
+    if counts.faults:
+        pytest.fail(f'{len(counts.faults)} cases did not hold\n' + '\n'.join(counts.faults[:20]), pytrace=False)
 
 
 def pytest_terminal_summary(terminalreporter):

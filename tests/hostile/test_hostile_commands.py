@@ -166,7 +166,8 @@ NAMES = {  # what the file to write is called, made on the spot; (input, suffix)
 }
 HARMLESS = ('new', 'long but legal')
 REPLACED = ('foreign', 'protected', 'link to foreign', 'twin of foreign', 'foreign by detour')  # with --force
-INTO = ('folder', 'here', 'above', 'root', 'slash', 'folder with suffix', 'link to a folder')  # a single result goes there
+# a single result goes there
+INTO = ('folder', 'here', 'above', 'root', 'slash', 'folder with suffix', 'link to a folder')
 ALWAYS = ('empty', 'null', 'foreign', 'input', 'twin of the input', 'new')  # in the reduced set, too
 
 
@@ -244,12 +245,14 @@ def test_names_of_folders(place, tally, snap, capsys, full, monkeypatch):
         result = attempt(argv, capsys)
         may_change = lambda name: name not in before or force and name.startswith('out/')
         must_fail = name in NO_FOLDERS or words[0] == 'train'
-        tally.held(f'{command}, {name}{", --force" * force}', judge(before, snap(here), result, may_change, must_fail=must_fail))
+        tally.held(f'{command}, {name}{", --force" * force}',
+                   judge(before, snap(here), result, may_change, must_fail=must_fail))
 
 
 # ---------------------------------------------------------------- several files at once
 
 def two_sources(here): shutil.copy('one.png', 'in/d/one.png')
+
 
 def earlier(here):
     "Results of ours: one edited, one cut short, one as it was."
@@ -257,21 +260,26 @@ def earlier(here):
     pixels(7).save('out/a.png')
     Path('out/b.jpg').write_bytes(Path('out/b.jpg').read_bytes()[:300])
 
+
 def cut_short(here):
     earlier(here)
     Path('out/a.png').unlink()
+
 
 def emptied(here):
     earlier(here)
     Path('out/a.png').write_bytes(b'')
 
+
 def text_in_place(here):
     earlier(here)
     Path('out/a.png').write_text('my notes, under an odd name')
 
+
 def foreign_log(here):
     os.mkdir('out')
     Path('out/restore.jsonl').write_text('{"my": "log"}\n')
+
 
 def forged(here):
     "A log that claims a file without its hash."
@@ -281,6 +289,7 @@ def forged(here):
               '{"output": []}', '{"output": "a.png", "made": {"a.png": 3}}')
     Path('out/restore.jsonl').write_text('\n'.join(claims) + '\n')
 
+
 def compared(here): pixels(7).save('in/a.compare.png')
 def twins(here): shutil.copy('in/a.png', 'in/a.jpg')
 def large_and_small(here): shutil.copy('in/a.png', 'in/A.png')
@@ -288,6 +297,8 @@ def linked_out(here): os.symlink('in', 'out')
 def data_of_mine(here): shutil.copytree('in', 'data')
 def my_table(here): os.mkdir('data'); Path('data/SOURCES.csv').write_text('mine\n')
 def model(here): shutil.copytree(Path(cli.__file__).parent / 'assets/tiny', 'model')
+
+
 nothing = lambda here: None
 
 SPECIAL = [  # what is there besides, the command line, whether it must fail (None: it may), what may change
@@ -325,7 +336,8 @@ SPECIAL = [  # what is there besides, the command line, whether it must fail (No
     (two_sources, 'restore in/d one.png new', True, ()),
     (twins, 'restore in/a.png in/a.jpg new', False, ('new', 'new/a.png', 'new/a.jpg', 'new/restore.jsonl')),
     (twins, 'caption in new --captioner none', True, ()),
-    (large_and_small, 'restore in new', False, ('new', 'new/a.png', 'new/A.png', 'new/b.jpg', 'new/d', 'new/d/x.png', 'new/restore.jsonl')),
+    (large_and_small, 'restore in new', False,
+     ('new', 'new/a.png', 'new/A.png', 'new/b.jpg', 'new/d', 'new/d/x.png', 'new/restore.jsonl')),
     (linked_out, 'restore in out', True, ()),
     (linked_out, 'restore in out --force', True, ()),
     (linked_out, 'degrade in/a.png out/a.png --task haze --force', True, ()),
@@ -365,7 +377,8 @@ SPECIAL = [  # what is there besides, the command line, whether it must fail (No
     (nothing, 'mixture simulate --policy fixed --seeds 1 --updates 2 --csv t --save-curves t/c.json', True, ()),
     (nothing, 'mixture simulate --policy fixed --seeds 1 --updates 2 --csv t.csv --picture t.txt', True, ()),
     (nothing, 'mixture simulate --policy fixed --seeds 1 --updates 2 --csv t.csv --picture mine/foreign.png', True, ()),
-    (nothing, 'mixture simulate curves.json --policy fixed --seeds 1 --updates 2 --save-curves curves.json --force', True, ()),
+    (nothing, 'mixture simulate curves.json --policy fixed --seeds 1 --updates 2 --save-curves curves.json --force',
+     True, ()),
     (data_of_mine, 'data fetch', True, ()),
     (my_table, 'data fetch', True, ()),
     (nothing, 'data fetch --data-dir one.png', True, ()),
@@ -379,14 +392,16 @@ SPECIAL = [  # what is there besides, the command line, whether it must fail (No
 
 
 LIMITS = [  # numbers that no machine can follow
-    'restore one.png o.png --upscale 1000', 'restore one.png o.png --upscale inf', 'restore one.png o.png --upscale nan',
-    'restore one.png o.png --steps 1000000000', 'restore one.png o.png --seed 18446744073709551616',
+    'restore one.png o.png --upscale 1000', 'restore one.png o.png --upscale inf',
+    'restore one.png o.png --upscale nan', 'restore one.png o.png --steps 1000000000',
+    'restore one.png o.png --seed 18446744073709551616',
     'restore one.png o.png --seed -1', 'restore one.png o.png --memory-limit inf',
     'restore one.png o.png --memory-limit 1e308', 'restore one.png o.png --memory-limit -8',
     'restore one.png o.png --tile-batch 1000000000', 'restore one.png o.png --tile-size 1000000000',
     'restore one.png o.png --guidance 1e308', 'restore one.png o.png --max-pixels ' + '9' * 5000,
     'degrade one.png o.png --task haze --seed 18446744073709551616',
-    'mixture simulate curves.json --csv t.csv --interval 1e308', 'mixture simulate curves.json --csv t.csv --interval 0',
+    'mixture simulate curves.json --csv t.csv --interval 1e308',
+    'mixture simulate curves.json --csv t.csv --interval 0',
     'mixture simulate curves.json --csv t.csv --updates 1000000000',
     'mixture simulate curves.json --csv t.csv --seeds 1000000000',
     'mixture simulate curves.json --csv t.csv --images 1000000000',
@@ -418,7 +433,8 @@ def test_command_lines(place, tally, snap, capsys, full):
         words = shlex.split(line) + ['--device', 'cpu'] * line.startswith('restore')
         result = attempt(words, capsys)
         if not result[0] and not result[2]: result = result[0], [], ''  # what it says when it has worked is its own
-        fault = judge(before, snap(here), result, lambda name: name in changes, must_fail is not False, must_fail is True)
+        fault = judge(before, snap(here), result, lambda name: name in changes, must_fail is not False,
+                      must_fail is True)
         tally.held(f'{prepare.__name__}: {line}', fault)
 
 
@@ -434,18 +450,18 @@ def small_disk(tmp_path):
     subprocess.run(['umount', folder], check=True)
 
 
-FILLING = [
-    'restore big {}/out', 'restore big {}/out --compare', 'degrade big {}/out --task haze', 'caption many {}/out --captioner none',
-    'restore big/0.jpg {}/one.jpg', 'restore big/0.jpg {}/one.png', 'restore big/0.jpg {}/one.webp',
-    'restore big/0.jpg {}/one.png --bits 16', 'clean big --csv {}/t.csv', 'mixture replay log.csv {}/s.csv',
-    'mixture fit runs.csv {}/law.json', 'mixture plot log.csv {}/log.svg', 'mixture plot log.csv {}/log.png']
+FILLING = ['restore big {}/out', 'restore big {}/out --compare', 'degrade big {}/out --task haze',
+           'caption many {}/out --captioner none', 'restore big/0.jpg {}/one.jpg', 'restore big/0.jpg {}/one.png',
+           'restore big/0.jpg {}/one.webp', 'restore big/0.jpg {}/one.png --bits 16', 'clean big --csv {}/t.csv',
+           'mixture replay log.csv {}/s.csv', 'mixture fit runs.csv {}/law.json', 'mixture plot log.csv {}/log.svg',
+           'mixture plot log.csv {}/log.png']
 
 
 def test_a_full_disk(place, tally, small_disk, capsys, full):
     "One line that names a file of the disk, the loop ends, and what is there is whole."
     for n, line in enumerate(FILLING):
         if not (full or n in (0, 4)): continue
-        here = place()
+        place()
         for folder, side in (('big', 96), ('many', 8)):
             os.mkdir(folder)
             for i in range(12 if side == 96 else 200): pixels(i, side).save(f'{folder}/{i}.jpg', quality=95)
@@ -460,7 +476,8 @@ def test_a_full_disk(place, tally, small_disk, capsys, full):
         for p in left:
             if p.suffix in ('.jpg', '.png', '.webp'): Image.open(p).load()
             half = p.suffix == '.txt' and p.read_text() != '\n'
-            if p.name.startswith('.') or p.suffix not in ('.jpg', '.txt', '.jsonl') or half: fault = fault or f'left {p.name}'
+            if p.name.startswith('.') or p.suffix not in ('.jpg', '.txt', '.jsonl') or half:
+                fault = fault or f'left {p.name}'
         tally.held(line, fault)
         for p in small_disk.iterdir(): shutil.rmtree(p) if p.is_dir() else p.unlink()
 
@@ -479,7 +496,9 @@ def test_a_hub_out_of_reach(place, tally, snap, words, full):
 
 
 @pytest.mark.parametrize('words, at', [
-    ('restore many out --device cpu', 'out/restore.jsonl'), ('degrade many out --task haze', 'out'), ('clean many', None),
+    ('restore many out --device cpu', 'out/restore.jsonl'),
+    ('degrade many out --task haze', 'out'),
+    ('clean many', None),
     ('mixture simulate --seeds 5000', None)])
 def test_ctrl_c(place, tally, words, at, full):
     if not full and not words.startswith('restore'): pytest.skip('in make hostile')

@@ -15,24 +15,33 @@ from foundir_v2.core import FoundIRError
 from foundir_v2.mixlaw import fit_law, predict, spread_mixtures
 from foundir_v2.mixsim import load_curves, save_curves, score_of
 from foundir_v2.mixtools import load_law, parse_policy
-from foundir_v2.mixture import (POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, MixtureError, OnlineDataMixing,
-                                ProportionalMixture, ReplayMixture, SequentialMixture, SlopeMixture, TargetGapMixture, TemperatureMixture, policy_for)
+from foundir_v2.mixture import (POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture,
+                                MixtureError, OnlineDataMixing, ProportionalMixture, ReplayMixture, SequentialMixture,
+                                SlopeMixture, TargetGapMixture, TemperatureMixture, policy_for)
 from foundir_v2.sampler import MixtureSampler
 
 TASKS = ('a', 'b', 'c')
 ENDS = dict(zip(TASKS, (24.0, 25.0, 26.0)))
-MAKERS = {
-    'fixed': lambda: FixedMixture({'a': 0.5, 'b': 0.25, 'c': 0.25}), 'proportional': lambda: ProportionalMixture({'a': 5, 'b': 10, 'c': 1}),
-    'temperature': lambda: TemperatureMixture({'a': 5, 'b': 10, 'c': 1}, 3), 'sequential': lambda: SequentialMixture(TASKS, [10, 35]),
-    'incremental': lambda: IncrementalMixture(TASKS, [10, 35]), 'replay': lambda: ReplayMixture({0: {'a': 0.2, 'b': 0.3, 'c': 0.5}, 20: {'a': 1.0, 'b': 0.0, 'c': 0.0}}),
-    'des': lambda: DataEquilibrium(TASKS, 0.5, 'zscore', min_step=2, max_step=8, floor=0.05, dead_band=1.8),
-    'excess_loss': lambda: ExcessLossMixture(TASKS, ENDS), 'target_gap': lambda: TargetGapMixture(TASKS, ENDS, rate=0.2),
-    'odm': lambda: OnlineDataMixing(TASKS, best=30, worst=10), 'slope': lambda: SlopeMixture(TASKS)}
+MAKERS = {'fixed': lambda: FixedMixture({'a': 0.5, 'b': 0.25, 'c': 0.25}),
+          'proportional': lambda: ProportionalMixture({'a': 5, 'b': 10, 'c': 1}),
+          'temperature': lambda: TemperatureMixture({'a': 5, 'b': 10, 'c': 1}, 3),
+          'sequential': lambda: SequentialMixture(TASKS, [10, 35]),
+          'incremental': lambda: IncrementalMixture(TASKS, [10, 35]),
+          'replay': lambda: ReplayMixture({0: {'a': 0.2, 'b': 0.3, 'c': 0.5}, 20: {'a': 1.0, 'b': 0.0, 'c': 0.0}}),
+          'des': lambda: DataEquilibrium(TASKS, 0.5, 'zscore', min_step=2, max_step=8, floor=0.05, dead_band=1.8),
+          'excess_loss': lambda: ExcessLossMixture(TASKS, ENDS),
+          'target_gap': lambda: TargetGapMixture(TASKS, ENDS, rate=0.2),
+          'odm': lambda: OnlineDataMixing(TASKS, best=30, worst=10),
+          'slope': lambda: SlopeMixture(TASKS)}
 MAKERS |= {name: partial(policy_for, TASKS, name) for name in POLICIES if name not in MAKERS}  # by their defaults
-MORE = {'des zscore': lambda: DataEquilibrium(TASKS, 0.5, 'zscore', protect_falling=True), 'des raw': lambda: DataEquilibrium(TASKS, 0.5, initial_scores=ENDS), 'des relative': lambda: DataEquilibrium(TASKS, 2.0, 'relative', targets=ENDS, gap=1.0)}
-HOSTILE = [None, True, False, 0, 1, -1, 3, 10**400, 10**5000, -10**400, 2**63, 2**64, 0.0, -0.0, 0.5, -0.5, 1e308, -1e308, 5e-324, 1e100, math.nan, math.inf, -math.inf, '', 'a', 'zz', '1', 'NaN',
-           'x' * 10_000, 'two\nlines', b'a', [], {}, (), [[]], [1, 2], ['a', 'b', 'c'], ['a', 'b'], ['a', 'a', 'b'], {'a': 1}, {'a': 1.0, 'b': 0.0, 'c': 0.0}, {'a': 2.0, 'b': -1.0, 'c': 0.0},
-           {'zz': 1}, {1: 2}, {None: None}, [None] * 50, {'scores': {}}, object, {1, 2}, 1j]
+MORE = {'des zscore': lambda: DataEquilibrium(TASKS, 0.5, 'zscore', protect_falling=True),
+        'des raw': lambda: DataEquilibrium(TASKS, 0.5, initial_scores=ENDS),
+        'des relative': lambda: DataEquilibrium(TASKS, 2.0, 'relative', targets=ENDS, gap=1.0)}
+HOSTILE = [
+    None, True, False, 0, 1, -1, 3, 10**400, 10**5000, -10**400, 2**63, 2**64, 0.0, -0.0, 0.5, -0.5, 1e308, -1e308,
+    5e-324, 1e100, math.nan, math.inf, -math.inf, '', 'a', 'zz', '1', 'NaN', 'x' * 10_000, 'two\nlines', b'a', [], {},
+    (), [[]], [1, 2], ['a', 'b', 'c'], ['a', 'b'], ['a', 'a', 'b'], {'a': 1}, {'a': 1.0, 'b': 0.0, 'c': 0.0},
+    {'a': 2.0, 'b': -1.0, 'c': 0.0}, {'zz': 1}, {1: 2}, {None: None}, [None] * 50, {'scores': {}}, object, {1, 2}, 1j]
 
 
 def deep(depth=2000):
@@ -44,7 +53,8 @@ def deep(depth=2000):
 def places(tree, path=()):
     "Every path into nested mappings and lists."
     yield path
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else (): yield from places(value, (*path, key))
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield from places(value, (*path, key))
 
 
 def mutate(state, rng):
@@ -89,7 +99,8 @@ def fault_of_refusal(e, error):
     return f'{len(text)} characters' if len(text) > 700 else ''
 
 
-def sound(weights): return all(math.isfinite(w) and w >= 0 for w in weights.values()) and abs(math.fsum(weights.values()) - 1) < 1e-6
+def sound(weights):
+    return all(math.isfinite(w) and w >= 0 for w in weights.values()) and abs(math.fsum(weights.values()) - 1) < 1e-6
 
 
 def used(policy, make, state):
@@ -102,7 +113,7 @@ def used(policy, make, state):
     known = kept['memory'].get('scores', {})
     for i in range(3):
         if not sound(policy.weights): return f'weights {policy.weights}'
-        scores = {t: (rng := np.random.default_rng(i)).normal(22 + i, 1, len(known.get(t, [0] * 3))).tolist() for t in TASKS}
+        scores = {t: np.random.default_rng(i).normal(22 + i, 1, len(known.get(t, [0] * 3))).tolist() for t in TASKS}
         policy.update(scores, (policy.step or 0) + 10)
     return '' if sound(policy.weights) else f'weights {policy.weights}'
 
@@ -111,7 +122,8 @@ def try_state(make, target, state):
     before = json.dumps(target.state_dict())
     try: target.load_state_dict(state)
     except BaseException as e:
-        return fault_of_refusal(e, MixtureError) or ('changed by a refused load' if json.dumps(target.state_dict()) != before else '')
+        return fault_of_refusal(e, MixtureError) or (
+            'changed by a refused load' if json.dumps(target.state_dict()) != before else '')
     try: return used(target, make, state)
     except Exception as e: return f'taken, then {type(e).__name__}: {str(e)[:150]}'
 
@@ -138,7 +150,8 @@ LENGTHS = {'a': 40, 'b': 7, 'c': 1000}
 
 
 def stream(batches=20, adaptive=True, exhaustion='repeat'):
-    mixture = DataEquilibrium(TASKS, 0.5, initial_scores=ENDS) if adaptive else FixedMixture({'a': 0.5, 'b': 0.25, 'c': 0.25})
+    mixture = (DataEquilibrium(TASKS, 0.5, initial_scores=ENDS) if adaptive
+               else FixedMixture({'a': 0.5, 'b': 0.25, 'c': 0.25}))
     sampler = MixtureSampler(LENGTHS, mixture, 4, seed=3, interval=5, exhaustion=exhaustion)
     while sampler.position.step < batches:
         for _ in sampler: pass
@@ -151,7 +164,8 @@ def try_sampler(make, state):
     before = json.dumps(target.state_dict())
     try: target.load_state_dict(state)
     except BaseException as e:
-        return fault_of_refusal(e, MixtureError) or ('changed by a refused load' if json.dumps(target.state_dict()) != before else '')
+        return fault_of_refusal(e, MixtureError) or (
+            'changed by a refused load' if json.dumps(target.state_dict()) != before else '')
     try:
         again = make(5)
         again.load_state_dict(json.loads(json.dumps(target.state_dict(), allow_nan=False)))
@@ -180,7 +194,9 @@ def test_iterator_states(tally, full):
         bad, what = mutate(json.loads(json.dumps(one.state_dict())), rng)
         before = json.dumps(one.state_dict())
         try: one.load_state_dict(bad)
-        except BaseException as e: fault = fault_of_refusal(e, MixtureError) or ('changed by a refused load' if json.dumps(one.state_dict()) != before else '')
+        except BaseException as e:
+            fault = fault_of_refusal(e, MixtureError) or (
+                'changed by a refused load' if json.dumps(one.state_dict()) != before else '')
         else: fault = '' if next(one)['task'] in TASKS else 'no sample'
         tally.held(what, fault)
 
@@ -193,7 +209,9 @@ def test_scores(tally, full):
         bad, what = mutate(rounds(1)[0], rng)
         before = json.dumps(policy.state_dict())
         try: policy.update(bad, 20)
-        except BaseException as e: fault = fault_of_refusal(e, MixtureError) or ('changed by a refused update' if json.dumps(policy.state_dict()) != before else '')
+        except BaseException as e:
+            fault = fault_of_refusal(e, MixtureError) or (
+                'changed by a refused update' if json.dumps(policy.state_dict()) != before else '')
         else: fault = '' if sound(policy.weights) else f'weights {policy.weights}'
         tally.held(f'{name}, {what}', fault)
 
@@ -203,8 +221,10 @@ def test_small_files(tally, full, tmp_path, kind):
     path, rng = tmp_path / 'file.json', random.Random(4)
     if kind == 'law':
         plan = spread_mixtures(TASKS, 8)
-        law = fit_law(plan, [{t: 28 - missing * math.exp(-2 * w[t]) for t, missing in zip(TASKS, (2, 4, 8))} for w in plan])
-        path.write_text(json.dumps({k: v.tolist() if isinstance(v, np.ndarray) else list(v) for k, v in vars(law).items()}))
+        law = fit_law(plan,
+                      [{t: 28 - missing * math.exp(-2 * w[t]) for t, missing in zip(TASKS, (2, 4, 8))} for w in plan])
+        path.write_text(
+            json.dumps({k: v.tolist() if isinstance(v, np.ndarray) else list(v) for k, v in vars(law).items()}))
     else: save_curves(load_curves('tiny'), path)
     good = json.loads(path.read_text())
     for _ in range(200 if full else 30):
@@ -220,7 +240,10 @@ def test_small_files(tally, full, tmp_path, kind):
         tally.held(what, fault)
 
 
-@pytest.mark.parametrize('options', ['alpha=1e999', 'alpha=-1', 'alpha=[1]', 'alpha=NaN', 'alpha=1,floor=9', 'alpha=1,noise={"a": 1e-320, "b": 1, "c": 1}', 'alpha=1,min_unit=0', 'alpha=1,min_unit={"a": 1}', 'alpha=' + '9' * 5000])
+@pytest.mark.parametrize('options', [
+    'alpha=1e999', 'alpha=-1', 'alpha=[1]', 'alpha=NaN', 'alpha=1,floor=9',
+    'alpha=1,noise={"a": 1e-320, "b": 1, "c": 1}', 'alpha=1,min_unit=0', 'alpha=1,min_unit={"a": 1}',
+    'alpha=' + '9' * 5000])
 def test_options(tally, options):
     try: parse_policy(f'des:{options}', TASKS)
     except BaseException as e: tally.held(options[:20], fault_of_refusal(e, FoundIRError))
