@@ -5,7 +5,7 @@ SECONDS ?= 300
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv repro test lint format hostile fuzz export check-export test-notebooks smoke readme clean-notebooks lab bench measure experiments profile hooks lock wheel
+.PHONY: help venv fetch repro contributions contributions-table test lint format hostile fuzz export check-export test-notebooks smoke readme clean-notebooks lab bench measure experiments profile hooks lock wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -13,12 +13,21 @@ help: ## list the targets
 venv: ## build .venv from requirements.lock (does nothing while both agree)
 	@.ci/venv "$(PYTHON)"
 
-repro: venv ## fetch the photographs, run every stage that is out of date, show the metrics
+fetch: venv
 	nbdev_export
 	python -m foundir_v2.cli data fetch
-	@dvc commit -q data.dvc </dev/null || { echo "data/ is not what data.dvc pins: delete data/ and run make repro again" >&2; exit 1; }
+	@dvc commit -q data.dvc </dev/null || { echo "data/ is not what data.dvc pins: delete data/ and call make again" >&2; exit 1; }
+
+repro: fetch ## fetch the photographs, run every stage that is out of date, show the metrics
 	dvc repro
 	@python -m foundir_v2.cli report
+
+contributions: fetch ## what contributes what: every variant of nbs/contributions/ trained with every seed (hours; stop it whenever you like, it goes on where it was)
+	dvc repro --keep-going nbs/contributions/dvc.yaml
+	rm -rf artifacts/contributions
+
+contributions-table: venv ## the table from those rows that are there
+	dvc repro --single-item nbs/contributions/dvc.yaml:table
 
 test: venv ## form, export check, notebook tests, pytest, and the whole pipeline at smoke size
 	@$(MAKE) --no-print-directory lint
@@ -58,7 +67,7 @@ readme: venv ## README.md from nbs/index.ipynb
 	@python .ci/readme.py
 
 clean-notebooks: venv ## remove outputs from the pipeline notebooks, and editing traces from all
-	jupyter nbconvert --log-level=WARN --clear-output --inplace nbs/pipeline/*.ipynb
+	jupyter nbconvert --log-level=WARN --clear-output --inplace nbs/pipeline/*.ipynb nbs/contributions/*.ipynb
 	nbdev_clean
 
 lab: venv ## edit the notebooks

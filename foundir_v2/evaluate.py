@@ -128,11 +128,14 @@ def summary(
     return means
 
 # %% ../nbs/70_evaluate.ipynb #47b3a5e2
-def _resampled(values: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    "Bootstrapped category means, and their mean; one row per resample. `values`: columns photo, category, value."
-    cells = values.dropna(subset="value").pivot_table("value", "photo", "category", aggfunc=["sum", "count"], fill_value=0)
-    n = len(cells)
-    W = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+def _resampled(values: pd.DataFrame, resamples: int, seed: int, levels: Sequence[str]) -> pd.DataFrame:
+    "Bootstrapped category means, and their mean; one row per resample. `values`: columns category, value and `levels`."
+    cells = values.dropna(subset="value").pivot_table("value", list(levels), "category", aggfunc=["sum", "count"], fill_value=0)
+    rng, W = np.random.default_rng(seed), np.ones((resamples, 1))
+    for level in levels:
+        place, names = pd.factorize(cells.index.get_level_values(level))
+        n = len(names)
+        W = W * rng.multinomial(n, np.full(n, 1 / n), size=resamples)[:, place]
     with np.errstate(invalid="ignore", divide="ignore"):
         means = pd.DataFrame(W @ cells["sum"].to_numpy() / (W @ cells["count"].to_numpy()), columns=cells["sum"].columns)
     means["mean"] = means.mean(axis=1)
@@ -144,11 +147,12 @@ def intervals(
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
+    above: str | None = None, # column of a level above the photographs, such as repeated trainings; None: there is none
 ) -> pd.DataFrame: # columns restorer, metric, category ("mean" included), low, high
-    "Percentile bootstrap of the category means over photographs (Efron 1979); what has no finite value is left out."
-    rows = []
+    "Percentile bootstrap of the category means over photographs (Efron 1979), on two levels with `above`; what has no finite value is left out."
+    rows, levels = [], ["photo"] if above is None else [above, "photo"]
     for (restorer, metric), group in scores.dropna(subset="value").groupby(["restorer", "metric"], sort=False):
-        means = _resampled(group, resamples, seed)
+        means = _resampled(group, resamples, seed, levels)
         low, high = means.quantile((1 - level) / 2), means.quantile((1 + level) / 2)
         rows += [(restorer, metric, c, low[c], high[c]) for c in means]
     return pd.DataFrame(rows, columns=["restorer", "metric", "category", "low", "high"])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'GENERATED', 'PARAMETERS', 'imported_modules', 'notebook_source', 'import_closure', 'runner_arguments',
-           'code_deps', 'library_notebooks', 'modules', 'read_by', 'expected_stage', 'differences', 'update', 'main']
+           'code_deps', 'library_notebooks', 'modules', 'read_by', 'expected_stage', 'pipelines', 'differences',
+           'update', 'main']
 
 # %% ../nbs/07_stages.ipynb #6d9737f6
 import argparse, ast, importlib, json, logging, re, shlex, sys
@@ -114,11 +115,15 @@ def expected_stage(
     if arguments is None: return {}
     notebook, sections = arguments
     params = read_by(sections, root)
-    data = [d for d in stage.get("deps", [])
-            if d != notebook and not d.startswith((PACKAGE + "/", "nbs/")) or d.startswith(f"{PACKAGE}/assets")]
+    code = lambda d: d == notebook or d.startswith((PACKAGE + "/", "nbs/")) and d.endswith((".py", ".ipynb"))
+    data = [d for d in stage.get("deps", []) if not code(d)]
     return dict(deps=data + code_deps(notebook, root)) | (dict(params=params) if params else {})
 
 # %% ../nbs/07_stages.ipynb #87bacde9
+def pipelines(root: str | Path) -> list[Path]:
+    "Every dvc.yaml of the repository: the pipeline's, then those of experiments."
+    return [Path(root)/"dvc.yaml", *sorted(Path(root).glob("nbs/*/dvc.yaml"))]
+
 def _yaml():
     from ruamel.yaml import YAML
     yaml = YAML()
@@ -142,30 +147,35 @@ def _sync(document: Any, root: Path) -> list[str]:
     return changes
 
 # %% ../nbs/07_stages.ipynb #edc8958e
+def _changes(root: str | Path | None, write: bool) -> list[str]:
+    "What is different in all pipelines; with `write`, it no longer is."
+    root, yaml, found = Path(root or repo_root()), _yaml(), []
+    for path in pipelines(root):
+        document = yaml.load(path.read_text(encoding="utf-8"))
+        changes = _sync(document, root)
+        if changes and write:
+            with atomic_write(path) as tmp: yaml.dump(document, tmp)
+        found += changes
+    return found
+
 def differences(
     root: str | Path | None = None,  # default: the repository around the current folder
-) -> list[str]:  # one line per entry of dvc.yaml that is wrong, empty if it is right
-    "Compare dvc.yaml with the code."
-    root = Path(root or repo_root())
-    return _sync(_yaml().load((root/"dvc.yaml").read_text(encoding="utf-8")), root)
+) -> list[str]:  # one line per entry that is wrong, empty if all are right
+    "Compare every dvc.yaml with the code."
+    return _changes(root, write=False)
 
 def update(
     root: str | Path | None = None,  # default: the repository around the current folder
 ) -> list[str]:  # what was changed
-    "Write the dependencies, params and exported files into dvc.yaml."
-    root, yaml = Path(root or repo_root()), _yaml()
-    document = yaml.load((root/"dvc.yaml").read_text(encoding="utf-8"))
-    changes = _sync(document, root)
-    if changes:
-        with atomic_write(root/"dvc.yaml") as tmp: yaml.dump(document, tmp)
-    return changes
+    "Write the dependencies, params and exported files into every dvc.yaml."
+    return _changes(root, write=True)
 
 # %% ../nbs/07_stages.ipynb #4b31ec51
 def main(argv: list[str] | None = None) -> int:  # exit code
     "Command line of `python -m foundir_v2.stages`."
     p = argparse.ArgumentParser(prog="python -m foundir_v2.stages",
-                                description="Write the code dependencies of every stage into dvc.yaml.")
-    p.add_argument("--check", action="store_true", help="write nothing; exit with 1 if dvc.yaml is not right")
+                                description="Write the code dependencies of every stage into every dvc.yaml.")
+    p.add_argument("--check", action="store_true", help="write nothing; exit with 1 if one is not right")
     args = p.parse_args(argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells at import what a CPU lacks
     try: changes = differences() if args.check else update()

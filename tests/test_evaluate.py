@@ -196,6 +196,25 @@ def test_a_photograph_that_is_missing_from_a_category_does_not_break_the_mean():
     assert table[["low", "high"]].notna().all().all()
 
 
+def test_intervals_on_two_levels_cover_the_mean_where_those_over_photographs_do_not():
+    "Trainings and photographs both differ, and all trainings see the same photographs."
+    rng, covered = np.random.default_rng(1), dict(two=0, one=0)
+    for k in range(60):
+        trainings, photos = rng.normal(0, 1, (12, 1)), rng.normal(0, 2, (1, 25))
+        values = trainings + photos + rng.normal(0, .3, (12, 25))
+        table = pd.concat([rows({"sr": {f"p{i}": [v] for i, v in enumerate(row)}}).assign(run=n) for n, row in enumerate(values)])
+        for name, above in dict(two="run", one=None).items():
+            row = intervals(table, resamples=200, seed=k, above=above).query("category == 'sr'").iloc[0]
+            covered[name] += row.low <= 0 <= row.high
+    assert covered["two"] >= 52 and covered["two"] > covered["one"], covered
+
+
+def test_a_training_that_saw_fewer_photographs_weighs_by_what_it_saw():
+    both, one = rows({"sr": {"a": [1.0], "b": [3.0]}}).assign(run=0), rows({"sr": {"a": [1.0]}}).assign(run=1)
+    row = intervals(pd.concat([both, one]), above="run").query("category == 'sr'").iloc[0]
+    assert (row.low, row.high) == (1, 3)
+
+
 def test_gains_are_paired_and_positive_for_better():
     table = pd.concat([rows({"sr": {"a": [20.0], "b": [30.0]}}, "input"), rows({"sr": {"b": [31.0], "a": [22.0]}}, "x"),
                        rows({"sr": {"a": [0.5], "b": [0.4]}}, "input", "stlpips"), rows({"sr": {"a": [0.3], "b": [0.45]}}, "x", "stlpips")])
