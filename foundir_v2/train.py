@@ -353,7 +353,9 @@ def train_steps(
     def rebalance():
         with averaged(learner.ema, learner.parameters): record = feed.rebalance(learner.restore)
         if main: log.write(kind="mixture", step=feed.step, **record)
-    if feed.step == 0 and config.update_every: rebalance()
+    if feed.step == 0 and config.update_every:
+        if config.stage: rebalance()
+        elif main: log.write(kind="mixture", step=0, weights=feed.mixture.weights, scores={})
     bar = tqdm(total=config.steps, initial=feed.step, desc=f"stage {config.stage}", mininterval=1, disable=not main)
     with interruptible() as check, bar:
         while feed.step < config.steps:
