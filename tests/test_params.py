@@ -23,6 +23,12 @@ def changed(**settings):
     return params
 
 
+def kept(stage, **proportions):
+    "The section of a training stage that isn't to move its proportions."
+    own = {k: v for k, v in PARAMS[f"train_stage{stage}"].items() if k != "update_every"}
+    return own | dict(proportions=proportions or None)
+
+
 def test_the_file_is_fine(): check_params(PARAMS, ROOT)
 
 
@@ -32,9 +38,9 @@ def test_the_file_is_fine(): check_params(PARAMS, ROOT)
     (dict(clean__limits__piqe=[70]), "clean.limits.piqe: expected 2 values"), (dict(clean__metrics=["psnr"]), "clean.metrics: psnr compares with a reference"),
     (dict(mixture__options__alfa=1), "train_stage2: policy des has no option alfa"), (dict(mixture__options__alpha=-1), "train_stage2: mixture: alpha is -1"), (dict(mixture__options__alpha=None), "alpha"),
     (dict(mixture__policy="replay", mixture__options=dict(table="schedules/none.csv")), "none.csv"), (dict(mixture__tasks=dict(dehaze=["haze"])), "train_stage2: no score metric for dehaze"),
-    (dict(mixture__start=dict.fromkeys(FIVE, .3)), "train_stage0, train_stage1, train_stage2: start sum to 1.5"), (dict(mixture__reference_size=136, mixture__tasks=dict(sr=["sr_x4"]), train_stage0__proportions=None, mixture__score=dict(sr="psnr")), None),
-    (dict(mixture__reference_per_task=0), "mixture.reference_per_task: expected a whole number from 1"), (dict(train_stage0__proportions=dict(sr=1.0)), "train_stage0: proportions of deblur"),
-    (dict(train_stage1__update_every=3), "train_stage1: expected one of the keys"), (dict(train_stage1__lq_encoder_learning_rate=1e-3), "train_stage1: lq_encoder_learning_rate is for stage 2"),
+    (dict(mixture__start=dict.fromkeys(FIVE, .3)), "train_stage0, train_stage1, train_stage2: start sum to 1.5"), (dict(mixture__reference_size=136, mixture__tasks=dict(sr=["sr_x4"]), mixture__score=dict(sr="psnr")), None),
+    (dict(mixture__reference_per_task=0), "mixture.reference_per_task: expected a whole number from 1"), (dict(train_stage0=kept(0, sr=1.0)), "train_stage0: proportions of deblur"),
+    (dict(train_stage1__proportions=None), "train_stage1: expected one of the keys"), (dict(train_stage1__lq_encoder_learning_rate=1e-3), "train_stage1: lq_encoder_learning_rate is for stage 2"),
     (dict(train_stage2__conditioning_init="identity"), "train_stage2: conditioning_init: identity would undo"), (dict(train_stage2__steps=0), "train_stage2: steps=0"),
     (dict(evaluate__systems__input="bicubc"), "evaluate.systems.input: unknown restorer 'bicubc': choose identity, bicubic"), (dict(evaluate__systems__restored=dict(restorer="trained:x", strat="lq")), "unknown option strat"), (dict(report__gate_model=dict(restorer="trained:x", guidance_scale=-1)), "report.gate_model.*guidance_scale: expected"),
     (dict(inference__tile_overlap=1), "inference.tile_overlap: expected"), (dict(mixture__reference_options=dict(steps=1)), "mixture.reference_options: unknown steps"), (dict(evaluate__control="nobody"), "evaluate.control"),
@@ -66,8 +72,8 @@ def test_sections_of_others_pass():
     assert keys_read(["mine"], dict(mine=dict(x=1))) == dict(mine=["x"]) and dvc_params(["mine"], dict(mine=dict(x=1))) == ["mine"]
 
 
-def test_a_stage_that_is_to_follow_the_policy_reads_it():
-    params = changed(train_stage1__update_every=5)
-    del params["train_stage1"]["proportions"]
+def test_a_stage_that_keeps_its_proportions_does_not_read_the_policy():
+    params, sections = changed(train_stage1=kept(1)), ["mixture", "train_stage1"]
     check_params(params, ROOT)
-    assert dvc_params(["mixture", "train_stage1"], params) == ["mixture", "train_stage1"] and "policy" not in keys_read(["mixture", "train_stage1"], PARAMS)["mixture"]
+    assert dvc_params(sections, PARAMS) == sections
+    assert keys_read(sections, params)["mixture"] == ["tasks", "start"]
