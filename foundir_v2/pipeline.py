@@ -309,8 +309,8 @@ def __call__(
     settings = resolve_settings(
         self, upscale, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, start=start,
         color_fix=color_fix, tile_size=tile_size, tile_overlap=tile_overlap, tile_batch=tile_batch,
-        vae_tile_size=vae_tile_size, guidance_interval=guidance_interval, noise_scheduler=noise_scheduler, offset_unit=offset_unit,
-        output_type=output_type)
+        vae_tile_size=vae_tile_size, guidance_interval=guidance_interval, noise_scheduler=noise_scheduler,
+        offset_unit=offset_unit, output_type=output_type)
     arguments = dict(prompt=prompt, negative_prompt=negative_prompt, generator=generator)
     each = [per_picture(name, value, len(images)) for name, value in arguments.items()]
     check_arguments(each[0] + each[1], each[2])
