@@ -174,7 +174,7 @@ def peak_memory() -> int | None:
 
 # %% ../nbs/84_batch.ipynb #00e7e713
 SETTINGS = ("num_inference_steps", "guidance_scale", "guidance_interval", "start", "color_fix", "tile_size",
-            "tile_overlap", "tile_batch", "vae_tile_size", "upscale", "noise_scheduler", "offset_unit") # fields of `pipeline.Settings`
+            "tile_overlap", "tile_batch", "vae_tile_size", "upscale", "noise_scheduler", "offset_unit") # of `Settings`
 
 def given_settings(config: RestoreConfig) -> dict[str, Any]: # by their names in `config`
     "The settings that were given. Raises `FoundIRError` for values that no model can use, and for what contradicts."

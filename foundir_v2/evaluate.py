@@ -81,7 +81,7 @@ def evaluate(
 # %% ../nbs/70_evaluate.ipynb #9979e8a0
 def shuffled(
     items: Sequence[Any], # of at least two photographs
-) -> list[SimpleNamespace]: # the same ground truths in the same order, each with the LQ and caption of another photograph
+) -> list[SimpleNamespace]: # the same ground truths in the same order, each with another photograph's LQ and caption
     "Exchange the degraded pictures between photographs. Raises `FoundIRError` if there is only one."
     order = sorted(items, key=lambda i: i.photo)
     sizes = pd.Series([i.photo for i in items]).value_counts()

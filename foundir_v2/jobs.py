@@ -52,8 +52,8 @@ class Settings:
         check_fields(self, "restore")
         begin, end = self.guidance_interval
         if begin >= end:
-            raise FoundIRError(f"restore.guidance_interval: expected two rising shares of the steps, for instance 0.1 0.8, got "
-                               f"{begin:g} {end:g}")
+            raise FoundIRError(f"restore.guidance_interval: expected two rising shares of the steps, for instance 0.1 "
+                               f"0.8, got {begin:g} {end:g}")
 
 # %% ../nbs/54_jobs.ipynb #6e7c9cf0
 def default_color_fix(

@@ -43,7 +43,7 @@ def save_restorer(
 
 # %% ../nbs/56_loading.ipynb #48ad6345
 def _whole_pipeline(source: Path | str) -> bool:
-    "Whether our pipeline's `save_pretrained` wrote it. Raises `FoundIRError` if the hub doesn't answer, or for old names."
+    "Whether our pipeline's `save_pretrained` wrote it. Raises `FoundIRError` without an answer, and for old names."
     if isinstance(source, Path) and not (source / "model_index.json").is_file(): return False
     try: config = DiffusionPipeline.load_config(source)
     except OSError:

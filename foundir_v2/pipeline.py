@@ -85,7 +85,8 @@ def assemble(
     recipe: Recipe,
 ) -> FoundIRv2Pipeline:
     "A base model's parts around a U-Net."
-    parts = {name: getattr(base, name) for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    parts = {name: getattr(base, name) for name in names}
     return FoundIRv2Pipeline(**parts, unet=unet, scheduler=base.noise_scheduler, **recipe.defaults)
 
 # %% ../nbs/55_pipeline.ipynb #bb34a3f9
@@ -275,7 +276,8 @@ def resolve_settings(
         if (getattr(s, name) or 0) % multiple:
             raise FoundIRError(f"{name}={getattr(s, name)}: give a multiple of {multiple} pixels for this model, or 0 for "
                                "no tiles")
-    set_timesteps(make_noise_scheduler(s.noise_scheduler, pipe.scheduler), s.num_inference_steps)  # refuses an unusable schedule
+    noise_scheduler = make_noise_scheduler(s.noise_scheduler, pipe.scheduler)
+    set_timesteps(noise_scheduler, s.num_inference_steps)  # refuses an unusable schedule
     return s
 
 # %% ../nbs/55_pipeline.ipynb #47dba1f9
@@ -306,9 +308,9 @@ def __call__(
     images = stored_images(image)
     settings = resolve_settings(
         self, upscale, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, start=start,
-        color_fix=color_fix, tile_size=tile_size, tile_overlap=tile_overlap, tile_batch=tile_batch, vae_tile_size=vae_tile_size,
-        guidance_interval=guidance_interval, noise_scheduler=noise_scheduler, offset_unit=offset_unit,
-        output_type=output_type)
+        color_fix=color_fix, tile_size=tile_size, tile_overlap=tile_overlap, tile_batch=tile_batch,
+        vae_tile_size=vae_tile_size, guidance_interval=guidance_interval, noise_scheduler=noise_scheduler,
+        offset_unit=offset_unit, output_type=output_type)
     arguments = dict(prompt=prompt, negative_prompt=negative_prompt, generator=generator)
     each = [per_picture(name, value, len(images)) for name, value in arguments.items()]
     check_arguments(each[0] + each[1], each[2])

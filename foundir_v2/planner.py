@@ -154,8 +154,8 @@ def read_skeleton(
             if "text" in folder: return CLIPTextConfig.get_config_dict(origin, subfolder=folder)[0]
             return dict(UNet2DConditionModel.load_config(origin, subfolder=folder))
         except (OSError, ValueError):
-            raise FoundIRError(f"no {folder}/config.json in {origin}: a model's memory is planned from its configuration "
-                               "files") from None
+            raise FoundIRError(f"no {folder}/config.json in {origin}: a model's memory is planned from its "
+                               "configuration files") from None
     unet = config("unet", source)
     parts = {name: config(name, base) for name in ("vae", "text_encoder", "text_encoder_2")}
     skeleton = make_skeleton(unet, **parts, defaults=defaults)

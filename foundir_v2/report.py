@@ -184,7 +184,8 @@ def read_mixture(
     try: table = pd.read_csv(path)
     except FileNotFoundError: raise FoundIRError(f"no mixture at {path}: run the training stages first") from None
     except (ValueError, pd.errors.ParserError): raise FoundIRError(f"{path} is no table: run the training stages again") from None
-    if lacking := {"step", "stage", "task", "weight", "score"} - set(table.columns): raise FoundIRError(f"{path} lacks {', '.join(sorted(lacking))}")
+    if lacking := {"step", "stage", "task", "weight", "score"} - set(table.columns):
+        raise FoundIRError(f"{path} lacks {', '.join(sorted(lacking))}")
     return table
 
 # %% ../nbs/80_report.ipynb #80a00001

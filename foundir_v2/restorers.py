@@ -309,8 +309,8 @@ def load_trained(
     "The model that a training stage left behind. Raises `FoundIRError` if there is none."
     from foundir_v2.loading import load_pipeline
     if not (Path(folder)/"unet").exists():
-        raise FoundIRError(f"no trained model in {folder}: it needs unet/ and pipeline.json, as a training stage writes them "
-                           "(dvc repro train_stage2)")
+        raise FoundIRError(f"no trained model in {folder}: it needs unet/ and pipeline.json, as a training stage "
+                           "writes them (dvc repro train_stage2)")
     return load_pipeline(Path(folder).resolve())  # never a shipped model of that name
 
 # %% ../nbs/76_restorers.ipynb #8acd1b19

@@ -156,7 +156,7 @@ def write_mixture(
 
 # %% ../nbs/26_schedules.ipynb #b6fb81a5
 def read_mixture(
-    path: str | Path,  # CSV: step, task, weight and perhaps score, its spread, stage, and samples (drawn since the step before)
+    path: str | Path,  # CSV: step, task, weight, perhaps score, its spread, stage, samples (drawn since the step before)
 ) -> list[dict[str, Any]]:  # rows step, task, weight, score, and spread, stage, samples if there are any
     "Read a mixture log. Raises `MixtureError` naming file and line."
     try:
@@ -169,7 +169,8 @@ def read_mixture(
     rows = []
     for n, line in enumerate(lines, 2):
         try:
-            more = {name: kind(line[name]) for name, kind in (("samples", int), ("spread", float), ("stage", int)) if line.get(name)}
+            kinds = dict(samples=int, spread=float, stage=int)
+            more = {name: kind(line[name]) for name, kind in kinds.items() if line.get(name)}
             score = float(line["score"]) if line.get("score") else None
             row = {"step": int(line["step"]), "task": line["task"], "weight": float(line["weight"]), "score": score}
             rows.append(row | more)
@@ -198,8 +199,8 @@ def schedule_of(
     table: dict[int, dict[str, float]] = {}
     rows = list(rows)
     if len({row.get("stage") for row in rows}) > 1:
-        raise MixtureError("the mixture log holds several stages, whose steps are counted on: replay the mixture.csv of one "
-                           "stage's folder")
+        raise MixtureError("the mixture log holds several stages, whose steps are counted on: replay the mixture.csv of "
+                           "one stage's folder")
     for row in rows:
         if missing := {"step", "task", "weight"} - set(row):
             raise MixtureError(f"a row of the schedule has no {sorted(missing)[0]}: {shown(dict(row))}")

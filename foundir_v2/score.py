@@ -131,7 +131,8 @@ def item_scores(
     for k in range(0, len(mine), batch_size):
         part = mine[k:k + batch_size]
         restored = restore_fn([item for *_, item in part])
-        values += [(task, i, item_score(r.cpu(), item.gt, score_metrics[task])) for (task, i, item), r in zip(part, restored)]
+        scored = lambda task, item, picture: item_score(picture.cpu(), item.gt, score_metrics[task])
+        values += [(task, i, scored(task, item, x)) for (task, i, item), x in zip(part, restored)]
     return values
 
 # %% ../nbs/58_score.ipynb #dc76125a

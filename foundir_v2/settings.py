@@ -177,7 +177,7 @@ def misfits(
         yield f"policy {config.policy} has no option {', '.join(unknown)}; the choices are {', '.join(known)}"
 
 # %% ../nbs/61_settings.ipynb #191b5a80
-FLAT: dict[str, type] = dict(mixture=MixtureConfig, model=ModelConfig, train=LoopConfig) # its fields are `TrainConfig`'s
+FLAT: dict[str, type] = dict(mixture=MixtureConfig, model=ModelConfig, train=LoopConfig) # fields of `TrainConfig`
 PARTS: dict[str, type] = FLAT | dict(inference=InferenceConfig) # section -> its dataclass
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,7 +109,7 @@ def check(self: TrainLog) -> None:
 @dataclass(frozen=True)
 class TrainResult:
     "What a stage left behind."
-    output: Path  # folder with unet/ (averaged weights), pipeline.json, config.json, log.jsonl, mixture.csv, mixture.jsonl
+    output: Path  # folder with unet/ (averaged weights), pipeline.json, config.json, log.jsonl, mixture.csv and .jsonl
     log: list[dict[str, Any]]  # all records
     resumed_from: int | None  # step of the checkpoint that this process continued from
 

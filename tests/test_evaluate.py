@@ -77,9 +77,13 @@ def test_captions_go_to_those_who_take_them_and_with_the_picture(items):
     told = [SimpleNamespace(**{**vars(i), "caption": f"a picture of {i.photo}"}) for i in items]
     seen = []
     class Reader(Input):
-        def __call__(self, lq, *, subtask=None, seed=0, caption=""): seen.append(caption); return super().__call__(lq, subtask=subtask)
+        def __call__(self, lq, *, subtask=None, seed=0, caption=""):
+            seen.append(caption)
+            return super().__call__(lq, subtask=subtask)
     class Open(Input):
-        def __call__(self, lq, **told): seen.append(told["caption"]); return super().__call__(lq, subtask=told["subtask"])
+        def __call__(self, lq, **told):
+            seen.append(told["caption"])
+            return super().__call__(lq, subtask=told["subtask"])
     for restorer in (Reader(), Open(), Input()): evaluate(restorer, told, ["psnr"])
     assert seen == [i.caption for i in told] * 2
     wrong = shuffled(told)

@@ -536,7 +536,8 @@ def test_offload_with_tiles_and_a_context_changes_nothing(base):
 def test_a_restorer_needs_no_unet_of_its_base(base, unet, tmp_path):
     save_base(base, tmp_path / "base")
     (tmp_path / "base/unet").rename(tmp_path / "elsewhere")
-    save_restorer(unet, tmp_path / "mine", Recipe(str(tmp_path / "base"), InferenceConfig(num_inference_steps=1, start="noise")))
+    inference = InferenceConfig(num_inference_steps=1, start="noise")
+    save_restorer(unet, tmp_path / "mine", Recipe(str(tmp_path / "base"), inference))
     pipe = load_pipeline(tmp_path / "mine", device="cpu")
     pipe.set_progress_bar_config(disable=True)
     assert run(pipe, picture(16, 16))[0].std() > 0.01
@@ -589,8 +590,8 @@ def test_save_and_load_a_whole_pipeline(pipe, tmp_path):
 
 def test_a_restorer_is_loaded_over_its_base(pipe, base, unet, tmp_path):
     save_base(base, tmp_path / "base", torch.float32)
-    inference = InferenceConfig(num_inference_steps=2, guidance_scale=1.0, start="noise", tile_size=64, tile_overlap=0.5)
-    recipe = Recipe(str(tmp_path / "base"), inference)
+    settings = dict(num_inference_steps=2, guidance_scale=1.0, start="noise", tile_size=64, tile_overlap=0.5)
+    recipe = Recipe(str(tmp_path / "base"), InferenceConfig(**settings))
     save_restorer(unet, tmp_path / "mine", recipe, torch.float32)
     assert unet.dtype == torch.float32 and sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["pipeline.json", "unet"]
     loaded = load_pipeline(tmp_path / "mine")
@@ -664,7 +665,8 @@ def test_damaged_training_folders(base, unet, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(FoundIRError, match="can't load the U-Net") as e: load_pipeline(stage)
     assert "\n" not in str(e.value)
-    for text, words in (("{", "JSON"), ("[]", "no object"), ('{"base": 3}', "base"), ('{"base": "no-such-base"}', "no-such")):
+    damaged = {"{": "JSON", "[]": "no object", '{"base": 3}': "base", '{"base": "no-such-base"}': "no-such"}
+    for text, words in damaged.items():
         (stage / "pipeline.json").write_text(text)
         with pytest.raises(FoundIRError, match=words): load_pipeline(stage)
 
@@ -686,7 +688,8 @@ def test_the_hub_out_of_reach_is_one_clear_line(monkeypatch):
     assert "\n" not in str(e.value)
 
 def test_damaged_recipes(unet, tmp_path):
-    for text, words in (("{", "JSON"), ('{"steps": 3}', "default_num_inference_steps"), ('{"default_guidance": 5}', "now default_guidance_scale")):
+    damaged = {"{": "JSON", '{"steps": 3}': "default_num_inference_steps", '{"default_guidance": 5}': "now default_guidance_scale"}
+    for text, words in damaged.items():
         (tmp_path / "pipeline.json").write_text(text)
         with pytest.raises(FoundIRError, match=words): load_pipeline(tmp_path)
 
@@ -827,7 +830,8 @@ def test_a_recipe_that_is_no_object_is_one_clear_line(tmp_path, content):
     with pytest.raises(FoundIRError, match="holds no object"): L.read_recipe(tmp_path)
 
 def test_more_steps_than_the_schedule_has_are_refused(pipe):
-    with pytest.raises(FoundIRError, match="num_inference_steps: expected .* to 1000, got 2000"): pipe(picture(8, 8), num_inference_steps=2000)
+    with pytest.raises(FoundIRError, match="num_inference_steps: expected .* to 1000, got 2000"):
+        pipe(picture(8, 8), num_inference_steps=2000)
 
 def test_only_noise_schedulers_that_can_run_the_model_are_offered(pipe):
     with pytest.raises(FoundIRError) as e: S.make_noise_scheduler("karras", pipe.scheduler)

@@ -162,7 +162,8 @@ def test_pipeline_restorer_is_blind_and_seeded():
     r = PipelineRestorer(pipe, num_inference_steps=3, guidance_scale=1.0, start="lq")
     assert isinstance(r, Restorer)
     assert r(rand(), subtask="haze", seed=11).shape == (3, 24, 20) and r(rand(), subtask="sr_x4", seed=12).shape == (3, 96, 80)
-    assert [c["generator"][0].initial_seed() for c in pipe.calls] == [11, 12] and [c["upscale"] for c in pipe.calls] == [1, 4]
+    assert [c["generator"][0].initial_seed() for c in pipe.calls] == [11, 12]
+    assert [c["upscale"] for c in pipe.calls] == [1, 4]
     assert all((c["num_inference_steps"], c["guidance_scale"], c["start"]) == (3, 1.0, "lq") for c in pipe.calls)
     assert not {"subtask", "task"} & set(pipe.calls[0]), "the model is not told what is wrong with the picture"
 
@@ -179,13 +180,15 @@ def test_captions_are_told_where_they_are_wanted():
 
 def test_guidance_and_captions_reach_the_evaluation():
     from foundir_v2.evaluate import compare
-    of = lambda guidance, **more: make_restorer("pipeline:tiny", dict(guidance_scale=guidance, prompt="caption", **more))
+    told = dict(prompt="caption")
+    of = lambda guidance, **more: make_restorer("pipeline:tiny", dict(told, guidance_scale=guidance, **more))
     todo = [SimpleNamespace(lq=degrade(rand(32, 32), "haze", 1), gt=rand(32, 32), subtask="haze", photo="a", seed=1,
                             caption="a cup of coffee on a table")]
     systems = dict(plain=of(1.0), guided=of(5.0), negative=of(5.0, negative_prompt="blur"), silent=of(5.0))
     systems["silent"].options["prompt"] = "none"
     value = compare(systems, todo, ["psnr"]).set_index("restorer").value
-    assert len({round(value[name], 6) for name in ("plain", "guided", "negative")}) == 3 and value["silent"] != value["guided"]
+    assert len({round(value[name], 6) for name in ("plain", "guided", "negative")}) == 3
+    assert value["silent"] != value["guided"]
 
 
 def items():

@@ -108,7 +108,8 @@ def test_what_is_scored_follows_the_settings_of_the_model(items, model, restore)
     from foundir_v2.restorers import PipelineRestorer
     some = [replace(items()[task][0], caption="a boat on a lake") for task in TASKS]
     before, plain = {k: v for k, v in model.config.items() if k.startswith("default_")}, restore(some)
-    changes = dict(guidance=dict(guidance_scale=5.0, prompt="caption"), text=dict(prompt="caption"), fix=dict(color_fix="wavelet"))
+    text, fix = dict(prompt="caption"), dict(color_fix="wavelet")
+    changes = dict(guidance=dict(text, guidance_scale=5.0), text=text, fix=fix)
     results = {}
     for name, options in changes.items():
         scored = results[name] = restore(some, **options)

@@ -112,5 +112,6 @@ def test_cheaper_scoring_holds_only_what_was_chosen():
 
 def test_updates_go_on_from_given_proportions():
     led = dict(denoise=.7, sr=.3)
-    assert build_mixture(config(policy="des", options=dict(alpha=1), start=dict(denoise=.2, sr=.8)), start=led).weights == led
-    assert build_mixture(config(policy="des", options=dict(alpha=1), proportions=dict(denoise=.2, sr=.8)), start=led).weights["sr"] == .8
+    made = lambda **given: build_mixture(config(policy="des", options=dict(alpha=1), **given), start=led).weights
+    own = dict(denoise=.2, sr=.8)
+    assert made(start=own) == led and made(proportions=own) == own

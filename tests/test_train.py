@@ -309,16 +309,18 @@ def test_a_stage_is_scored_as_the_evaluation_will_use_it(bench, tmp_path):
         assert learner.unet.training
         results.append(scored)
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(*results))
-    cheap = replace(c, init=str(out), reference_options=dict(num_inference_steps=1, guidance_scale=1, prompt="none", color_fix="none"))
+    options = dict(num_inference_steps=1, guidance_scale=1, prompt="none", color_fix="none")
+    cheap = replace(c, init=str(out), reference_options=options)
     cheaper = tr.Learner(cheap, tr.make_accelerator(cheap)).restore(items)
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(cheaper, results[1]))
 
 
 def test_the_mixture_goes_on_over_the_stages(bench, tmp_path):
-    "Stages 0 and 2 follow the scores, stage 1 keeps its proportions: one course, in which every stage can be recomputed."
+    "Stages 0 and 2 follow the scores, stage 1 keeps its proportions: one course, each stage recomputed from its scores."
     kept = dict(denoise=.2, lowlight=.2, sr=.6)
     common = dict(options=dict(alpha=2., floor=.05, max_step=10., score_scale="zscore"), learning_rate=1e-2)
-    stages = [dict(stage=0, steps=4, update_every=2), dict(stage=1, steps=3, proportions=kept), dict(stage=2, steps=4, update_every=2)]
+    moved = dict(steps=4, update_every=2)
+    stages = [dict(moved, stage=0), dict(stage=1, steps=3, proportions=kept), dict(moved, stage=2)]
     done, init = [], None
     for stage in stages:
         c = config(bench, tmp_path, **common, **stage, init=init, output=str(tmp_path / f"stage{stage['stage']}"))
@@ -337,9 +339,10 @@ def test_the_mixture_goes_on_over_the_stages(bench, tmp_path):
         assert [r["weights"] for r in replay_scores(policy, scored)] == [r["weights"] for r in scored], "bit for bit"
     tr.write_course(course, tmp_path / "mixture")
     rows = read_mixture(tmp_path / "mixture.csv")
-    assert rows == [{k: v for k, v in row.items()} for row in course.rows]
+    assert rows == course.rows
     assert [r["score"] for r in rows if r["stage"] == 1] == [None] * 3
-    again = tr.train(replace(done[2][0], init=done[0][0].output, tasks={"denoise": ["jpeg"], "sr": ["sr_x2"]}, output=str(tmp_path / "other")))
+    others = dict(tasks={"denoise": ["jpeg"], "sr": ["sr_x2"]}, output=str(tmp_path / "other"))
+    again = tr.train(replace(done[2][0], init=done[0][0].output, **others))
     assert again.mixture[0]["weight"] == .5, "the trajectory of other tasks says nothing about these"
 
 
