@@ -86,7 +86,7 @@ measure: venv ## run all stages afresh; wall time and peak memory (PSS) of the p
 	python .ci/measure.py dvc repro --force
 
 experiments: venv ## runs of `dvc exp run` side by side: what was changed, and the means of the trained model
-	@dvc exp show --only-changed --drop '^(categories|mean|interval95|gain|shuffled|items|photographs)|[.](py|ipynb)$$|^(data|schedules|artifacts|metrics|foundir_v2)' \
+	@dvc exp show --only-changed --drop '^(categories|mean|interval95|gain|shuffled|items|photographs)|[.](py|ipynb)$$|^(data|schedules|artifacts|metrics|foundir_v2|nbs)' \
 	  --keep '^mean\.restored\.(psnr|stlpips)$$'
 
 profile: venv ## P=tiny|smoke|sdxl: lay that profile over the committed params.yaml
