@@ -101,7 +101,8 @@ def test_mistakes_in_variants_are_one_line(tmp_path, variants, words):
 @pytest.fixture
 def params(bench):
     stage = dict(steps=2, loss="l1", learning_rate=1e-3, warmup_steps=1)
-    return dict(mixture=dict(tasks=TASKS, score={t: "psnr" for t in TASKS}, policy="des", options=dict(alpha=.5), reference_per_task=1, reference_size=32, reference_steps=1),
+    return dict(mixture=dict(tasks=TASKS, score={t: "psnr" for t in TASKS}, policy="des", options=dict(alpha=.5), reference_per_task=1, reference_size=32),
+                inference=dict(num_inference_steps=1, guidance_scale=1.0, start="noise"),
                 model=dict(base=str(bench / "base"), lq_context_width=4, lq_norm_groups=0, moe="soft", moe_layers=1, moe_heads=4),
                 train=dict(crop=32, batch_size=2, noise_offset=0., ema_decay=.9, mixed_precision="no", num_workers=0, checkpoint_every=1, seed=0),
                 train_stage0=dict(stage, proportions=None), train_stage1=dict(stage, proportions=None), train_stage2=dict(stage, update_every=1))
