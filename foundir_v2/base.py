@@ -399,5 +399,6 @@ def identity_path(
     unet: FoundIRUNet,
 ) -> list[nn.Parameter]:  # in the order of the model
     "The weights that hand the LQ's latents to the output where `start_at_identity` has set them."
-    layers = unet.lq_embedding, unet.moe_projection, unet.up_blocks[-1].resnets[-1].conv_shortcut, unet.conv_norm_out, unet.conv_out
+    layers = (unet.lq_embedding, unet.moe_projection, unet.up_blocks[-1].resnets[-1].conv_shortcut, unet.conv_norm_out,
+              unet.conv_out)
     return [p for layer in layers for p in layer.parameters()]

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval, MinLen, Unit
 
-from .inference import ColorFix, Factor, Fraction, Guidance, OffsetUnit, Overlap, Start, Steps, TileBatch, TileSize
+from .inference import (
+    ColorFix, Factor, Fraction, Guidance, OffsetUnit, Overlap, Start, Steps, TileBatch, TileSize)
 from .targets import RestoreLog, Target, check_targets, file_hash
 from .worklist import each_file, existing, plan_files, results, sidecars
 
@@ -29,7 +30,7 @@ Pixels = Annotated[int, Interval(ge=1, le=10**12)]
 Gigabytes = Annotated[float, Interval(gt=0, le=100_000), Unit("gigabytes")]
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 
-def argument(hint: Any) -> Callable[[str], Any]: # for `add_argument(type=...)`
+def argument(hint: Any) -> Callable[[str], Any]:  # for `add_argument(type=...)`
     "As `foundir_v2.config.argument`, which is imported for the first value."
     def read(text: str) -> Any:
         from foundir_v2 import config
@@ -40,23 +41,23 @@ def argument(hint: Any) -> Callable[[str], Any]: # for `add_argument(type=...)`
 @dataclass(frozen=True, kw_only=True)
 class RestoreConfig:
     "What is to be restored, and how. None: as the preset says, or the model. Raises `ConfigError`."
-    input: Annotated[tuple[str | Path, ...], MinLen(1)] # files, folders, glob patterns
-    output: str | Path # a file, or a folder
-    model: str | Path = "tiny" # as `foundir_v2.base.resolve_model`
+    input: Annotated[tuple[str | Path, ...], MinLen(1)]  # files, folders, glob patterns
+    output: str | Path  # a file, or a folder
+    model: str | Path = "tiny"  # as `foundir_v2.base.resolve_model`
     preset: Literal["paper", "fast", "low-memory"] | None = None
-    upscale: Factor | None = None # enlargement before restoring
+    upscale: Factor | None = None  # enlargement before restoring
     num_inference_steps: Steps | None = None
-    guidance_scale: Guidance | None = None # 1: none
-    guidance_interval: tuple[Fraction, Fraction] | None = None # fractions of the steps that it begins and ends at
+    guidance_scale: Guidance | None = None  # 1: none
+    guidance_interval: tuple[Fraction, Fraction] | None = None  # fractions of the steps that it begins and ends at
     start: Start | None = None
-    prompt: str | None = None # what the pictures show
-    caption: str = "none" # who says so, picture by picture: as `foundir_v2.caption.make_captioner`
+    prompt: str | None = None  # what the pictures show
+    caption: str = "none"  # who says so, picture by picture: as `foundir_v2.caption.make_captioner`
     caption_cache: str | Path = ".cache/captions"
     negative_prompt: str | None = None
     color_fix: ColorFix | None = None
     tile_size: TileSize | None = None
     tile_overlap: Overlap | None = None
-    tile_batch: TileBatch | None = None # tiles at a time
+    tile_batch: TileBatch | None = None  # tiles at a time
     vae_tile_size: TileSize | None = None
     noise_scheduler: str | None = None
     offset_unit: OffsetUnit | None = None
@@ -64,14 +65,14 @@ class RestoreConfig:
     device: str | None = None
     dtype: str | None = None
     offload: Literal["none", "model", "sequential"] | None = None
-    fp8: bool = False # store the U-Net's weights in 8 bits
-    memory_limit: Gigabytes | None = None # precision, tiles and offload that aren't given are chosen to fit
-    max_pixels: Pixels | None = None # refuse larger inputs; None: the library's limit
-    bits: Literal[8, 16] | None = None # of a PNG; None: as the input
-    compare: bool = False # also write before and after, side by side
-    log: str | Path | None = None # None: `restore.jsonl` beside the results of a folder
-    force: bool = False # make results again, and replace files of others
-    skip_existing: bool = False # leave every result that exists
+    fp8: bool = False  # store the U-Net's weights in 8 bits
+    memory_limit: Gigabytes | None = None  # precision, tiles and offload that aren't given are chosen to fit
+    max_pixels: Pixels | None = None  # refuse larger inputs; None: the library's limit
+    bits: Literal[8, 16] | None = None  # of a PNG; None: as the input
+    compare: bool = False  # also write before and after, side by side
+    log: str | Path | None = None  # None: `restore.jsonl` beside the results of a folder
+    force: bool = False  # make results again, and replace files of others
+    skip_existing: bool = False  # leave every result that exists
 
     def __post_init__(self):
         from foundir_v2.config import check_fields
@@ -89,15 +90,15 @@ def save_compared(before: Any, after: Any, path: Path) -> None:
     save_picture(torch.cat([before, torch.ones(3, after.shape[1], 8), after], 2), path)
 
 def restore_file(
-    pipe: Any, # a `FoundIRv2Pipeline`
+    pipe: Any,  # a `FoundIRv2Pipeline`
     source: Path,
     target: Path,
-    options: dict[str, Any], # keyword arguments of the pipeline's call
-    seed: int = 0, # of the noise, for every file: a file gives the same result alone and in a folder
-    max_pixels: int | None = None, # refuse larger inputs; None: the library's limit
-    bits: int | None = None, # of the result: 8 or 16; None: 16 for a PNG of a picture with 16
-    compare: bool = False, # write `compare_name(target)`, too
-    record: Callable[[dict[Path, Path]], Any] = lambda made: None, # told where each whole file lies so far
+    options: dict[str, Any],  # keyword arguments of the pipeline's call
+    seed: int = 0,  # of the noise, for every file: a file gives the same result alone and in a folder
+    max_pixels: int | None = None,  # refuse larger inputs; None: the library's limit
+    bits: int | None = None,  # of the result: 8 or 16; None: 16 for a PNG of a picture with 16
+    compare: bool = False,  # write `compare_name(target)`, too
+    record: Callable[[dict[Path, Path]], Any] = lambda made: None,  # told where each whole file lies so far
 ) -> None:
     "Restore one file."
     import torch
@@ -131,8 +132,8 @@ def quiet_libraries() -> None:
         library.disable_progress_bar()
 
 def reach_hub(
-    models: Iterable[str] = (), # as `foundir_v2.base.resolve_model`
-    captioner: str = "none", # as `foundir_v2.caption.make_captioner`
+    models: Iterable[str] = (),  # as `foundir_v2.base.resolve_model`
+    captioner: str = "none",  # as `foundir_v2.caption.make_captioner`
 ) -> None:
     "If one of them is on the hub and nothing answers there: use only what its client has kept."
     from foundir_v2.base import go_offline, on_hub
@@ -174,9 +175,9 @@ def peak_memory() -> int | None:
 
 # %% ../nbs/84_batch.ipynb #00e7e713
 SETTINGS = ("num_inference_steps", "guidance_scale", "guidance_interval", "start", "color_fix", "tile_size",
-            "tile_overlap", "tile_batch", "vae_tile_size", "upscale", "noise_scheduler", "offset_unit") # of `Settings`
+            "tile_overlap", "tile_batch", "vae_tile_size", "upscale", "noise_scheduler", "offset_unit")  # of `Settings`
 
-def given_settings(config: RestoreConfig) -> dict[str, Any]: # by their names in `config`
+def given_settings(config: RestoreConfig) -> dict[str, Any]:  # by their names in `config`
     "The settings that were given. Raises `FoundIRError` for values that no model can use, and for what contradicts."
     from foundir_v2.core import FoundIRError
     from foundir_v2.jobs import Settings
@@ -204,26 +205,26 @@ def plan_restore(config: RestoreConfig) -> tuple[list[tuple[Path, Path]], Restor
                   [*pictures, *sidecars(config.caption, pictures), *existing(config.model)], config.force)
     if config.bits == 16 and (other := [t for _, t in pairs if t.suffix.lower() != ".png"]):
         raise FoundIRError(f"can't write {other[0]} with 16 bits: name a .png, or leave --bits out")
-    if len(pairs) == 1: # better now than when the model is there
+    if len(pairs) == 1:  # better now than when the model is there
         load_pixels(pairs[0][0], **({} if config.max_pixels is None else dict(max_pixels=config.max_pixels)))
     return pairs, log
 
 # %% ../nbs/84_batch.ipynb #1f6a9c33
-def largest_size(sources: Sequence[Path], upscale: float) -> tuple[int, int] | None: # height and width
+def largest_size(sources: Sequence[Path], upscale: float) -> tuple[int, int] | None:  # height and width
     "Of the results; None if no picture can be read."
     from PIL import Image
     sizes = []
     for source in sources:
         try:
             with Image.open(source) as im: sizes.append((round(upscale * im.height), round(upscale * im.width)))
-        except Exception: continue # its own error comes when it is restored
+        except Exception: continue  # its own error comes when it is restored
     return max(sizes, key=lambda s: s[0] * s[1], default=None)
 
 def plan_for(
     config: RestoreConfig,
-    sources: Sequence[Path], # the pictures to restore
-    given: dict[str, Any], # from `given_settings`
-) -> Any: # a `foundir_v2.planner.Plan`, printed
+    sources: Sequence[Path],  # the pictures to restore
+    given: dict[str, Any],  # from `given_settings`
+) -> Any:  # a `foundir_v2.planner.Plan`, printed
     "The choice for a limit of memory. Raises `FoundIRError` if nothing fits."
     from foundir_v2.core import pick_device, pick_dtype
     from foundir_v2.inference import Recipe
@@ -245,9 +246,9 @@ def plan_for(
 # %% ../nbs/84_batch.ipynb #8b27d1e4
 def load_restorer(
     config: RestoreConfig,
-    sources: Sequence[Path] = (), # the pictures to restore
-    given: dict[str, Any] | None = None, # from `given_settings`
-) -> Any: # a `FoundIRv2Pipeline`
+    sources: Sequence[Path] = (),  # the pictures to restore
+    given: dict[str, Any] | None = None,  # from `given_settings`
+) -> Any:  # a `FoundIRv2Pipeline`
     "The model, as the preset and the options want it, and as the limit of memory allows."
     from foundir_v2.core import pick_device
     from foundir_v2.loading import load_pipeline, preset_loading
@@ -267,10 +268,10 @@ def prompts_for(config: RestoreConfig, pictures: Sequence[Path]) -> list[str | E
 
 def result_keys(
     config: RestoreConfig,
-    given: dict[str, Any], # from `given_settings`
+    given: dict[str, Any],  # from `given_settings`
     pictures: Sequence[Path],
-    prompts: Sequence[str | Exception], # of each
-) -> list[str]: # empty where there is no prompt
+    prompts: Sequence[str | Exception],  # of each
+) -> list[str]:  # empty where there is no prompt
     "The key of every result."
     decisive = [given, config.preset, config.seed, config.negative_prompt, config.dtype, config.bits, config.compare,
                 model_stamp(config.model)]
@@ -281,10 +282,10 @@ def result_keys(
 # %% ../nbs/84_batch.ipynb #0c42b518
 def call_options(
     config: RestoreConfig,
-    given: dict[str, Any], # from `given_settings`
-    pipe: Any, # a `FoundIRv2Pipeline`
-    bar: bool = False, # there is one for files: that of a picture stands below it, and only where it takes long
-) -> tuple[dict[str, Any], dict[str, Any]]: # keyword arguments of its call, and all settings for the log
+    given: dict[str, Any],  # from `given_settings`
+    pipe: Any,  # a `FoundIRv2Pipeline`
+    bar: bool = False,  # there is one for files: that of a picture stands below it, and only where it takes long
+) -> tuple[dict[str, Any], dict[str, Any]]:  # keyword arguments of its call, and all settings for the log
     "The preset's settings, and over them those that were given. Raises `FoundIRError` if the model can't use them."
     from dataclasses import asdict
     from foundir_v2.loading import preset_options
@@ -301,7 +302,7 @@ def call_options(
 # %% ../nbs/84_batch.ipynb #0c42b516
 def restore_batch(
     config: RestoreConfig,
-) -> int: # exit code: 2 if files failed
+) -> int:  # exit code: 2 if files failed
     "Restore what isn't done yet, and write a line for each. Raises what concerns more than one file."
     pairs, log = plan_restore(config)
     quiet_libraries()

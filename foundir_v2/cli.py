@@ -150,8 +150,8 @@ def add_data(sub: Any) -> None:
 
 # %% ../nbs/90_cli.ipynb #70108c63
 def limits_from(
-    texts: Iterable[str], # MEASURE=REVIEW,REJECT
-) -> dict[str, list[float]]: # measure -> [review, reject]
+    texts: Iterable[str],  # MEASURE=REVIEW,REJECT
+) -> dict[str, list[float]]:  # measure -> [review, reject]
     "Read limits of the command line. Raises `FoundIRError` on another form."
     from foundir_v2.core import FoundIRError
     limits = {}
@@ -238,7 +238,7 @@ def run_train(args: argparse.Namespace) -> int:
     quiet_libraries()
     from foundir_v2.train import read_config, train
     config = read_config(named(args.config), args.stage, args.set)
-    output = Target(config.output, "folder", state="ours") # whether it is, `train` itself knows
+    output = Target(config.output, "folder", state="ours")  # whether it is, `train` itself knows
     inputs = [args.config, config.manifest, *([config.init] if config.init else [])]
     check_targets([output, Target(config.checkpoints, "store")], inputs)
     reach_hub([config.base])
@@ -333,7 +333,7 @@ def parser() -> argparse.ArgumentParser:
     for add in COMMANDS: add(sub)
     return p
 
-def main(argv: list[str] | None = None) -> int: # 0: done; 2: bad input, told in one line
+def main(argv: list[str] | None = None) -> int:  # 0: done; 2: bad input, told in one line
     "Entry point of `foundir-v2`."
     try:
         args = parser().parse_args(argv)

@@ -46,7 +46,8 @@ class Variant:
     about: Annotated[str, MinLen(1)]  # what it is, for the table
     against: str | None = "full"  # the variant that it is compared with; None: it is the first partner of all
     params: dict[str, dict[str, Any]] = field(default_factory=dict)  # section -> key -> value
-    inference: dict[str, dict[str, Any]] = field(default_factory=dict)  # system -> options: the same weights, run otherwise
+    # system -> options: the same weights, run otherwise
+    inference: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self):
         for options in self.inference.values(): parse_restorer(f"{RESTORER}folder", options)
@@ -62,7 +63,8 @@ class Experiment:
     def __post_init__(self):
         names = [*self.variants, *(s for v in self.variants.values() for s in v.inference)]
         if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ConfigError(f"two systems are called {', '.join(twice)}: variants and their inference settings share one table")
+            raise ConfigError(f"two systems are called {', '.join(twice)}: variants and their inference settings share "
+                              "one table")
         for name, v in self.variants.items():
             if v.against not in (None, *(n for n in self.variants if n != name)):
                 raise ConfigError(f"{name} is compared with {v.against!r}: choose another variant, or null")
@@ -206,7 +208,8 @@ def measure_variant(
     options = {k: v for k, v in spec.items() if k != "restorer"} if isinstance(spec, Mapping) else {}
     settings = {name: {}, **variant.inference}
     systems = make_restorers({s: options | own | {"restorer": f"{RESTORER}{weights}"} for s, own in settings.items()})
-    return pd.concat([compare(systems, some, metrics).assign(benchmark=b) for b, some in items.items()], ignore_index=True)
+    return pd.concat([compare(systems, some, metrics).assign(benchmark=b) for b, some in items.items()],
+                     ignore_index=True)
 
 # %% ../nbs/86_contributions.ipynb #43ac0e61
 KEY = ("benchmark", "restorer", "category", "subtask", "photo", "seed")  # columns that name a value, besides its metric
@@ -240,14 +243,15 @@ def read_row(
         wide = pd.DataFrame(lines, columns=columns).melt(list(KEY), var_name="metric")
         return row | {"scores": wide.astype({"value": float})}
     except (ValueError, KeyError, TypeError) as e:
-        raise FoundIRError(f"{Path(path).name} is no row of results ({e}): remove it, and its training runs again") from None
+        raise FoundIRError(
+            f"{Path(path).name} is no row of results ({e}): remove it, and its training runs again") from None
 
 # %% ../nbs/86_contributions.ipynb #572f63f7
 def read_rows(
     folder: str | Path,  # of rows
     experiment: Experiment,
     text: str,  # of params.yaml
-) -> tuple[pd.DataFrame, dict[str, str]]:  # scores with the column run, the training's seed; row -> why it doesn't count
+) -> tuple[pd.DataFrame, dict[str, str]]:  # scores, run: the training's seed; row -> why it doesn't count
     "All rows that were made with today's settings. Raises `FoundIRError` for a damaged one."
     scores, missing = [], {}
     for name, variant in experiment.variants.items():
@@ -257,7 +261,8 @@ def read_rows(
             row, today = read_row(path), settings_hash(variant_params(text, variant, seed), variant, experiment.metrics)
             if row["settings"] == today: scores.append(row["scores"].assign(run=seed))
             else: missing[path.stem] = "made with other settings"
-    return pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(columns=[*KEY, "metric", "value", "run"]), missing
+    return (pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(columns=[*KEY, "metric", "value", "run"]),
+            missing)
 
 # %% ../nbs/86_contributions.ipynb #223ac4df
 def _paired(part: pd.DataFrame, system: str, partner: str | None) -> pd.DataFrame:
@@ -273,7 +278,7 @@ def _long(scores: pd.DataFrame, name: str) -> pd.DataFrame:
 def compare_variants(
     scores: pd.DataFrame,  # from `read_rows`
     experiment: Experiment,
-) -> pd.DataFrame:  # columns metric, restorer, category, value, benchmark, against, seeds, paired, difference, low, high
+) -> pd.DataFrame:  # metric, restorer, category, value, benchmark, against, seeds, paired, difference, low, high
     "Mean of every system over `seeds` trainings, its improvement over its partner in the `paired` ones, 95 % interval."
     if scores.empty: raise FoundIRError("no rows that were made with today's settings: run `make contributions`")
     tables, key = [], ["metric", "restorer", "category"]
@@ -298,7 +303,8 @@ def contributions_table(
     def cell(r: Any) -> str:
         d = digits.get(r.metric, 3)
         if np.isnan(r.value): return "not defined"
-        return f"{r.value:.{d}f}" + ("" if np.isnan(r.difference) else f", {r.difference:+.{d}f} [{r.low:+.{d}f}, {r.high:+.{d}f}]")
+        return f"{r.value:.{d}f}" + (
+            "" if np.isnan(r.difference) else f", {r.difference:+.{d}f} [{r.low:+.{d}f}, {r.high:+.{d}f}]")
     means = table[(table.category == "mean") & table.metric.isin(metrics)]
     cells = {(r.restorer, f"{r.benchmark}: {r.metric}"): cell(r) for r in means.itertuples()}
     words = pd.Series(cells, dtype=object).unstack().reindex(means.restorer.unique())
@@ -323,7 +329,8 @@ def plot_contributions(
         x, places = part.difference, [names.index(f"{r.restorer} − {r.against}") for r in part.itertuples()]
         ax.errorbar(x, places, xerr=[(x - part.low).clip(lower=0), (part.high - x).clip(lower=0)], fmt="o", capsize=2)
         ax.axvline(0, color="grey", lw=0.8)
-        ax.set(yticks=range(len(names)), yticklabels=names, title=f"{benchmark} of distribution" if benchmark == "out" else "in distribution",
+        ax.set(yticks=range(len(names)), yticklabels=names,
+               title=f"{benchmark} of distribution" if benchmark == "out" else "in distribution",
                xlabel=f"{metric}, right is better")
     axes[0][0].invert_yaxis()
     return fig

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .core import FoundIRError, Restorer, atomic_write, load_image, repo_root, save_image
-from .iqa import Unscorable, metric as lookup, oriented, prepare, score
+from .core import FoundIRError, Restorer, atomic_write, load_image, save_image
+from .iqa import Unscorable, oriented, prepare, score
 from .tasks import CATEGORIES, subtask as as_subtask
 
 # %% ../nbs/70_evaluate.ipynb #24d551e6
@@ -32,8 +32,8 @@ def takes_caption(
 
 def restore(
     restorer: Restorer,
-    item: Any, # with `lq`, `gt`, `subtask`, `photo`, `seed`, and perhaps `caption`
-) -> Tensor: # (3, H, W) on a grid of 8 bits, the size of `item.gt`
+    item: Any,  # with `lq`, `gt`, `subtask`, `photo`, `seed`, and perhaps `caption`
+) -> Tensor:  # (3, H, W) on a grid of 8 bits, the size of `item.gt`
     "Run a restorer on one item. Raises `FoundIRError` if it returns something that is no picture of the right size."
     source = item.gt if getattr(restorer, "uses_ground_truth", False) else item.lq
     told = {"caption": getattr(item, "caption", "")} if takes_caption(restorer) else {}
@@ -46,10 +46,10 @@ def restore(
 
 # %% ../nbs/70_evaluate.ipynb #f77c40d7
 def measure(
-    picture: Tensor, # (3, H, W)
+    picture: Tensor,  # (3, H, W)
     item: Any,       # its item
-    metrics: Sequence[str], # keys of `foundir_v2.iqa.METRICS`
-) -> dict[str, float]: # NaN where a metric has nothing to say about this picture (NIQE below 512 x 512)
+    metrics: Sequence[str],  # keys of `foundir_v2.iqa.METRICS`
+) -> dict[str, float]:  # NaN where a metric has nothing to say about this picture (NIQE below 512 x 512)
     "All metrics of one restored picture."
     def value(name):
         try: return score(name, picture, item.gt)
@@ -63,25 +63,29 @@ COLUMNS = ("restorer", "category", "subtask", "photo", "seed", "metric", "value"
 # %% ../nbs/70_evaluate.ipynb #e7e20fd2
 def evaluate(
     restorer: Restorer,
-    dataset: Iterable[Any], # items with `lq`, `gt`, `subtask`, `photo`, `seed`
-    metrics: Sequence[str] = OFFLINE, # keys of `foundir_v2.iqa.METRICS`
-    name: str | None = None, # what to call it in the table; default: `restorer.name`
-    watch: Callable[[str, Any, Tensor], None] | None = None, # called with (name, item, restored picture)
-) -> pd.DataFrame: # columns `COLUMNS`, one row per picture and metric
-    "Score a restorer. Raises `FoundIRError` on unknown or unavailable metrics, an empty benchmark, or a restorer's wrong output."
+    dataset: Iterable[Any],  # items with `lq`, `gt`, `subtask`, `photo`, `seed`
+    metrics: Sequence[str] = OFFLINE,  # keys of `foundir_v2.iqa.METRICS`
+    name: str | None = None,  # what to call it in the table; default: `restorer.name`
+    watch: Callable[[str, Any, Tensor], None] | None = None,  # called with (name, item, restored picture)
+) -> pd.DataFrame:  # columns `COLUMNS`, one row per picture and metric
+    """Score a restorer.
+    Raises `FoundIRError` on unknown or unavailable metrics, an empty benchmark, or a restorer's wrong output."""
     prepare(list(metrics))
     rows, name = [], name or restorer.name
     for item in dataset:
         picture, task = restore(restorer, item), as_subtask(item.subtask)
         if watch is not None: watch(name, item, picture)
-        rows += [(name, task.category, task.name, item.photo, item.seed, m, v) for m, v in measure(picture, item, metrics).items()]
-    if not rows: raise FoundIRError("the benchmark holds no items: check the split, the sub-tasks and the number of items per sub-task")
+        rows += [(name, task.category, task.name, item.photo, item.seed, m, v)
+                 for m, v in measure(picture, item, metrics).items()]
+    if not rows:
+        raise FoundIRError("the benchmark holds no items: check the split, the sub-tasks and the number of items per "
+                           "sub-task")
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 # %% ../nbs/70_evaluate.ipynb #9979e8a0
 def shuffled(
-    items: Sequence[Any], # of at least two photographs
-) -> list[SimpleNamespace]: # the same ground truths in the same order, each with another photograph's LQ and caption
+    items: Sequence[Any],  # of at least two photographs
+) -> list[SimpleNamespace]:  # the same ground truths in the same order, each with another photograph's LQ and caption
     "Exchange the degraded pictures between photographs. Raises `FoundIRError` if there is only one."
     order = sorted(items, key=lambda i: i.photo)
     sizes = pd.Series([i.photo for i in items]).value_counts()
@@ -89,7 +93,8 @@ def shuffled(
     place = {id(item): k for k, item in enumerate(order)}
     out = []
     for item in items:
-        donors = (order[(place[id(item)] + k) % len(order)] for k in range(int(sizes.iloc[0]), int(sizes.iloc[0]) + len(order)))
+        donors = (order[(place[id(item)] + k) % len(order)]
+                  for k in range(int(sizes.iloc[0]), int(sizes.iloc[0]) + len(order)))
         donor = next(d for d in donors if d.photo != item.photo)
         lq, size = donor.lq, item.lq.shape[-2:]
         if lq.shape != item.lq.shape: lq = interpolate(lq[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
@@ -101,26 +106,30 @@ def shuffled(
 SHUFFLED = "shuffled"
 
 def compare(
-    systems: Mapping[str, Restorer], # name in the table -> restorer
+    systems: Mapping[str, Restorer],  # name in the table -> restorer
     items: Sequence[Any],
     metrics: Sequence[str] = OFFLINE,
-    control: str | None = None, # the system that is also run on `shuffled(items)`
-    watch: Callable[[str, Any, Tensor], None] | None = None, # called with (name, item, restored picture)
-) -> pd.DataFrame: # the systems' tables below each other
-    "Score several restorers on the same items. Raises `FoundIRError` as `evaluate` does, and if the control or the items can't be used."
-    if control is not None and control not in systems: raise FoundIRError(f"unknown control {control!r}: choose from {', '.join(systems)}")
+    control: str | None = None,  # the system that is also run on `shuffled(items)`
+    watch: Callable[[str, Any, Tensor], None] | None = None,  # called with (name, item, restored picture)
+) -> pd.DataFrame:  # the systems' tables below each other
+    """Score several restorers on the same items.
+    Raises `FoundIRError` as `evaluate` does, and if the control or the items can't be used."""
+    if control is not None and control not in systems:
+        raise FoundIRError(f"unknown control {control!r}: choose from {', '.join(systems)}")
     if SHUFFLED in systems: raise FoundIRError(f"a system can't be called {SHUFFLED!r}: that is the control's name")
-    if control is not None and getattr(systems[control], "uses_ground_truth", False): raise FoundIRError(f"{control!r} is given the ground truth, never the wrong picture: choose another control")
-    if len({(as_subtask(i.subtask).name, i.photo, i.seed) for i in items}) < len(items): raise FoundIRError("two items have the same sub-task, photo and seed: name every sub-task once")
-    wrong = None if control is None else shuffled(items) # refuses what can't be shuffled before hours of work
+    if control is not None and getattr(systems[control], "uses_ground_truth", False):
+        raise FoundIRError(f"{control!r} is given the ground truth, never the wrong picture: choose another control")
+    if len({(as_subtask(i.subtask).name, i.photo, i.seed) for i in items}) < len(items):
+        raise FoundIRError("two items have the same sub-task, photo and seed: name every sub-task once")
+    wrong = None if control is None else shuffled(items)  # refuses what can't be shuffled before hours of work
     tables = [evaluate(restorer, items, metrics, name, watch) for name, restorer in systems.items()]
     if control is not None: tables.append(evaluate(systems[control], wrong, metrics, SHUFFLED, watch))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/70_evaluate.ipynb #9269e87f
 def summary(
-    scores: pd.DataFrame, # as `compare` returns it
-) -> pd.DataFrame: # index: category, then "mean"; columns: (metric, restorer)
+    scores: pd.DataFrame,  # as `compare` returns it
+) -> pd.DataFrame:  # index: category, then "mean"; columns: (metric, restorer)
     "Mean value per category, and the mean of the categories."
     means = scores.pivot_table("value", "category", ["metric", "restorer"], sort=False, dropna=False)
     means = means.reindex([c for c in CATEGORIES if c in means.index])
@@ -130,26 +139,29 @@ def summary(
 # %% ../nbs/70_evaluate.ipynb #47b3a5e2
 def _resampled(values: pd.DataFrame, resamples: int, seed: int, levels: Sequence[str]) -> pd.DataFrame:
     "Bootstrapped category means, and their mean; one row per resample. `values`: columns category, value and `levels`."
-    cells = values.dropna(subset="value").pivot_table("value", list(levels), "category", aggfunc=["sum", "count"], fill_value=0)
+    cells = values.dropna(subset="value").pivot_table(
+        "value", list(levels), "category", aggfunc=["sum", "count"], fill_value=0)
     rng, W = np.random.default_rng(seed), np.ones((resamples, 1))
     for level in levels:
         place, names = pd.factorize(cells.index.get_level_values(level))
         n = len(names)
         W = W * rng.multinomial(n, np.full(n, 1 / n), size=resamples)[:, place]
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = pd.DataFrame(W @ cells["sum"].to_numpy() / (W @ cells["count"].to_numpy()), columns=cells["sum"].columns)
+        means = pd.DataFrame(W @ cells["sum"].to_numpy() / (W @ cells["count"].to_numpy()),
+                             columns=cells["sum"].columns)
     means["mean"] = means.mean(axis=1)
     return means
 
 # %% ../nbs/70_evaluate.ipynb #f31a8d8c
 def intervals(
-    scores: pd.DataFrame, # as `compare` returns it, or as `gains` does
+    scores: pd.DataFrame,  # as `compare` returns it, or as `gains` does
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
-    above: str | None = None, # column of a level above the photographs, such as repeated trainings; None: there is none
-) -> pd.DataFrame: # columns restorer, metric, category ("mean" included), low, high
-    "Percentile bootstrap of the category means over photographs (Efron 1979), on two levels with `above`; what has no finite value is left out."
+    above: str | None = None,  # column of a level above the photographs, such as repeated trainings; None: none
+) -> pd.DataFrame:  # columns restorer, metric, category ("mean" included), low, high
+    """Percentile bootstrap of the category means over photographs (Efron 1979), on two levels with `above`; what has
+    no finite value is left out."""
     rows, levels = [], ["photo"] if above is None else [above, "photo"]
     for (restorer, metric), group in scores.dropna(subset="value").groupby(["restorer", "metric"], sort=False):
         means = _resampled(group, resamples, seed, levels)
@@ -160,10 +172,11 @@ def intervals(
 # %% ../nbs/70_evaluate.ipynb #f01a300b
 def gains(
     scores: pd.DataFrame,    # as `compare` returns it
-    baseline: str = "input", # the restorer that is subtracted
-) -> pd.DataFrame: # the same columns without the baseline's rows; `value` is the improvement, positive is better
+    baseline: str = "input",  # the restorer that is subtracted
+) -> pd.DataFrame:  # the same columns without the baseline's rows; `value` is the improvement, positive is better
     "Improvement over a baseline, item by item. Raises `FoundIRError` if the baseline isn't in the table."
-    if baseline not in set(scores.restorer): raise FoundIRError(f"no rows of {baseline!r}: choose from {', '.join(scores.restorer.unique())}")
+    if baseline not in set(scores.restorer):
+        raise FoundIRError(f"no rows of {baseline!r}: choose from {', '.join(scores.restorer.unique())}")
     key = ["subtask", "photo", "seed", "metric"]
     base = scores[scores.restorer == baseline].set_index(key).value
     rest = scores[scores.restorer != baseline].copy()
@@ -186,24 +199,30 @@ def _means(scores: pd.DataFrame) -> dict:
     "category (and mean) -> restorer -> metric -> mean."
     means = summary(scores)
     order = {r: i for i, r in enumerate(scores.restorer.unique())}
-    return _nested((c, r, m, means.loc[c, (m, r)]) for c in means.index for m, r in sorted(means.columns, key=lambda k: order[k[1]]))
+    return _nested((c, r, m, means.loc[c, (m, r)]) for c in means.index
+                   for m, r in sorted(means.columns, key=lambda k: order[k[1]]))
 
 # %% ../nbs/70_evaluate.ipynb #a6227a7a
 def metrics_tree(
     scores: pd.DataFrame,     # as `compare` returns it
-    control: str | None = None, # the system that the rows called `shuffled` belong to
+    control: str | None = None,  # the system that the rows called `shuffled` belong to
     baseline: str = "input",  # for the gains; left out if it isn't in the table
-) -> dict: # the layout of metrics/evaluate.json
+) -> dict:  # the layout of metrics/evaluate.json
     "All that is published about a comparison, as JSON-serialisable dictionaries."
     shown, wrong = scores[scores.restorer != SHUFFLED], scores[scores.restorer == SHUFFLED]
-    if control is not None and not (len(wrong) and control in set(shown.restorer)): raise FoundIRError(f"the scores hold no control of {control!r}: compare with control={control!r} first")
+    if control is not None and not (len(wrong) and control in set(shown.restorer)):
+        raise FoundIRError(f"the scores hold no control of {control!r}: compare with control={control!r} first")
     means = _means(shown)
-    tree = {"categories": {c: v for c, v in means.items() if c != "mean"}, "mean": means.get("mean", {}),
-            "interval95": _nested((r.category, r.restorer, r.metric, (r.low, r.high)) for r in intervals(shown).itertuples())}
+    tree = {"categories": {c: v for c, v in means.items() if c != "mean"},
+            "mean": means.get("mean", {}),
+            "interval95": _nested((r.category, r.restorer, r.metric, (r.low, r.high))
+                                  for r in intervals(shown).itertuples())}
     if baseline in set(shown.restorer) and shown.restorer.nunique() > 1:
         gain = gains(shown, baseline)
         mean = summary(gain)
-        tree["gain"] = _nested((r.category, r.restorer, r.metric, (mean.loc[r.category, (r.metric, r.restorer)], r.low, r.high)) for r in intervals(gain).itertuples())
+        tree["gain"] = _nested(
+            (r.category, r.restorer, r.metric, (mean.loc[r.category, (r.metric, r.restorer)], r.low, r.high))
+            for r in intervals(gain).itertuples())
     if control is not None: tree["shuffled"] = _control(means, _means(wrong), control)
     first = scores[["photo", "subtask", "seed"]].drop_duplicates()
     return tree | {"items": len(first), "photographs": int(first.photo.nunique())}
@@ -211,13 +230,15 @@ def metrics_tree(
 def _control(means: dict, wrong: dict, control: str) -> dict:
     "The control's means, and how much worse they are."
     wrong = {c: systems[SHUFFLED] for c, systems in wrong.items()}
-    mean = wrong.get("mean", {}) # there is none if a metric had nothing to say
-    cost = {m: round(oriented(m, v - mean[m]), 4) for m, v in means.get("mean", {}).get(control, {}).items() if m in mean}
-    return {"system": control, "categories": {c: v for c, v in wrong.items() if c != "mean"}, "mean": mean, "cost": cost}
+    mean = wrong.get("mean", {})  # there is none if a metric had nothing to say
+    cost = {m: round(oriented(m, v - mean[m]), 4)
+            for m, v in means.get("mean", {}).get(control, {}).items() if m in mean}
+    return {"system": control, "categories": {c: v for c, v in wrong.items() if c != "mean"}, "mean": mean,
+            "cost": cost}
 
 # %% ../nbs/70_evaluate.ipynb #52892d25
 def write_metrics(
-    tree: Mapping[str, Any], # as `metrics_tree` returns it
+    tree: Mapping[str, Any],  # as `metrics_tree` returns it
     path: str | Path,
 ) -> Path:
     "Write the metrics file, completely or not at all."
@@ -237,7 +258,7 @@ class Pictures:
 
     def save(
         self,
-        folder: str | Path, # gets one folder per sub-task
+        folder: str | Path,  # gets one folder per sub-task
     ) -> list[Path]:
         "Write what was kept."
         paths = [(Path(folder)/task/f"{name}.png", x) for task, shown in self.kept.items() for name, x in shown.items()]
@@ -248,9 +269,10 @@ class Pictures:
 
 # %% ../nbs/70_evaluate.ipynb #a4b82b95
 def load_pictures(
-    folder: str | Path, # as `Pictures.save` wrote it
-) -> dict[str, dict[str, Tensor]]: # sub-task -> system -> (3, H, W)
+    folder: str | Path,  # as `Pictures.save` wrote it
+) -> dict[str, dict[str, Tensor]]:  # sub-task -> system -> (3, H, W)
     "Read what `Pictures.save` wrote. Raises `FoundIRError` if there is nothing."
-    found = {d.name: {p.stem: load_image(p) for p in sorted(d.glob("*.png"))} for d in sorted(Path(folder).glob("*")) if d.is_dir()}
+    found = {d.name: {p.stem: load_image(p) for p in sorted(d.glob("*.png"))}
+             for d in sorted(Path(folder).glob("*")) if d.is_dir()}
     if not found: raise FoundIRError(f"no pictures in {folder}: run the evaluation first")
     return found

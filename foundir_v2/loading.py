@@ -28,7 +28,6 @@ from .inference import Recipe, find_recipe, read_recipe, stored_defaults, write_
 from .pipeline import FoundIRv2Pipeline, assemble, resolve_settings
 from .planner import Plan, make_plan, read_skeleton
 from .unet import OWN_MODULES, FoundIRUNet
-from .vae import vae_scale_factor
 
 # %% ../nbs/56_loading.ipynb #dfa9aa82
 def save_restorer(
@@ -49,8 +48,8 @@ def _whole_pipeline(source: Path | str) -> bool:
     if isinstance(source, Path) and not (source / "model_index.json").is_file(): return False
     try: config = DiffusionPipeline.load_config(source)
     except OSError:
-        raise FoundIRError(f"can't get {source!r} from the hub (no network, or no such model): give a folder, or one of "
-                           f"{', '.join(ASSETS)}") from None
+        raise FoundIRError(f"can't get {source!r} from the hub (no network, or no such model): give a folder, "
+                           f"or one of {', '.join(ASSETS)}") from None
     stored_defaults(config, f"{source}/model_index.json")
     return config.get("unet", ["", ""])[1] == "FoundIRUNet"
 
@@ -58,8 +57,8 @@ def _unet_folder(folder: Path, dtype: torch.dtype) -> FoundIRUNet:
     "The U-Net of a restorer's folder. Raises `FoundIRError` if it is missing or damaged."
     try: return FoundIRUNet.from_pretrained(folder / "unet", dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise FoundIRError(f"can't load the U-Net in {folder / 'unet'} ({' '.join(str(e).split())[:200]}): write it again, "
-                           "or get an undamaged copy") from None
+        raise FoundIRError(f"can't load the U-Net in {folder / 'unet'} ({' '.join(str(e).split())[:200]}): "
+                           "write it again, or get an undamaged copy") from None
 
 # %% ../nbs/56_loading.ipynb #72998ae4
 OFFLOADS = ("none", "model", "sequential")
@@ -68,7 +67,8 @@ def check_offload(device: torch.device, offload: str) -> None:
     "Raises `FoundIRError` for an unknown offload, and on a CPU for \"sequential\"."
     if offload not in OFFLOADS: raise FoundIRError(f"unknown offload {offload!r}: choose from {', '.join(OFFLOADS)}")
     if offload == "sequential" and device.type == "cpu":
-        raise FoundIRError("offload='sequential' moves layers between main memory and an accelerator: on a cpu choose none")
+        raise FoundIRError("offload='sequential' moves layers between main memory and an accelerator: "
+                           "on a cpu choose none")
 
 def place(
     pipe: DiffusionPipeline,
@@ -118,8 +118,8 @@ def _load(
     options = dict(quantization_config=quantization) if quantization else {}
     if _whole_pipeline(source): return FoundIRv2Pipeline.from_pretrained(source, dtype=dtype, **options)
     if quantization:
-        raise FoundIRError(f"{source} is no whole pipeline, and only such can be quantised while it is loaded: write one "
-                           "with load_pipeline(...).save_pretrained(FOLDER)")
+        raise FoundIRError(f"{source} is no whole pipeline, and only such can be quantised while it is loaded: "
+                           "write one with load_pipeline(...).save_pretrained(FOLDER)")
     if recipe := find_recipe(source):
         return assemble(load_base(recipe.base, dtype, prior=False), _unet_folder(source, dtype).eval(), recipe)
     base = load_base(source, dtype)
@@ -134,7 +134,7 @@ def load_pipeline(
     tile_size: int | None = None,  # the pipeline's default from now on; None: the model's, or as planned
     tile_batch: int | None = None,  # likewise
     fp8: bool | None = None,  # the U-Net's weights wait in 8 bits, each layer widens its own; None: no, or as planned
-    quantization: Mapping | PipelineQuantizationConfig | None = None,  # diffusers'; a mapping holds the class's arguments
+    quantization: Mapping | PipelineQuantizationConfig | None = None,  # diffusers'; a mapping holds its arguments
     plan: str | Plan | None = None,  # "auto": choose what is not given; one from `make_plan`; None: only refuse misfits
     memory: int | None = None,  # bytes that this process may use on the device; None: all that is free
     size: tuple[int, int] | None = None,  # height and width of the largest result, to plan for; None: one tile
@@ -142,7 +142,8 @@ def load_pipeline(
     "Load a restorer. Raises `FoundIRError` if there is none of that name, or if it won't fit."
     device, source = pick_device(device or "auto"), resolve_model(name_or_path)
     check_offload(device, offload or "none")
-    if dtype is not None: dtype = str(dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, device)).removeprefix("torch.")
+    if dtype is not None:
+        dtype = str(dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, device)).removeprefix("torch.")
     given = dict(dtype=dtype, offload=offload, tile_size=tile_size, tile_batch=tile_batch, fp8=fp8)
     plan = _settle(source, device, plan, memory, size, given, quantization is not None)
     if isinstance(quantization, Mapping): quantization = PipelineQuantizationConfig(**quantization)
@@ -175,12 +176,13 @@ def load_encoder(
     try:
         with safe_open(path, "pt") as f: found, told = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except (OSError, SafetensorError) as e:
-        raise FoundIRError(f"can't read the LQ encoder in {path} ({' '.join(str(e).split())[:200]}): write it again with "
-                           "save_encoder") from None
+        raise FoundIRError(f"can't read the LQ encoder in {path} ({' '.join(str(e).split())[:200]}): "
+                           "write it again with save_encoder") from None
     base, width = load_base(told.get("base", "base")), len(found.get("lq_context.local.weight", ()))
     unet = build_foundir_unet(base, lq_context_width=width, lq_norm_groups=0, moe=None).eval()
     fits = {k: v.shape for k, v in _encoder_part(unet).items()} == {k: v.shape for k, v in found.items()}
-    if not fits: raise FoundIRError(f"{path} holds no LQ encoder of the base {told.get('base')!r}: write it with save_encoder")
+    if not fits:
+        raise FoundIRError(f"{path} holds no LQ encoder of the base {told.get('base')!r}: write it with save_encoder")
     unet.load_state_dict(found, strict=False)
     return unet, base.vae
 
@@ -219,7 +221,7 @@ def describe(
     of_one_picture = ImageError if captioner.startswith("vlm") else FoundIRError
     own = (of_one_picture, FileNotFoundError)
     def one(path: str | Path) -> str | Exception:
-        try: return ask(path)
+        try: return ask(path)  # noqa: F821
         except own as e: return type(e)(str(e))  # without its traceback, whose frames would keep the model
     texts = [one(path) for path in paths]
     del ask, one

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # %% ../nbs/57_optim.ipynb #57000004
-import torch
 from torch.optim import AdamW, Optimizer
 
 # %% ../nbs/57_optim.ipynb #57000005

@@ -35,66 +35,66 @@ SubTaskName = Annotated[str, OneOf(SUBTASKS)]
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig:
     "Section `ingest`."
-    data_dir: Text # the data set, relative to the repository
-    max_pixels: Annotated[int, Interval(ge=1, le=10**10)] # larger pictures are rejected
-    near_bits: Annotated[int, Interval(ge=0, le=256)] # pictures of two splits that differ less are one photograph
+    data_dir: Text  # the data set, relative to the repository
+    max_pixels: Annotated[int, Interval(ge=1, le=10**10)]  # larger pictures are rejected
+    near_bits: Annotated[int, Interval(ge=0, le=256)]  # pictures of two splits that differ less are one photograph
 
 @dataclass(frozen=True, kw_only=True)
 class CleanConfig:
     "Section `clean`."
-    limits: dict[str, tuple[float, float]] # measure -> review from here on, reject from here on
-    metrics: list[MetricName] # no-reference metrics to measure besides
-    window: Side # of the middle part that is judged
-    manual: str | None # CSV with photo,verdict,reason that overrules the limits
+    limits: dict[str, tuple[float, float]]  # measure -> review from here on, reject from here on
+    metrics: list[MetricName]  # no-reference metrics to measure besides
+    window: Side  # of the middle part that is judged
+    manual: str | None  # CSV with photo,verdict,reason that overrules the limits
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestConfig:
     "Section `manifest`."
-    captioner: Text # a usage of `caption.CAPTIONERS`
+    captioner: Text  # a usage of `caption.CAPTIONERS`
 
 # %% ../nbs/82_params.ipynb #783105e8
 @dataclass(frozen=True, kw_only=True)
 class OutsideConfig:
     "`evaluate.out_of_distribution`."
-    version: Annotated[int, OneOf(RECIPES)] # of the recipes
-    per_category: Count # items
-    clean: Annotated[int, Interval(ge=0, le=10**4)] # photographs that need nothing
-    max_pixels: Annotated[int, Interval(ge=64**2, le=10**8)] # larger ones are shrunk, as a whole
+    version: Annotated[int, OneOf(RECIPES)]  # of the recipes
+    per_category: Count  # items
+    clean: Annotated[int, Interval(ge=0, le=10**4)]  # photographs that need nothing
+    max_pixels: Annotated[int, Interval(ge=64**2, le=10**8)]  # larger ones are shrunk, as a whole
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     "Section `evaluate`."
-    systems: dict[str, Any] # name in the table -> restorer, or a mapping with `restorer` and options
-    control: Text # this system is also run on the pictures of other photographs
+    systems: dict[str, Any]  # name in the table -> restorer, or a mapping with `restorer` and options
+    control: Text  # this system is also run on the pictures of other photographs
     metrics: Annotated[list[MetricName], MinLen(1)]
     split: Literal["train", "reference", "test"]
-    subtasks: Annotated[list[SubTaskName], MinLen(1)] | None # None: all
-    per_subtask: Count # items each
-    size: Side # side of the crops
-    seed: Seed # of crops, degradations and the diffusion's noise
-    out_of_distribution: OutsideConfig | None # whole photographs damaged by another library; None: without
+    subtasks: Annotated[list[SubTaskName], MinLen(1)] | None  # None: all
+    per_subtask: Count  # items each
+    size: Side  # side of the crops
+    seed: Seed  # of crops, degradations and the diffusion's noise
+    out_of_distribution: OutsideConfig | None  # whole photographs damaged by another library; None: without
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     "Section `report`."
-    columns: Annotated[list[Text], MinLen(1)] # systems of the before-and-after pictures
-    headline: MetricName # metric of the gains
-    training: dict[str, Text] # name -> folder with a training log
-    loss_window: Count # steps of the running mean
-    gate_model: Any # restorer whose gates are shown, as in `evaluate.systems`
+    columns: Annotated[list[Text], MinLen(1)]  # systems of the before-and-after pictures
+    headline: MetricName  # metric of the gains
+    training: dict[str, Text]  # name -> folder with a training log
+    loss_window: Count  # steps of the running mean
+    gate_model: Any  # restorer whose gates are shown, as in `evaluate.systems`
     gate_subtasks: Annotated[list[SubTaskName], MinLen(1)]
 
 # %% ../nbs/82_params.ipynb #deed8b7d
-STAGES = {f"train_stage{n}": n for n in (0, 1, 2)} # section -> stage of training
+STAGES = {f"train_stage{n}": n for n in (0, 1, 2)}  # section -> stage of training
 SECTIONS: dict[str, type] = dict(ingest=IngestConfig, clean=CleanConfig, manifest=ManifestConfig, **PARTS,
                                  **dict.fromkeys(STAGES, StageConfig), evaluate=EvaluateConfig, report=ReportConfig)
 
 # %% ../nbs/82_params.ipynb #51e95b6a
-OPTIONAL = ("conditioning_init", "proportions", "update_every") # in the section of a training stage
+OPTIONAL = ("conditioning_init", "proportions", "update_every")  # in the section of a training stage
 
 def section_problems(
-    name: str, # of the section
-    values: Mapping[str, Any], # its keys
+    name: str,  # of the section
+    values: Mapping[str, Any],  # its keys
 ) -> Iterator[str]:
     "What is wrong with one section on its own."
     part, stage = SECTIONS[name], STAGES.get(name)
@@ -107,14 +107,14 @@ def section_problems(
 
 # %% ../nbs/82_params.ipynb #a5de0a78
 def indivisible(
-    size: int, # side of crops in pixels
-    names: Sequence[str], # sub-tasks that they are made for
-) -> list[str]: # the sub-tasks whose scale doesn't divide it
+    size: int,  # side of crops in pixels
+    names: Sequence[str],  # sub-tasks that they are made for
+) -> list[str]:  # the sub-tasks whose scale doesn't divide it
     "Crops of super-resolution are shrunk by a whole number."
     return [n for n in names if size % SUBTASKS[n].scale]
 
 def stage_problems(
-    config: TrainConfig, # of a training stage
+    config: TrainConfig,  # of a training stage
 ) -> Iterator[str]:
     "What its run would only find out later."
     tasks = config.task_table
@@ -126,8 +126,8 @@ def stage_problems(
         yield f"mixture.reference_size {config.reference_size} is not a multiple of the scale of {', '.join(bad)}"
 
 def training_problems(
-    params: Mapping[str, Mapping[str, Any]], # each section is fine on its own
-    root: Path, # that a policy's `table` is relative to
+    params: Mapping[str, Mapping[str, Any]],  # each section is fine on its own
+    root: Path,  # that a policy's `table` is relative to
 ) -> Iterator[str]:
     "What is wrong with the training stages; what several have in common is told once."
     found: dict[str, list[str]] = {}
@@ -141,8 +141,8 @@ def training_problems(
 
 # %% ../nbs/82_params.ipynb #4d84d44b
 def restorer_problems(
-    spec: Any, # as in `evaluate.systems`
-    where: str, # where it stands
+    spec: Any,  # as in `evaluate.systems`
+    where: str,  # where it stands
 ) -> Iterator[str]:
     "What can be seen of a restorer without loading it."
     options = {}
@@ -153,7 +153,7 @@ def restorer_problems(
 
 def evaluation_problems(
     evaluate: EvaluateConfig,
-    report: ReportConfig | None, # None: there is none
+    report: ReportConfig | None,  # None: there is none
 ) -> Iterator[str]:
     "What is wrong with the evaluation and its report."
     names, systems = evaluate.subtasks or list(SUBTASKS), evaluate.systems
@@ -190,9 +190,9 @@ def captioner_problems(manifest: ManifestConfig) -> Iterator[str]:
 
 # %% ../nbs/82_params.ipynb #e1a6c607
 def check_params(
-    params: Mapping[str, Mapping[str, Any]], # as `load_params` reads them
-    root: str | Path = ".", # repository root
-    name: str = "params.yaml", # for the message
+    params: Mapping[str, Mapping[str, Any]],  # as `load_params` reads them
+    root: str | Path = ".",  # repository root
+    name: str = "params.yaml",  # for the message
 ) -> None:
     "Refuse parameters that no stage could work with. Raises `ConfigError` with all that was found, in one line."
     known = [s for s in SECTIONS if s in params]
@@ -207,9 +207,9 @@ def check_params(
 
 # %% ../nbs/82_params.ipynb #906165f0
 def keys_read(
-    sections: Sequence[str], # of one stage
+    sections: Sequence[str],  # of one stage
     params: Mapping[str, Mapping[str, Any]],
-) -> dict[str, list[str]]: # section -> its keys that the stage reads
+) -> dict[str, list[str]]:  # section -> its keys that the stage reads
     "What a stage is given. Raises `ConfigError` for a section that isn't there."
     if missing := [s for s in sections if s not in params]:
         raise ConfigError(f"unknown section {', '.join(missing)}: the parameters have {', '.join(params)}")
@@ -220,9 +220,9 @@ def keys_read(
     return {s: fields_read(PARTS[s], STAGES[own], updates) if s in PARTS else keys for s, keys in whole.items()}
 
 def dvc_params(
-    sections: Sequence[str], # of one stage
+    sections: Sequence[str],  # of one stage
     params: Mapping[str, Mapping[str, Any]],
-) -> list[str]: # for `params:` of the stage in dvc.yaml
+) -> list[str]:  # for `params:` of the stage in dvc.yaml
     "The keys that a stage reads, as DVC writes them."
     read = keys_read(sections, params)
     return [p for s, keys in read.items() for p in ([s] if set(keys) >= set(params[s]) else [f"{s}.{k}" for k in keys])]

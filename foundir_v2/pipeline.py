@@ -139,7 +139,8 @@ def predict(
     features = offloadable(unet, "condition", x, job.crops(lq_embedding, tiles, job.grid).to(unet.dtype))
     embeds, added = job.conditioning(tiles, unet.dtype, guidance is not None, offset_unit)
     halves = len(embeds) // len(tiles)
-    out = unet(x.repeat(halves, 1, 1, 1), t, embeds, features=features.repeat(halves, 1, 1, 1), added_cond_kwargs=added).sample.float()
+    x, features = (v.repeat(halves, 1, 1, 1) for v in (x, features))
+    out = unet(x, t, embeds, features=features, added_cond_kwargs=added).sample.float()
     if guidance is None: return out
     negative, positive = out.chunk(2)
     return negative + guidance * (positive - negative)
@@ -152,7 +153,8 @@ def _lay_parts(
     "Parts of about a tile that cover the canvas once, from multiples of `LQContext`'s largest window."
     window = CONTEXT_WINDOWS[-1]
     size = max(max(grid.tile_shape) // window, 1) * window
-    return [[(rows, columns) for columns in cut_spans(grid.width, size, margin)] for rows in cut_spans(grid.height, size, margin)]
+    return [[(rows, columns) for columns in cut_spans(grid.width, size, margin)]
+            for rows in cut_spans(grid.height, size, margin)]
 
 def picture_contexts(
     unet: FoundIRUNet,  # with an `LQContext`
@@ -216,7 +218,8 @@ def denoise(
     for i, t in enumerate(timesteps):
         guidance = settings.guidance_scale if job.negatives is not None and begin <= i / len(timesteps) < end else None
         scale = lambda x: noise_scheduler.scale_model_input(x, t)
-        of_tiles = functools.partial(predict, unet, job, latents, lq_embedding, scale, t, guidance, settings.offset_unit)
+        of_tiles = functools.partial(predict, unet, job, latents, lq_embedding, scale, t, guidance,
+                                     settings.offset_unit)
         latents = step(tiled(job.counted(of_tiles)), t, latents)
         del of_tiles  # it holds the latents before this step
         latents = on_step(i, t, latents)
@@ -274,8 +277,8 @@ def resolve_settings(
     multiple = vae_scale_factor(pipe.vae) * pipe.latent_multiple
     for name in ("tile_size", "vae_tile_size"):
         if (getattr(s, name) or 0) % multiple:
-            raise FoundIRError(f"{name}={getattr(s, name)}: give a multiple of {multiple} pixels for this model, or 0 for "
-                               "no tiles")
+            raise FoundIRError(f"{name}={getattr(s, name)}: give a multiple of {multiple} pixels for this model, "
+                               "or 0 for no tiles")
     noise_scheduler = make_noise_scheduler(s.noise_scheduler, pipe.scheduler)
     set_timesteps(noise_scheduler, s.num_inference_steps)  # refuses an unusable schedule
     return s
@@ -295,14 +298,14 @@ def __call__(
     color_fix: str | None = None,  # "none", "adain", "wavelet"; None: AdaIN if upscale > 1, else none
     tile_size: int | None = None,  # pixels; 0: no tiles
     tile_overlap: float | None = None,  # fraction that neighbouring tiles share
-    tile_batch: int | None = None,  # tiles, of one picture or of several, per call of a model: more is faster where memory allows
+    tile_batch: int | None = None,  # tiles, of one picture or several, per call of a model: more is faster
     vae_tile_size: int | None = None,  # of encoder and decoder; None: as tile_size
-    guidance_interval: tuple[float, float] | None = None,  # share of the steps that guidance begins and ends at; None: all
-    noise_scheduler: str | None = None,  # a diffusers class such as "ddim", on the model's noise schedule; None: the model's own
+    guidance_interval: tuple[float, float] | None = None,  # share of the steps from and to which it acts; None: all
+    noise_scheduler: str | None = None,  # a diffusers class such as "ddim", on this noise schedule; None: its own
     offset_unit: str | None = None,  # "pixel", or "latent" for tile offsets as in the authors' code
-    generator: torch.Generator | list[torch.Generator] | None = None,  # one for all (drawn from in order), or one per picture
+    generator: torch.Generator | list[torch.Generator] | None = None,  # one for all (used in order), or one per picture
     output_type: str = "pil",  # "pil"; "pt": (3, H, W) in [0, 1]; "np": (H, W, 3)
-    callback_on_step_end: Callable | None = None,  # diffusers': (pipe, step, timestep, {"latents"}) -> dict of what it changed
+    callback_on_step_end: Callable | None = None,  # diffusers': (pipe, step, timestep, {"latents"}) -> what it changed
 ) -> ImagePipelineOutput:  # .images: a list, one per picture, in order
     "Restore pictures of any size. Raises `FoundIRError` for bad input or settings, before any work."
     images = stored_images(image)

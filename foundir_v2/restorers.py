@@ -67,7 +67,7 @@ class Unsharp:
     def __init__(
         self,
         sigma: float = 2.0,  # of the Gaussian, pixels
-        amount: float = 1.0, # how much of the removed detail is added
+        amount: float = 1.0,  # how much of the removed detail is added
     ): self.sigma, self.amount = sigma, amount
 
     def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
@@ -81,14 +81,15 @@ class Levels:
 
     def __init__(
         self,
-        tail: float = 0.01, # fraction of the pixels that may be cut off at either end
+        tail: float = 0.01,  # fraction of the pixels that may be cut off at either end
     ): self.tail = tail
 
     def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         x = Bicubic()(lq, subtask=subtask)
         ordered = x.flatten(1).sort(dim=1).values
         last = ordered.shape[1] - 1
-        low, high = ordered[:, round(self.tail * last), None, None], ordered[:, round((1 - self.tail) * last), None, None]
+        low = ordered[:, round(self.tail * last), None, None]
+        high = ordered[:, round((1 - self.tail) * last), None, None]
         return torch.where(high > low, (x - low) / (high - low).clamp(min=1e-6), x).clamp(0, 1)
 
 # %% ../nbs/76_restorers.ipynb #45200f3f
@@ -107,7 +108,7 @@ class NonLocalMeans:
 
     def __init__(
         self,
-        strength: float = 0.8, # allowed difference of two patches, in standard deviations of the noise
+        strength: float = 0.8,  # allowed difference of two patches, in standard deviations of the noise
     ): self.strength = strength
 
     def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
@@ -126,12 +127,12 @@ class Gamma:
 
     def __init__(
         self,
-        target: float = 0.45, # mean of the brightened picture
+        target: float = 0.45,  # mean of the brightened picture
     ): self.target = target
 
     def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         x = Bicubic()(lq, subtask=subtask)
-        low, high = 0.05, 1.0 # the mean of x ** power falls with the power: halve the interval
+        low, high = 0.05, 1.0  # the mean of x ** power falls with the power: halve the interval
         for _ in range(20):
             power = (low + high) / 2
             low, high = (power, high) if x.pow(power).mean() > self.target else (low, power)
@@ -161,7 +162,7 @@ class DarkChannel:
     def __init__(
         self,
         window: int = 15,     # side of the neighbourhood, pixels
-        amount: float = 0.95, # share of the haze that goes
+        amount: float = 0.95,  # share of the haze that goes
         least: float = 0.1,   # of the transmission
     ): self.window, self.amount, self.least = window, amount, least
 
@@ -183,7 +184,7 @@ class VAEBound:
 
     def __init__(
         self,
-        vae: Any, # diffusers' interface: `encode(x).latent_dist`, `decode(z).sample`, on pictures in [-1, 1]
+        vae: Any,  # diffusers' interface: `encode(x).latent_dist`, `decode(z).sample`, on pictures in [-1, 1]
     ):
         self.vae = vae
 
@@ -198,7 +199,7 @@ class EncoderRestorer:
 
     def __init__(
         self,
-        unet: Any, # a `FoundIRUNet`: its LQ encoder, with its context of the whole picture if it has one
+        unet: Any,  # a `FoundIRUNet`: its LQ encoder, with its context of the whole picture if it has one
         vae: Any,  # of its base model
     ): self.unet, self.vae = unet, vae
 
@@ -212,14 +213,14 @@ class PipelineRestorer:
 
     def __init__(
         self,
-        pipe: Any, # a `FoundIRv2Pipeline`
+        pipe: Any,  # a `FoundIRv2Pipeline`
         name: str = "foundir_v2",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        start: str | None = None, # "lq" or "noise"
-        prompt: str | None = None, # "none", or "caption": it is told the picture's caption
-        negative_prompt: str | None = None, # what guidance leads away from
-        color_fix: str | None = None, # "none", "adain" or "wavelet"
+        start: str | None = None,  # "lq" or "noise"
+        prompt: str | None = None,  # "none", or "caption": it is told the picture's caption
+        negative_prompt: str | None = None,  # what guidance leads away from
+        color_fix: str | None = None,  # "none", "adain" or "wavelet"
     ):
         given = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, start=start, prompt=prompt,
                      negative_prompt=negative_prompt, color_fix=color_fix)
@@ -235,13 +236,16 @@ def _digest(lq: Tensor) -> str:
     return hashlib.sha256(str(tuple(lq.shape)).encode() + to_pil(lq).tobytes()).hexdigest()
 
 def export_inputs(
-    items: Iterable[Any], # with `lq`, `subtask`, `photo`, `seed`: see `foundir_v2.data.reference_items`
+    items: Iterable[Any],  # with `lq`, `subtask`, `photo`, `seed`: see `foundir_v2.data.reference_items`
     folder: str | Path,   # made if needed
-) -> list[Path]: # one PNG per item, in the items' order
-    "Write a benchmark's degraded pictures for another program to restore. Raises `FoundIRError` if two items would get one name."
+) -> list[Path]:  # one PNG per item, in the items' order
+    """Write a benchmark's degraded pictures for another program to restore.
+    Raises `FoundIRError` if two items would get one name."""
     items = list(items)
     paths = [Path(folder)/f"{i.photo.replace('/', '__')}--{as_subtask(i.subtask).name}--{i.seed}.png" for i in items]
-    if len(set(paths)) < len(paths): raise FoundIRError(f"two of the {len(paths)} items have the same photo, sub-task and seed: give each a seed of its own")
+    if len(set(paths)) < len(paths):
+        raise FoundIRError(f"two of the {len(paths)} items have the same photo, sub-task and seed: "
+                           "give each a seed of its own")
     Path(folder).mkdir(parents=True, exist_ok=True)
     for item, path in zip(items, paths): save_image(item.lq, path)
     return paths
@@ -252,12 +256,13 @@ class FolderRestorer:
     def __init__(
         self,
         inputs: str | Path,  # as `export_inputs` wrote them
-        results: str | Path, # the other program's output: the same names, any of the usual suffixes
-        name: str | None = None, # default: the results folder's name
+        results: str | Path,  # the other program's output: the same names, any of the usual suffixes
+        name: str | None = None,  # default: the results folder's name
     ):
         self.name, self.results = name or Path(results).name, {}
         for folder in (inputs, results):
-            if not Path(folder).is_dir(): raise FoundIRError(f"no folder {folder}: export the inputs, then run the program that restores them")
+            if not Path(folder).is_dir():
+                raise FoundIRError(f"no folder {folder}: export the inputs, then run the program that restores them")
         for path in sorted(Path(inputs).glob("*.png")):
             found = [p for s in READABLE if (p := Path(results)/f"{path.stem}{s}").is_file()]
             if len(found) != 1:
@@ -268,7 +273,9 @@ class FolderRestorer:
 
     def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         path = self.results.get(_digest(lq))
-        if path is None: raise FoundIRError(f"{self.name} has no result for this picture: export the inputs of this very benchmark and run it again")
+        if path is None:
+            raise FoundIRError(f"{self.name} has no result for this picture: export the inputs of this very benchmark "
+                               "and run it again")
         return load_image(path).to(lq.device)
 
 # %% ../nbs/76_restorers.ipynb #85e47141
@@ -278,7 +285,7 @@ class ByCategory:
 
     def __init__(
         self,
-        methods: Mapping[str, Restorer], # category -> its method
+        methods: Mapping[str, Restorer],  # category -> its method
     ): self.methods = dict(methods)
 
     def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
@@ -287,7 +294,7 @@ class ByCategory:
 
 def best_by_category(
     candidates: Mapping[str, Restorer],
-    items: Sequence[Any], # of the reference photographs, never of the test photographs
+    items: Sequence[Any],  # of the reference photographs, never of the test photographs
     metric: str = "psnr",
 ) -> ByCategory:
     "Choose the method with the best mean in each category; of equals the first. Raises as `compare` does."
@@ -297,15 +304,15 @@ def best_by_category(
     return ByCategory({c: candidates[name] for c, name in best.items()})
 
 def chosen_methods(
-    systems: Mapping[str, Restorer], # as `make_restorers` returns them
-) -> dict[str, dict[str, str]]: # system -> category -> name of its method
+    systems: Mapping[str, Restorer],  # as `make_restorers` returns them
+) -> dict[str, dict[str, str]]:  # system -> category -> name of its method
     "What was chosen, for the record."
     return {name: {c: m.name for c, m in r.methods.items()} for name, r in systems.items() if isinstance(r, ByCategory)}
 
 # %% ../nbs/76_restorers.ipynb #f24fb790
 def load_trained(
-    folder: str | Path, # output of `foundir_v2.train.train`
-) -> Any: # a FoundIRv2Pipeline
+    folder: str | Path,  # output of `foundir_v2.train.train`
+) -> Any:  # a FoundIRv2Pipeline
     "The model that a training stage left behind. Raises `FoundIRError` if there is none."
     from foundir_v2.loading import load_pipeline
     if not (Path(folder)/"unet").exists():
@@ -323,7 +330,7 @@ def _diffusion(load: Callable[[str], Any], argument: str, options: Mapping[str, 
     pipe.set_progress_bar_config(disable=True)
     restorer = PipelineRestorer(pipe, **options)
     texts = ("prompt", "negative_prompt")
-    resolve_settings(pipe, 1, **{k: v for k, v in restorer.options.items() if k not in texts}) # refuses what can't be
+    resolve_settings(pipe, 1, **{k: v for k, v in restorer.options.items() if k not in texts})  # refuses what can't be
     return restorer
 
 def _bound(base: str) -> VAEBound:
@@ -350,19 +357,21 @@ def _encoder(name_or_path: str) -> EncoderRestorer:
 def _best(argument: str, reference: Sequence[Any] | None) -> ByCategory:
     names = argument.split(",")
     if unknown := [n for n in names if n not in SIMPLE]:
-        raise FoundIRError(f"best:{argument}: unknown method {', '.join(map(repr, unknown))}; choose from {', '.join(SIMPLE)}")
+        raise FoundIRError(f"best:{argument}: unknown method {', '.join(map(repr, unknown))}; "
+                           f"choose from {', '.join(SIMPLE)}")
     if not reference:
         raise FoundIRError(f"best:{argument} is chosen on reference items, and there are none: name one method instead")
     return best_by_category({n: SIMPLE[n]() for n in names}, reference)
 
 class Kind(NamedTuple):
     "Restorers that take an argument, `KIND:ARGUMENT`."
-    argument: str # what to write behind the colon, for messages
-    make: Callable[[str, Mapping[str, Any], Sequence[Any] | None], Restorer] # (argument, options, reference items) -> restorer
-    options: Mapping[str, Any] = MappingProxyType({}) # options that it takes -> declaration of their values
+    argument: str  # what to write behind the colon, for messages
+    # (argument, options, reference items) -> restorer
+    make: Callable[[str, Mapping[str, Any], Sequence[Any] | None], Restorer]
+    options: Mapping[str, Any] = MappingProxyType({})  # options that it takes -> declaration of their values
 
 OPTIONS = MappingProxyType(dict(num_inference_steps=Steps, guidance_scale=Guidance, start=Start, prompt=Prompt,
-                                negative_prompt=str, color_fix=ColorFix)) # of `PipelineRestorer`
+                                negative_prompt=str, color_fix=ColorFix))  # of `PipelineRestorer`
 KINDS: dict[str, Kind] = dict(
     best=Kind("NAME,NAME", lambda names, options, reference: _best(names, reference)),
     vae=Kind("BASE", lambda base, options, reference: _bound(base)),
@@ -377,9 +386,9 @@ def restorer_choices() -> str:
     return f"{', '.join(SIMPLE)}, {', '.join(f'{name}:{kind.argument}' for name, kind in KINDS.items())}"
 
 def parse_restorer(
-    spec: str, # a key of `SIMPLE`, or "KIND:ARGUMENT" with a key of `KINDS`
-    options: Mapping[str, Any] = MappingProxyType({}), # given beside it
-) -> tuple[str, str]: # kind and argument, checked without loading anything
+    spec: str,  # a key of `SIMPLE`, or "KIND:ARGUMENT" with a key of `KINDS`
+    options: Mapping[str, Any] = MappingProxyType({}),  # given beside it
+) -> tuple[str, str]:  # kind and argument, checked without loading anything
     "Raises `FoundIRError` naming the choices, or the option that can't be."
     name, _, argument = str(spec).partition(":")
     if not (name in KINDS and argument or name in SIMPLE and not argument):
@@ -391,9 +400,9 @@ def parse_restorer(
     return name, argument
 
 def make_restorer(
-    spec: str, # a key of `SIMPLE`, or "KIND:ARGUMENT" with a key of `KINDS`
-    pipeline_options: Mapping[str, Any] | None = None, # values for the kind's options
-    reference: Sequence[Any] | None = None, # items of the reference photographs, for "best:"
+    spec: str,  # a key of `SIMPLE`, or "KIND:ARGUMENT" with a key of `KINDS`
+    pipeline_options: Mapping[str, Any] | None = None,  # values for the kind's options
+    reference: Sequence[Any] | None = None,  # items of the reference photographs, for "best:"
 ) -> Restorer:
     "A restorer from its name. Raises `FoundIRError` naming the choices."
     options = dict(pipeline_options or {})
@@ -402,14 +411,16 @@ def make_restorer(
 
 # %% ../nbs/76_restorers.ipynb #aaba992c
 def make_restorers(
-    systems: Mapping[str, str | Mapping[str, Any]], # name in the table -> string, or {"restorer": string, **options}
-    reference: Sequence[Any] | None = None, # as in `make_restorer`
+    systems: Mapping[str, str | Mapping[str, Any]],  # name in the table -> string, or {"restorer": string, **options}
+    reference: Sequence[Any] | None = None,  # as in `make_restorer`
 ) -> dict[str, Restorer]:
     "All systems of a comparison, in order. Raises `FoundIRError` as `make_restorer` does, naming the system."
     made = {}
     for name, spec in systems.items():
         options = dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
-        if "restorer" not in options: raise FoundIRError(f"system {name!r} lacks `restorer`: write a string, or a mapping with `restorer` and options")
+        if "restorer" not in options:
+            raise FoundIRError(f"system {name!r} lacks `restorer`: write a string, or a mapping with `restorer` and "
+                               "options")
         try: made[name] = make_restorer(options.pop("restorer"), options, reference)
         except FoundIRError as e: raise FoundIRError(f"system {name!r}: {e}") from None
     return made

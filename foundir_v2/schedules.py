@@ -156,7 +156,7 @@ def write_mixture(
 
 # %% ../nbs/26_schedules.ipynb #b6fb81a5
 def read_mixture(
-    path: str | Path,  # CSV: step, task, weight, perhaps score, its spread, stage, samples (drawn since the step before)
+    path: str | Path,  # CSV: step, task, weight, perhaps score, its spread, stage, samples (since the step before)
 ) -> list[dict[str, Any]]:  # rows step, task, weight, score, and spread, stage, samples if there are any
     "Read a mixture log. Raises `MixtureError` naming file and line."
     try:
@@ -199,7 +199,7 @@ def schedule_of(
     table: dict[int, dict[str, float]] = {}
     rows = list(rows)
     if len({row.get("stage") for row in rows}) > 1:
-        raise MixtureError("the mixture log holds several stages, whose steps are counted on: replay the mixture.csv of "
+        raise MixtureError("the mixture log holds several stages, with steps counted on: replay the mixture.csv of "
                            "one stage's folder")
     for row in rows:
         if missing := {"step", "task", "weight"} - set(row):

@@ -24,10 +24,10 @@ from .vae import features_to_latents, vae_scale_factor
 # %% ../nbs/58_score.ipynb #ede3e813
 def drawn_subtasks(
     task: str,
-    names: Sequence[str], # its sub-tasks
-    per_task: int, # items
+    names: Sequence[str],  # its sub-tasks
+    per_task: int,  # items
     seed: int,
-) -> list[str]: # at most `per_task` of them, in their order
+) -> list[str]:  # at most `per_task` of them, in their order
     "The sub-tasks that a reference set shows: all, or as many as it has items, drawn from the seed."
     if not names: raise FoundIRError(f"task {task} has no sub-tasks: name at least one in mixture.tasks")
     if per_task < 1: raise FoundIRError(f"reference_per_task={per_task}: choose at least 1")
@@ -35,14 +35,14 @@ def drawn_subtasks(
     return [names[i] for i in sorted(order[:per_task])] if len(names) > per_task else list(names)
 
 def reference_set(
-    manifest, # table of photographs, see `foundir_v2.index.load_manifest`
-    tasks: Mapping[str, Sequence[str]], # task -> its sub-tasks
-    per_task: int = 10, # items per task
-    size: int = 128, # side of the ground-truth crops in pixels
-    seed: int = 0, # another seed is another reference set
-    split: str = "reference", # of the manifest
-    root: str = ".", # folder that the manifest's paths are relative to
-) -> dict[str, list[Item]]: # task -> items
+    manifest,  # table of photographs, see `foundir_v2.index.load_manifest`
+    tasks: Mapping[str, Sequence[str]],  # task -> its sub-tasks
+    per_task: int = 10,  # items per task
+    size: int = 128,  # side of the ground-truth crops in pixels
+    seed: int = 0,  # another seed is another reference set
+    split: str = "reference",  # of the manifest
+    root: str = ".",  # folder that the manifest's paths are relative to
+) -> dict[str, list[Item]]:  # task -> items
     "The fixed pictures that decide about the proportions. Raises `FoundIRError` for unknown or missing sub-tasks."
     sets = {}
     for task, names in tasks.items():
@@ -54,15 +54,15 @@ def reference_set(
 
 # %% ../nbs/58_score.ipynb #6e623525
 def restore_pictures(
-    pipe: Any, # a `FoundIRv2Pipeline`
-    pictures: Sequence[Tensor], # (3, h, w) in [0, 1] each; for super-resolution the small ones
-    scales: Sequence[int], # enlargement of each
-    seeds: Sequence[int], # of each one's noise
-    captions: Sequence[str], # what each shows
-    batch: int | None = None, # pictures of one size per call of a model; None: as the model's defaults say
-    prompt: str | None = None, # "none", or "caption": the captions are told; None: as the model's defaults say
-    **options: Any, # further arguments of the pipeline's call
-) -> list[Tensor]: # (3, H, W) float32 in [0, 1] each
+    pipe: Any,  # a `FoundIRv2Pipeline`
+    pictures: Sequence[Tensor],  # (3, h, w) in [0, 1] each; for super-resolution the small ones
+    scales: Sequence[int],  # enlargement of each
+    seeds: Sequence[int],  # of each one's noise
+    captions: Sequence[str],  # what each shows
+    batch: int | None = None,  # pictures of one size per call of a model; None: as the model's defaults say
+    prompt: str | None = None,  # "none", or "caption": the captions are told; None: as the model's defaults say
+    **options: Any,  # further arguments of the pipeline's call
+) -> list[Tensor]:  # (3, H, W) float32 in [0, 1] each
     "Restore pictures with the model as it is used. What isn't given is its own default. Raises `FoundIRError`."
     told = (prompt or pipe.config["default_prompt"]) == "caption"
     groups: dict[int, list[int]] = {}
@@ -79,9 +79,9 @@ def restore_pictures(
 @torch.no_grad()
 def decode_padded(
     vae: nn.Module,
-    x_BCHW: Tensor, # pictures in [0, 1]
-    latents: Callable[[Tensor], Tensor], # of padded pictures in [-1, 1]: what `vae` decodes, unscaled
-) -> Tensor: # (B, 3, H, W) float32 in [0, 1], where the pictures are
+    x_BCHW: Tensor,  # pictures in [0, 1]
+    latents: Callable[[Tensor], Tensor],  # of padded pictures in [-1, 1]: what `vae` decodes, unscaled
+) -> Tensor:  # (B, 3, H, W) float32 in [0, 1], where the pictures are
     "What `vae` decodes of some latents of pictures."
     factor, (h, w) = vae_scale_factor(vae), x_BCHW.shape[-2:]
     x = pad(x_BCHW.to(next(vae.parameters())), (0, -w % factor, 0, -h % factor), mode="replicate") * 2 - 1
@@ -89,43 +89,49 @@ def decode_padded(
     return (y[..., :h, :w].float() / 2 + .5).clamp(0, 1).to(x_BCHW.device)
 
 def read_encoder(
-    unet: nn.Module, # a `FoundIRUNet`: its LQ encoder, with its context of the whole picture if it has one
-    vae: nn.Module, # of its base model
-    lq_BCHW: Tensor, # degraded pictures in [0, 1] at the size of the result
-) -> Tensor: # (B, 3, H, W) float32 in [0, 1]
+    unet: nn.Module,  # a `FoundIRUNet`: its LQ encoder, with its context of the whole picture if it has one
+    vae: nn.Module,  # of its base model
+    lq_BCHW: Tensor,  # degraded pictures in [0, 1] at the size of the result
+) -> Tensor:  # (B, 3, H, W) float32 in [0, 1]
     "The model without its U-Net: the LQ encoder read by the VAE's decoder."
     return decode_padded(vae, lq_BCHW, lambda x: features_to_latents(vae, unet.encode_lq(x)))
 
 # %% ../nbs/58_score.ipynb #cc5ff5f1
 def psnr(
-    restored: Tensor, # (3, H, W) in [0, 1]
-    gt: Tensor, # the same shape
-) -> float: # dB; identical pictures get 80, as with pyiqa
+    restored: Tensor,  # (3, H, W) in [0, 1]
+    gt: Tensor,  # the same shape
+) -> float:  # dB; identical pictures get 80, as with pyiqa
     "Peak signal-to-noise ratio over all pixels and channels."
     return float(-10 * torch.log10(torch.nn.functional.mse_loss(restored.float(), gt.float()) + 1e-8))
 
 def item_score(
-    restored: Tensor, # (3, H, W) in [0, 1]
-    gt: Tensor, # the same shape
-    metric: str, # a key of `foundir_v2.iqa.METRICS`
-) -> float: # higher is better
-    "Score one picture. Raises `FoundIRError` naming the choices for an unknown metric, or for a picture that can't be scored."
+    restored: Tensor,  # (3, H, W) in [0, 1]
+    gt: Tensor,  # the same shape
+    metric: str,  # a key of `foundir_v2.iqa.METRICS`
+) -> float:  # higher is better
+    """Score one picture.
+    Raises `FoundIRError` naming the choices for an unknown metric, or for a picture that can't be scored."""
     reference = gt if find_metric(metric).full_reference else None
-    if restored.shape != gt.shape or not torch.isfinite(restored).all(): raise FoundIRError(f"{metric}: expected finite numbers of shape {tuple(gt.shape)}, got {tuple(restored.shape)}, from {restored.min():.3g} to {restored.max():.3g}")
+    if restored.shape != gt.shape or not torch.isfinite(restored).all():
+        raise FoundIRError(f"{metric}: expected finite numbers of shape {tuple(gt.shape)}, "
+                           f"got {tuple(restored.shape)}, from {restored.min():.3g} to {restored.max():.3g}")
     return psnr(restored, gt) if metric == "psnr" else oriented(metric, score(metric, restored, reference))
 
 # %% ../nbs/58_score.ipynb #aeb14454
 def item_scores(
-    restore_fn: Callable[[Sequence[Item]], Sequence[Tensor]], # items -> restored pictures (3, H, W)
-    items: Mapping[str, Sequence[Item]], # task -> its reference items
-    score_metrics: Mapping[str, str], # task -> metric
+    restore_fn: Callable[[Sequence[Item]], Sequence[Tensor]],  # items -> restored pictures (3, H, W)
+    items: Mapping[str, Sequence[Item]],  # task -> its reference items
+    score_metrics: Mapping[str, str],  # task -> metric
     batch_size: int = 10,
-    rank: int = 0, world_size: int = 1, # this process restores items rank, rank + world_size, …
-) -> list[tuple[str, int, float]]: # task, number of the item, score
+    rank: int = 0, world_size: int = 1,  # this process restores items rank, rank + world_size, …
+) -> list[tuple[str, int, float]]:  # task, number of the item, score
     "Score this process's share of the reference set. Raises `FoundIRError` for a task without metric or items."
     for task in items:
-        if not items[task]: raise FoundIRError(f"task {task} has no reference items: check the reference split of the manifest")
-        if task not in score_metrics: raise FoundIRError(f"task {task} has no score metric: add it to mixture.score (it has {', '.join(score_metrics)})")
+        if not items[task]:
+            raise FoundIRError(f"task {task} has no reference items: check the reference split of the manifest")
+        if task not in score_metrics:
+            raise FoundIRError(f"task {task} has no score metric: add it to mixture.score (it has "
+                               f"{', '.join(score_metrics)})")
     mine = [(task, i, item) for task, some in items.items() for i, item in enumerate(some)][rank::world_size]
     values = []
     for k in range(0, len(mine), batch_size):
@@ -137,15 +143,16 @@ def item_scores(
 
 # %% ../nbs/58_score.ipynb #dc76125a
 def score_items(
-    restore_fn: Callable[[Sequence[Item]], Sequence[Tensor]], # as `item_scores`
-    items: Mapping[str, Sequence[Item]], # task -> its reference items
-    score_metrics: Mapping[str, str], # task -> metric
+    restore_fn: Callable[[Sequence[Item]], Sequence[Tensor]],  # as `item_scores`
+    items: Mapping[str, Sequence[Item]],  # task -> its reference items
+    score_metrics: Mapping[str, str],  # task -> metric
     batch_size: int = 10,
-    rank: int = 0, world_size: int = 1, # as `item_scores`
-    gather: Callable[[list], list] = list, # joins the lists of all ranks (`accelerate.utils.gather_object`)
-) -> dict[str, list[float]]: # task -> score of each of its items, higher is better
+    rank: int = 0, world_size: int = 1,  # as `item_scores`
+    gather: Callable[[list], list] = list,  # joins the lists of all ranks (`accelerate.utils.gather_object`)
+) -> dict[str, list[float]]:  # task -> score of each of its items, higher is better
     "Score a model on the reference set. Raises as `item_scores`."
     values = sorted(gather(item_scores(restore_fn, items, score_metrics, batch_size, rank, world_size)))
     if len(values) != (n := sum(map(len, items.values()))):
-        raise FoundIRError(f"{len(values)} scores for {n} reference items: with several processes pass gather=accelerate.utils.gather_object")
+        raise FoundIRError(f"{len(values)} scores for {n} reference items: "
+                           "with several processes pass gather=accelerate.utils.gather_object")
     return {task: [v for t, _, v in values if t == task] for task in items}

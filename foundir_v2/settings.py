@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, get_args
 from annotated_types import Gt, Interval, MinLen, MultipleOf, Unit
 
 from .attention import EXPERTS
-from .config import (ConfigError, OneOf, check_fields, declarations, describe, from_dict, load_params,
-                               load_yaml, parse_yaml, shown)
+from .config import (ConfigError, OneOf, check_fields, declarations, from_dict, load_params, load_yaml,
+                               parse_yaml, shown)
 from .core import FoundIRError
 from .inference import ColorFix, Guidance, InferenceConfig, Prompt, Steps as SolverSteps
 from .iqa import METRICS
@@ -29,31 +29,31 @@ from .optim import OPTIMIZERS
 from .tasks import SUBTASKS, by_category
 
 # %% ../nbs/61_settings.ipynb #0c216ee8
-Share = Annotated[float, Interval(ge=0, le=1)] # of samples, or a proportion
+Share = Annotated[float, Interval(ge=0, le=1)]  # of samples, or a proportion
 Count = Annotated[int, Interval(ge=1, le=65_536)]
 Steps = Annotated[int, Interval(ge=0, le=10**9), Unit("steps")]
-Side = Annotated[int, Interval(ge=16, le=16_384), MultipleOf(8), Unit("pixels")] # of a crop; the VAE halves it
-Rate = Annotated[float, Interval(gt=0, le=1)] # of learning
+Side = Annotated[int, Interval(ge=16, le=16_384), MultipleOf(8), Unit("pixels")]  # of a crop; the VAE halves it
+Rate = Annotated[float, Interval(gt=0, le=1)]  # of learning
 Decay = Annotated[float, Interval(ge=0, lt=1)]
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 SubTasks = Annotated[list[Annotated[str, OneOf(SUBTASKS)]], MinLen(1)]
-Loss = Annotated[str, OneOf(LOSSES)] # rmse, psnr: root or logarithm of the error that the decoder makes of it
+Loss = Annotated[str, OneOf(LOSSES)]  # rmse, psnr: root or logarithm of the error that the decoder makes of it
 
 # %% ../nbs/61_settings.ipynb #64e3159e
 @dataclass(frozen=True)
 class ReadBy:
     "Which stages read a field; without this mark, all do."
     stages: tuple[int, ...] = (0, 1, 2)
-    updates: bool = False # only those that update the mixture
+    updates: bool = False  # only those that update the mixture
 
 UNET, UPDATES = ReadBy(stages=(1, 2)), ReadBy(updates=True)
-SECTIONS_READ: dict[type, ReadBy] = {InferenceConfig: UNET} # whole sections; without a row, all stages read them
+SECTIONS_READ: dict[type, ReadBy] = {InferenceConfig: UNET}  # whole sections; without a row, all stages read them
 
 def fields_read(
-    section: type, # one of the dataclasses below
+    section: type,  # one of the dataclasses below
     stage: int,
-    updates: bool, # does the stage update the mixture?
-) -> list[str]: # names, in the order of the class
+    updates: bool,  # does the stage update the mixture?
+) -> list[str]:  # names, in the order of the class
     "The fields of a section that a stage reads."
     def read(hint: Any) -> bool:
         marks = [SECTIONS_READ.get(section, ReadBy()), *(m for m in get_args(hint) if isinstance(m, ReadBy))]
@@ -72,10 +72,10 @@ class ReferenceOptions(Section):
     guidance_scale: Guidance | None = None
     prompt: Prompt | None = None
     color_fix: ColorFix | None = None
-    autocast: bool = False # the training's mixed precision; else float32, as at inference
+    autocast: bool = False  # the training's mixed precision; else float32, as at inference
 
     @property
-    def call(self) -> dict[str, Any]: # for `foundir_v2.score.restore_pictures`
+    def call(self) -> dict[str, Any]:  # for `foundir_v2.score.restore_pictures`
         return {k: v for k, v in asdict(self).items() if k != "autocast" and v is not None}
 
 # %% ../nbs/61_settings.ipynb #61a00001
@@ -84,15 +84,15 @@ def _score() -> dict[str, str]: return dict(deblur="psnr", denoise="psnr", weath
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig(Section):
     "Section `mixture`."
-    tasks: dict[str, SubTasks] | None = None # task -> its sub-tasks; None: the five categories
-    start: dict[str, Share] | None = None # first proportions; None: uniform
-    score: Annotated[dict[str, Annotated[str, OneOf(METRICS)]], UPDATES] = field(default_factory=_score) # per task
-    policy: Annotated[str, OneOf(POLICIES), UPDATES] = "fixed" # who moves the proportions
-    options: Annotated[dict[str, Any], UPDATES] = field(default_factory=dict) # of the policy
-    reference_per_task: Annotated[Count, UPDATES] = 10 # items of D_ref per task
-    reference_size: Annotated[Side, UPDATES] = 512 # side of their crops
+    tasks: dict[str, SubTasks] | None = None  # task -> its sub-tasks; None: the five categories
+    start: dict[str, Share] | None = None  # first proportions; None: uniform
+    score: Annotated[dict[str, Annotated[str, OneOf(METRICS)]], UPDATES] = field(default_factory=_score)  # per task
+    policy: Annotated[str, OneOf(POLICIES), UPDATES] = "fixed"  # who moves the proportions
+    options: Annotated[dict[str, Any], UPDATES] = field(default_factory=dict)  # of the policy
+    reference_per_task: Annotated[Count, UPDATES] = 10  # items of D_ref per task
+    reference_size: Annotated[Side, UPDATES] = 512  # side of their crops
     reference_options: Annotated[ReferenceOptions, UPDATES] = field(default_factory=ReferenceOptions)
-    reference_seed: Annotated[Seed, UPDATES] = 0 # another seed is another D_ref
+    reference_seed: Annotated[Seed, UPDATES] = 0  # another seed is another D_ref
 
     @property
     def task_table(self) -> dict[str, list[str]]:
@@ -103,60 +103,60 @@ class MixtureConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
     "Section `model`: what `FoundIRUNet` adds to the base model's U-Net."
-    base: Annotated[str, MinLen(1)] = "base" # "base": the tiny one in this package; or an SDXL-like folder
-    lq_context_width: Annotated[int, Interval(ge=0, le=8192)] = 0 # width of the LQ features' context; 0: none
-    lq_norm_groups: Annotated[int, Interval(ge=0, le=1024)] = 32 # GroupNorm of the LQ embedding; 0: none
-    moe: Literal["soft", "hard"] | None = "soft" # gating; None: no mixture of experts
+    base: Annotated[str, MinLen(1)] = "base"  # "base": the tiny one in this package; or an SDXL-like folder
+    lq_context_width: Annotated[int, Interval(ge=0, le=8192)] = 0  # width of the LQ features' context; 0: none
+    lq_norm_groups: Annotated[int, Interval(ge=0, le=1024)] = 32  # GroupNorm of the LQ embedding; 0: none
+    moe: Literal["soft", "hard"] | None = "soft"  # gating; None: no mixture of experts
     moe_experts: Annotated[tuple[Annotated[str, OneOf(EXPERTS)], ...], MinLen(1)] = ("spatial", "channel", "sparse")
-    moe_layers: Annotated[int, Interval(ge=1, le=64)] = 2 # blocks per expert
-    moe_heads: Annotated[int, Interval(ge=1, le=256)] = 8 # attention heads of the experts
-    moe_top_k: Annotated[int, Interval(ge=1, le=64)] = 1 # experts per pixel with hard gating
+    moe_layers: Annotated[int, Interval(ge=1, le=64)] = 2  # blocks per expert
+    moe_heads: Annotated[int, Interval(ge=1, le=256)] = 8  # attention heads of the experts
+    moe_top_k: Annotated[int, Interval(ge=1, le=64)] = 1  # experts per pixel with hard gating
 
 # %% ../nbs/61_settings.ipynb #56a6283f
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig(Section):
     "Section `train`: what all stages share."
-    crop: Side = 512 # side of the training crops
-    scale_range: tuple[Share, Share] = (1.0, 1.0) # photographs are shrunk by such a factor before the crop; 1: not
-    recoloured: Share = 0.0 # share of the samples from photographs that get other colours
-    variety: Share = 0.0 # share of the samples degraded by a variant of their sub-task
-    clean_share: Share = 0.0 # share of the samples that need nothing
-    batch_size: Count = 32 # samples per step, of all processes together
-    gradient_accumulation: Count = 1 # micro-batches that a step's samples are split into
-    terminal_fraction: Annotated[Share, UNET] = 0.0 # share of samples at the last timestep; the others are uniform
-    noise_offset: Annotated[Share, UNET] = 0.02 # constant noise per channel; must be 0 under zero terminal SNR
-    caption_dropout: Annotated[Share, UNET] = 0.2 # share of samples with an empty caption, for classifier-free guidance
-    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw" # muon: orthogonal steps, for what is a matrix
+    crop: Side = 512  # side of the training crops
+    scale_range: tuple[Share, Share] = (1.0, 1.0)  # photographs are shrunk by such a factor before the crop; 1: not
+    recoloured: Share = 0.0  # share of the samples from photographs that get other colours
+    variety: Share = 0.0  # share of the samples degraded by a variant of their sub-task
+    clean_share: Share = 0.0  # share of the samples that need nothing
+    batch_size: Count = 32  # samples per step, of all processes together
+    gradient_accumulation: Count = 1  # micro-batches that a step's samples are split into
+    terminal_fraction: Annotated[Share, UNET] = 0.0  # share of samples at the last timestep; the others are uniform
+    noise_offset: Annotated[Share, UNET] = 0.02  # constant noise per channel; must be 0 under zero terminal SNR
+    caption_dropout: Annotated[Share, UNET] = 0.2  # share of samples with an empty caption, for guidance
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"  # muon: orthogonal steps, for what is a matrix
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     adam_eps: Annotated[float, Interval(gt=0, le=1)] = 1e-8
     weight_decay: Annotated[float, Interval(ge=0, le=100)] = 1e-2
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     ema_decay: Decay = 0.9999
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto" # auto: bf16 where the hardware computes in it
-    channels_last: bool = False # memory format of the U-Net
-    num_workers: Annotated[int, Interval(ge=0, le=256)] = 4 # data processes; 0: load in the training process
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware computes in it
+    channels_last: bool = False  # memory format of the U-Net
+    num_workers: Annotated[int, Interval(ge=0, le=256)] = 4  # data processes; 0: load in the training process
     checkpoint_every: Annotated[int, Interval(ge=1, le=10**9), Unit("steps")] = 1000
-    dvclive: bool = False # also write DVCLive's files
+    dvclive: bool = False  # also write DVCLive's files
     seed: Seed = 0
 
 # %% ../nbs/61_settings.ipynb #619dc1a3
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(Section):
     "What a stage has of its own."
-    steps: Steps # stage 0 may have none: it then only builds the model
-    loss: Loss = "l1" # rmse, psnr: root or logarithm of the error that the decoder makes of it
+    steps: Steps  # stage 0 may have none: it then only builds the model
+    loss: Loss = "l1"  # rmse, psnr: root or logarithm of the error that the decoder makes of it
     learning_rate: Rate = 5e-5
-    lq_encoder_learning_rate: Annotated[Rate | None, ReadBy(stages=(2,))] = None # None: as `learning_rate`
-    path_learning_rate: Annotated[Rate | None, ReadBy(stages=(2,))] = None # of the layers that hand the LQ through
-    warmup_steps: Steps = 300 # the learning rate rises linearly, then falls as a cosine to 0
-    proportions: dict[str, Share] | None = None # task -> share of the samples; None: as the mixture says
-    update_every: Steps = 0 # between two updates of the mixture; 0: none
-    conditioning_init: Literal["zero", "identity"] = "zero" # the LQ path starts ignored (paper), or handed through
+    lq_encoder_learning_rate: Annotated[Rate | None, ReadBy(stages=(2,))] = None  # None: as `learning_rate`
+    path_learning_rate: Annotated[Rate | None, ReadBy(stages=(2,))] = None  # of the layers that hand the LQ through
+    warmup_steps: Steps = 300  # the learning rate rises linearly, then falls as a cosine to 0
+    proportions: dict[str, Share] | None = None  # task -> share of the samples; None: as the mixture says
+    update_every: Steps = 0  # between two updates of the mixture; 0: none
+    conditioning_init: Literal["zero", "identity"] = "zero"  # the LQ path starts ignored (paper), or handed through
 
 # %% ../nbs/61_settings.ipynb #ff8eefb2
 def misfits(
-    config: "TrainConfig", # every value on its own is as declared
-) -> Iterator[str]: # what doesn't fit together, a line each
+    config: "TrainConfig",  # every value on its own is as declared
+) -> Iterator[str]:  # what doesn't fit together, a line each
     "The checks that take more than one value."
     tasks = config.task_table
     if config.stage and not config.steps: yield "steps=0: only stage 0 may have none"
@@ -177,19 +177,19 @@ def misfits(
         yield f"policy {config.policy} has no option {', '.join(unknown)}; the choices are {', '.join(known)}"
 
 # %% ../nbs/61_settings.ipynb #191b5a80
-FLAT: dict[str, type] = dict(mixture=MixtureConfig, model=ModelConfig, train=LoopConfig) # fields of `TrainConfig`
-PARTS: dict[str, type] = FLAT | dict(inference=InferenceConfig) # section -> its dataclass
+FLAT: dict[str, type] = dict(mixture=MixtureConfig, model=ModelConfig, train=LoopConfig)  # fields of `TrainConfig`
+PARTS: dict[str, type] = FLAT | dict(inference=InferenceConfig)  # section -> its dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(StageConfig, LoopConfig, ModelConfig, MixtureConfig):
     "Everything that one stage of training needs."
     stage: Literal[0, 1, 2]
-    inference: InferenceConfig = field(default_factory=InferenceConfig) # for stages 1 and 2; written beside the weights
+    inference: InferenceConfig = field(default_factory=InferenceConfig)  # of stages 1 and 2; written beside the weights
     manifest: str = "artifacts/manifest/manifest.parquet"
-    root: str = "." # folder that the paths of the manifest and of a policy's `table` are relative to
-    init: str | None = None # output folder of the stage to start from; None: the base model
+    root: str = "."  # folder that the paths of the manifest and of a policy's `table` are relative to
+    init: str | None = None  # output folder of the stage to start from; None: the base model
     output: str = "artifacts/train"
-    checkpoints: str = ".checkpoints" # folder for the runs' checkpoints
+    checkpoints: str = ".checkpoints"  # folder for the runs' checkpoints
 
     def __post_init__(self):
         super().__post_init__()
@@ -197,10 +197,10 @@ class TrainConfig(StageConfig, LoopConfig, ModelConfig, MixtureConfig):
 
     @classmethod
     def from_sections(cls,
-        stage: int, # 0, 1 or 2
-        own: Mapping[str, Any], # the section of the stage
-        files: Mapping[str, str | None] | None = None, # manifest, root, init, output, checkpoints
-        **sections: Mapping[str, Any], # mixture, model, train, inference
+        stage: int,  # 0, 1 or 2
+        own: Mapping[str, Any],  # the section of the stage
+        files: Mapping[str, str | None] | None = None,  # manifest, root, init, output, checkpoints
+        **sections: Mapping[str, Any],  # mixture, model, train, inference
     ) -> "TrainConfig":
         "From sections of `params.yaml`, each checked as a whole. Raises `ConfigError` naming section and key."
         if unknown := sorted(set(sections) - set(PARTS)):
@@ -215,8 +215,8 @@ class TrainConfig(StageConfig, LoopConfig, ModelConfig, MixtureConfig):
 # %% ../nbs/61_settings.ipynb #1a0418c1
 def build_mixture(
     config: TrainConfig,
-    sizes: Mapping[str, int] | None = None, # task -> items, for the policies that go by them
-    start: Mapping[str, float] | None = None, # where an earlier stage's updates have led; None: `config.start`
+    sizes: Mapping[str, int] | None = None,  # task -> items, for the policies that go by them
+    start: Mapping[str, float] | None = None,  # where an earlier stage's updates have led; None: `config.start`
 ) -> Mixture:
     "The stage's own proportions, or the policy that the configuration names. Raises `FoundIRError`."
     if config.proportions: return FixedMixture(config.proportions)
@@ -234,9 +234,9 @@ def parameters(config: TrainConfig) -> dict[str, Any]:
 
 # %% ../nbs/61_settings.ipynb #1d34c23f
 def read_config(
-    path: str | Path, # YAML file
-    stage: int | None = None, # 0, 1, 2: a parameter file; None: the fields of `TrainConfig`
-    settings: Collection[str] = (), # KEY=VALUE, a field of `TrainConfig` and its value in YAML
+    path: str | Path,  # YAML file
+    stage: int | None = None,  # 0, 1, 2: a parameter file; None: the fields of `TrainConfig`
+    settings: Collection[str] = (),  # KEY=VALUE, a field of `TrainConfig` and its value in YAML
 ) -> TrainConfig:
     "Configuration from a file and the command line. Raises `FoundIRError` on unknown keys and on values that can't be."
     changes = {}
@@ -251,5 +251,5 @@ def read_config(
     if missing := [s for s in (*PARTS, own) if s not in params]:
         raise ConfigError(f"{Path(path).name} has no section {', '.join(missing)}; it has {', '.join(params)}")
     mine = params[own] | {k: v for k, v in changes.items() if k in declarations(StageConfig)}
-    if mine.get("update_every") == 0: del mine["update_every"] # then nothing reads how the mixture is updated
+    if mine.get("update_every") == 0: del mine["update_every"]  # then nothing reads how the mixture is updated
     return replace(TrainConfig.from_sections(stage, mine, **{s: params[s] for s in PARTS}), **changes)

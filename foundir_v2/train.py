@@ -21,7 +21,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
-from diffusers import DDPMScheduler
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ from .base import identity_path, resolve_model, start_at_identity, training_sche
 from .checkpoint import Checkpoints, atomic_folder, averaged, make_ema
 from .checkpoint import only_writer, run_name, saving
 from .config import describe
-from .core import FoundIRError, generator, pick_device, pick_dtype
+from .core import FoundIRError, pick_device, pick_dtype
 from .data import Item, RestorationDataset, collate
 from .index import load_manifest
 from .inference import Recipe, write_recipe
@@ -46,8 +45,7 @@ from .process import exit_with_parent, interruptible
 from .sampler import Draw, MixtureSampler
 from .score import read_encoder, reference_set, restore_pictures, score_items
 from .settings import ModelConfig, TrainConfig, build_mixture, parameters, read_config
-from .trainlog import (COURSE, TrainLog, TrainResult, check_steps, read_course, read_log, write_course,
-                                 write_log)
+from .trainlog import COURSE, TrainLog, TrainResult, check_steps, read_course, read_log, write_log
 from .unet import FoundIRUNet
 from .vae import encode_latents, features_to_latents
 
@@ -100,12 +98,12 @@ class Denoiser(nn.Module):
         self.unet = unet
 
     def forward(self,
-        lq: Tensor, # (B, 3, H, W) in [-1, 1]
-        noisy: Tensor, # (B, C, h, w)
-        timesteps: Tensor, # (B,)
-        text: Tensor, # (B, 77, D)
-        conditions: dict[str, Tensor], # text_embeds (B, D2), time_ids (B, 6)
-    ) -> Tensor: # (B, C, h, w)
+        lq: Tensor,  # (B, 3, H, W) in [-1, 1]
+        noisy: Tensor,  # (B, C, h, w)
+        timesteps: Tensor,  # (B,)
+        text: Tensor,  # (B, 77, D)
+        conditions: dict[str, Tensor],  # text_embeds (B, D2), time_ids (B, 6)
+    ) -> Tensor:  # (B, C, h, w)
         embedding = self.unet.embed_lq(lq)
         return self.unet(noisy, timesteps, text, lq_embedding=embedding, added_cond_kwargs=conditions).sample
 
@@ -116,15 +114,15 @@ class LatentReader(nn.Module):
         self.unet, self.vae = unet, vae
 
     def forward(self,
-        lq: Tensor, # (B, 3, H, W) in [-1, 1]
-    ) -> Tensor: # (B, C, h, w)
+        lq: Tensor,  # (B, 3, H, W) in [-1, 1]
+    ) -> Tensor:  # (B, C, h, w)
         return features_to_latents(self.vae, self.unet.encode_lq(lq)) * self.vae.config.scaling_factor
 
 # %% ../nbs/62_train.ipynb #5356e019
 def build_unet(
     config: TrainConfig,
-    base: Base, # from `load_base`
-) -> FoundIRUNet: # with the parameters of the stage trainable, all others frozen
+    base: Base,  # from `load_base`
+) -> FoundIRUNet:  # with the parameters of the stage trainable, all others frozen
     "The U-Net that a stage starts from. Raises `FoundIRError` if `config.init` belongs to another configuration."
     options = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if f.name != "base"}
     if config.init is None: unet = build_foundir_unet(base, **options)
@@ -147,8 +145,9 @@ def build_unet(
 def parameter_groups(
     unet: FoundIRUNet,
     config: TrainConfig,
-) -> list[dict]: # for the optimizer: name, params, lr
-    "The stage's parameters with their learning rates; in stage 2 the LQ encoder and the identity's path have their own."
+) -> list[dict]:  # for the optimizer: name, params, lr
+    """The stage's parameters with their learning rates; in stage 2 the LQ encoder and the identity's path have their
+    own."""
     groups = unet.trainable_parameters(config.stage)
     if config.path_learning_rate is not None:
         path, rest = identity_path(unet), groups.pop()
@@ -180,7 +179,7 @@ class Learner:
         self.config, self.accelerator = config, accelerator
         base = load_base(config.base, device=accelerator.device, prior=config.init is None)  # frozen
         self.vae, self.noise_scheduler = base.vae, training_scheduler(base.noise_scheduler)
-        offset = config.noise_offset if config.stage else 0 # stage 0 draws no noise
+        offset = config.noise_offset if config.stage else 0  # stage 0 draws no noise
         if offset and self.noise_scheduler.config.rescale_betas_zero_snr:
             raise FoundIRError(f"noise_offset={offset} with a zero-terminal-SNR noise schedule: "
                                "inference starts from plain noise, set it to 0")
@@ -205,8 +204,8 @@ class Learner:
 @patch
 def losses(
     self: Learner,
-    batch: dict[str, Any], # from `collate`: lq, gt (B, 3, H, W) in [0, 1]; sizes (B, 2); seed (B,); caption
-) -> Tensor: # (B,)
+    batch: dict[str, Any],  # from `collate`: lq, gt (B, 3, H, W) in [0, 1]; sizes (B, 2); seed (B,); caption
+) -> Tensor:  # (B,)
     "The loss of each sample."
     c, device = self.config, self.accelerator.device
     lq, gt = (batch[k].to(device) * 2 - 1 for k in ("lq", "gt"))
@@ -228,8 +227,8 @@ def losses(
 
 # %% ../nbs/62_train.ipynb #b1edd350
 def split_batch(
-    batch: dict[str, Any], # tensors and lists of one length
-    parts: int, # must divide it
+    batch: dict[str, Any],  # tensors and lists of one length
+    parts: int,  # must divide it
 ) -> Iterator[dict[str, Any]]:
     "A batch as micro-batches."
     size = len(batch["seed"]) // parts
@@ -246,9 +245,9 @@ def not_finite(step: int, losses: Tensor, norm: Tensor) -> FoundIRError:
 @patch
 def step(
     self: Learner,
-    batch: dict[str, Any], # as `losses`
-    tasks: Sequence[str], # names of all tasks
-) -> dict[str, Any]: # loss, grad_norm, lr per group, loss and number of samples per task
+    batch: dict[str, Any],  # as `losses`
+    tasks: Sequence[str],  # names of all tasks
+) -> dict[str, Any]:  # loss, grad_norm, lr per group, loss and number of samples per task
     "One training step. Raises `FoundIRError`, weights unchanged, if the gradient (fp16: the loss) is not finite."
     per_sample, norm, step = [], None, self.ema.optimization_step + 1
     rates = {g["name"]: g["lr"] for g in self.optimizer.param_groups}
@@ -275,7 +274,7 @@ def step(
 def restore(
     self: Learner,
     items: Sequence[Item],
-) -> list[Tensor]: # (3, H, W) in [0, 1] each
+) -> list[Tensor]:  # (3, H, W) in [0, 1] each
     "Restoration as it will be used, with the present weights; stage 0: the LQ encoder read by the VAE's decoder."
     options, training = self.config.reference_options, self.unet.training
     self.unet.eval()
@@ -289,11 +288,11 @@ def restore(
 
 # %% ../nbs/62_train.ipynb #69097f1b
 def write_output(
-    folder: Path, # empty
+    folder: Path,  # empty
     config: TrainConfig,
     learner: Learner,
     feed: Feed,
-    log: Path, # the finished log
+    log: Path,  # the finished log
 ) -> None:
     "Write the averaged weights and how they restore, the log, and the mixture's course."
     with averaged(learner.ema, learner.parameters): learner.unet.save_pretrained(folder / "unet")
@@ -309,7 +308,7 @@ def write_output(
 # %% ../nbs/62_train.ipynb #67a82cce
 def input_files(
     config: TrainConfig,
-) -> list[Path]: # files and folders
+) -> list[Path]:  # files and folders
     "What the result is made from, apart from the pictures."
     table, base = config.options.get("table"), resolve_model(config.base)
     schedule = [Path(config.root) / table] if isinstance(table, str) else []
@@ -319,7 +318,7 @@ def input_files(
 
 def run_folder(
     config: TrainConfig,
-) -> Path: # below `config.checkpoints`
+) -> Path:  # below `config.checkpoints`
     "Where this run keeps its checkpoints: the name is the hash of its parameters, its code and its inputs."
     name = run_name(parameters(config), "foundir_v2.train", input_files(config))
     return Path(config.checkpoints) / f"stage{config.stage}-{name}"
@@ -342,7 +341,7 @@ def train_steps(
     config: TrainConfig,
     learner: Learner,
     feed: Feed,
-    log: TrainLog | None, # of the main process
+    log: TrainLog | None,  # of the main process
     checkpoints: Checkpoints,
 ) -> None:
     "From where `feed` stands to the last step."
@@ -371,10 +370,10 @@ def train_steps(
 
 # %% ../nbs/62_train.ipynb #21bc20da
 def remove_run(
-    folder: Path, # of a run whose result is in place
+    folder: Path,  # of a run whose result is in place
 ) -> None:
     "Remove checkpoints that nobody needs any more, and what killed processes left of such a removal."
-    done = folder.with_name(f".{folder.name}.done") # at once: half a folder would look like a run to go on with
+    done = folder.with_name(f".{folder.name}.done")  # at once: half a folder would look like a run to go on with
     shutil.rmtree(done, ignore_errors=True)
     os.replace(folder, done)
     for left in folder.parent.glob(".stage*.done"):
@@ -383,14 +382,14 @@ def remove_run(
 # %% ../nbs/62_train.ipynb #f4ecef9e
 def train(
     config: TrainConfig,
-    force: bool = False, # replace a folder at `config.output` that is not ours
-) -> TrainResult: # on every process; the files are written by the main one
+    force: bool = False,  # replace a folder at `config.output` that is not ours
+) -> TrainResult:  # on every process; the files are written by the main one
     "One stage of training, from its last sound checkpoint on. Raises `FoundIRError` first if the output is not for us."
     folder, accelerator = run_folder(config), make_accelerator(config)
     main = accelerator.is_main_process
     check_output(config)
     with only_writer(folder) if main else nullcontext():
-        title = f"foundir_v2.train, stage {config.stage}" # no name of the run: equal results are equal files
+        title = f"foundir_v2.train, stage {config.stage}"  # no name of the run: equal results are equal files
         with atomic_folder(config.output, title, force) if main else nullcontext() as result:
             accelerator.wait_for_everyone()
             learner, checkpoints = Learner(config, accelerator), Checkpoints(folder)
@@ -409,12 +408,12 @@ def train(
 
 # %% ../nbs/62_train.ipynb #f6423bb0
 def reference_pictures(
-    config: TrainConfig, # of a finished stage
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]: # task -> input, restored, ground truth, (3, H, W) each
+    config: TrainConfig,  # of a finished stage
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:  # task -> input, restored, ground truth, (3, H, W) each
     "The first reference item of every task, restored by the weights in `config.output`."
     learner = Learner(replace(config, init=config.output, conditioning_init="zero"), make_accelerator(config))
-    size = config.reference_size if config.update_every else config.crop # what a stage without updates knows
-    most = max(map(len, config.task_table.values())) # as many as sub-tasks; the first is the same whatever the number
+    size = config.reference_size if config.update_every else config.crop  # what a stage without updates knows
+    most = max(map(len, config.task_table.values()))  # as many as sub-tasks; the first is the same whatever the number
     manifest = load_manifest(config.manifest)
     found = reference_set(manifest, config.task_table, most, size, config.reference_seed, root=config.root)
     items = {t: some[0] for t, some in found.items()}
@@ -436,8 +435,8 @@ def parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/62_train.ipynb #7e4da7ba
 def main(
-    argv: Sequence[str] | None = None, # command line without the program
-) -> int: # exit code
+    argv: Sequence[str] | None = None,  # command line without the program
+) -> int:  # exit code
     "Command line of `python -m foundir_v2.train`: 0; 2 and one line on bad input; 130 after Ctrl-C."
     args = parser().parse_args(argv)
     if "LOCAL_RANK" in os.environ: exit_with_parent()  # torchrun's workers outlive it otherwise

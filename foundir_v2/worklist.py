@@ -17,8 +17,8 @@ __all__ = ['pictures_in', 'result_name', 'pictures_of', 'plan_files', 'results',
 # %% ../nbs/83_worklist.ipynb #b493f219
 def pictures_in(
     folder: Path,
-    without: Path, # a folder below it whose files are left out: earlier results
-) -> list[Path]: # sorted
+    without: Path,  # a folder below it whose files are left out: earlier results
+) -> list[Path]:  # sorted
     "The pictures of a folder and its subfolders, told by their suffix; hidden ones are left out."
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READABLE and p.is_file())
     below = without != folder and without.is_relative_to(folder)
@@ -31,9 +31,9 @@ def result_name(path: Path) -> Path:
 
 # %% ../nbs/83_worklist.ipynb #1f5650c6
 def pictures_of(
-    source: str | Path, # file, folder, or glob pattern
-    out: Path, # folder for the results
-) -> list[tuple[Path, Path]]: # (picture, its path below a folder of results)
+    source: str | Path,  # file, folder, or glob pattern
+    out: Path,  # folder for the results
+) -> list[tuple[Path, Path]]:  # (picture, its path below a folder of results)
     "What an argument stands for. Raises `FileNotFoundError`, or `FoundIRError` if a pattern fits nothing."
     from foundir_v2.core import FoundIRError
     src, real = Path(source), lambda path: Path(os.path.realpath(path))
@@ -50,9 +50,9 @@ def pictures_of(
     return [(p, p.relative_to(fixed)) for p in found]
 
 def plan_files(
-    source: str | Path | Sequence[str | Path], # file, folder, glob pattern, or several
-    target: str | Path, # file, or folder (exists, ends with a slash, or `source` is more than a file)
-) -> list[tuple[Path, Path]]: # (input, output)
+    source: str | Path | Sequence[str | Path],  # file, folder, glob pattern, or several
+    target: str | Path,  # file, or folder (exists, ends with a slash, or `source` is more than a file)
+) -> list[tuple[Path, Path]]:  # (input, output)
     "Which input becomes which output. Raises `FoundIRError`, `TargetError` (an empty name) or `FileNotFoundError`."
     from foundir_v2.core import FoundIRError
     sources, out = [source] if isinstance(source, (str, Path)) else list(source), named(target)
@@ -68,22 +68,22 @@ def plan_files(
     if not pairs:
         raise FoundIRError(f"no pictures in {', '.join(map(str, sources))}: "
                            f"expected files that end with {', '.join(READABLE)}")
-    return list(dict.fromkeys(pairs)) # a file may be named twice
+    return list(dict.fromkeys(pairs))  # a file may be named twice
 
 # %% ../nbs/83_worklist.ipynb #21b315e6
 def results(
-    pairs: list[tuple[Path, Path]], # (input, output)
+    pairs: list[tuple[Path, Path]],  # (input, output)
     suffixes: Sequence[str] = WRITABLE,
-    log: RestoreLog | None = None, # which knows what was made before
+    log: RestoreLog | None = None,  # which knows what was made before
 ) -> list[Target]:
     "Outputs as targets."
     state = log.state if log else lambda path: "foreign"
     return [Target(target, "file", suffixes, source, state(target)) for source, target in pairs]
 
 def wanted(
-    path: str | None, # None: not asked for
-    suffixes: Sequence[str] = (), # empty: any
-) -> list[Target]: # one, or none
+    path: str | None,  # None: not asked for
+    suffixes: Sequence[str] = (),  # empty: any
+) -> list[Target]:  # one, or none
     "An optional output as a target."
     return [] if path is None else [Target(path, "file", suffixes)]
 
@@ -92,7 +92,7 @@ def existing(*names: str) -> list[str]:
     return [name for name in names if Path(name).exists()]
 
 def sidecars(
-    captioner: str, # as `foundir_v2.caption.make_captioner`
+    captioner: str,  # as `foundir_v2.caption.make_captioner`
     pictures: Iterable[Path],
 ) -> list[Path]:
     "The text files that captions are read from."
@@ -107,16 +107,17 @@ def is_user_error(error: BaseException) -> bool:
     return isinstance(error, (OSError, *(loaded(*one) for one in ours.items())))
 
 def each_file(
-    pairs: list[tuple[Path, Path]], # (input, output)
-    work: Callable[[Path, Path], None], # makes one output
-    fatal: tuple[type[Exception], ...] = (), # errors that the next file would meet, too, besides a full disk
-) -> int: # exit code
+    pairs: list[tuple[Path, Path]],  # (input, output)
+    work: Callable[[Path, Path], None],  # makes one output
+    fatal: tuple[type[Exception], ...] = (),  # errors that the next file would meet, too, besides a full disk
+) -> int:  # exit code
     "Call `work` for every pair. Errors of single files among several are reported at the end."
     from foundir_v2.core import DiskFullError
     from foundir_v2.process import interruptible
     from tqdm import tqdm
     failed, end = [], None
-    with interruptible() as check, tqdm(total=len(pairs), unit="file", disable=len(pairs) < 2, dynamic_ncols=True) as bar:
+    with interruptible() as check, tqdm(
+        total=len(pairs), unit="file", disable=len(pairs) < 2, dynamic_ncols=True) as bar:
         for source, target in pairs:
             check()
             try: work(source, target)

@@ -19,20 +19,24 @@ def make_bench(folder):
     for split, n in dict(train=3, reference=2).items():
         for i in range(n):
             coarse = torch.rand(1, 3, 12, 12, generator=generator(split, i))
-            save_image(torch.nn.functional.interpolate(coarse, size=(96, 96), mode="bicubic")[0].clamp(0, 1), folder / f"photos/{split}/{split}{i}.png")
+            save_image(torch.nn.functional.interpolate(coarse, size=(96, 96), mode="bicubic")[0].clamp(0, 1),
+                       folder / f"photos/{split}/{split}{i}.png")
     save_manifest(build_manifest(folder / "photos", root=folder), folder / "manifest.parquet")
     torch.manual_seed(0)
     unet = dict(TINY_UNET, block_out_channels=(32, 32, 48), attention_head_dim=(2, 2, 2))
-    save_base(new_base(PatchAutoencoderKL(channels=48, hidden=8, encoder_blocks=1, decoder_blocks=1), unet), folder / "base")
+    save_base(new_base(PatchAutoencoderKL(channels=48, hidden=8, encoder_blocks=1, decoder_blocks=1), unet),
+              folder / "base")
     return folder
 
 
 def config(bench, out, **changes):
-    values = dict(stage=1, steps=6, tasks=TASKS, score={t: "psnr" for t in TASKS}, policy="des", options=dict(alpha=.5, score_scale="raw"), reference_per_task=2, reference_size=32,
+    values = dict(stage=1, steps=6, tasks=TASKS, score={t: "psnr" for t in TASKS}, policy="des",
+                  options=dict(alpha=.5, score_scale="raw"), reference_per_task=2, reference_size=32,
                   inference=dict(num_inference_steps=1, guidance_scale=1, start="noise", tile_size=0),
-                  base=str(bench / "base"), lq_norm_groups=0, moe_layers=1, moe_heads=4, crop=32, batch_size=4, terminal_fraction=.5, noise_offset=0., ema_decay=.9,
-                  mixed_precision="no", num_workers=0, checkpoint_every=2, warmup_steps=2, learning_rate=2e-3, manifest=str(bench / "manifest.parquet"), root=str(bench),
-                  checkpoints=str(out / "runs"), output=str(out / "out"))
+                  base=str(bench / "base"), lq_norm_groups=0, moe_layers=1, moe_heads=4, crop=32, batch_size=4,
+                  terminal_fraction=.5, noise_offset=0., ema_decay=.9, mixed_precision="no", num_workers=0,
+                  checkpoint_every=2, warmup_steps=2, learning_rate=2e-3, manifest=str(bench / "manifest.parquet"),
+                  root=str(bench), checkpoints=str(out / "runs"), output=str(out / "out"))
     return tr.TrainConfig(**(values | changes))
 
 
@@ -42,11 +46,12 @@ def weights(folder): return load_file(next(Path(folder).glob("unet/*.safetensors
 def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# --- a process that dies ----------------------------------------------------------------------------------------------------------------------
+# --- a process that dies ----------------------------------------------------------------------------------------------
 
 OURS = tuple(str(Path(tr.__file__).with_name(name)) for name in ("checkpoint.py", "train.py", "trainlog.py"))
 FORKS = multiprocessing.get_context("forkserver")  # its processes come with torch loaded
-FORKS.set_forkserver_preload(["foundir_v2.train", "transformers.models.clip.modeling_clip", "diffusers.models.unets.unet_2d_condition"])
+FORKS.set_forkserver_preload(
+    ["foundir_v2.train", "transformers.models.clip.modeling_clip", "diffusers.models.unets.unet_2d_condition"])
 
 
 def train_until(values, line=None, lines=None):
@@ -80,7 +85,8 @@ def lines_of(c):
 
 
 def kill_in_a_checkpoint(c, seed):
-    "Start, and kill some milliseconds after a seeded number of checkpoints has begun to be written. True if it came to that."
+    """Start, and kill some milliseconds after a seeded number of checkpoints has begun to be written.
+    True if it came to that."""
     draw, folder, seen = random.Random(seed), tr.run_folder(c), set()
     begun, process = draw.randrange(1, 4), start(c)
     while process.is_alive() and len(seen) < begun:

@@ -11,7 +11,8 @@ import torch
 from foundir_v2 import evaluate as ev
 from foundir_v2.core import FoundIRError
 from foundir_v2.degrade import degrade, upsample_lq
-from foundir_v2.evaluate import OFFLINE, SHUFFLED, Pictures, compare, evaluate, gains, intervals, load_pictures, metrics_tree, restore, shuffled, summary, write_metrics
+from foundir_v2.evaluate import (OFFLINE, SHUFFLED, Pictures, compare, evaluate, gains, intervals, load_pictures,
+                                 metrics_tree, restore, shuffled, summary, write_metrics)
 from foundir_v2.iqa import score
 from foundir_v2.tasks import CATEGORIES, SUBTASKS
 
@@ -28,29 +29,34 @@ def items():
         gt = photograph(i)
         for task in ("motion_blur", "gaussian_noise", "haze", "low_light", "sr_x4"):
             lq = degrade(gt, task, seed=i)
-            out.append(SimpleNamespace(photo=f"p{i}", subtask=task, seed=100 + i, gt=gt, lq=lq, input=upsample_lq(lq, gt.shape[-2:])))
+            out.append(SimpleNamespace(photo=f"p{i}", subtask=task, seed=100 + i, gt=gt, lq=lq,
+                                       input=upsample_lq(lq, gt.shape[-2:])))
     return out
 
 
 class Input:
     name = "input"
+
     def __call__(self, lq, *, subtask=None, seed=0): return upsample_lq(lq, [n * subtask.scale for n in lq.shape[-2:]])
 
 
 class Oracle:
     name = "oracle"
     uses_ground_truth = True
+
     def __call__(self, gt, *, subtask=None, seed=0): return gt
 
 
 class Grey:
     name = "grey"
+
     def __call__(self, lq, *, subtask=None, seed=0): return torch.full((3, 48, 48), 0.5)
 
 
 class Remember:
     "Ignores its input but knows the answers: what a model that memorised the test set would do."
     name = "remember"
+
     def __init__(self, items): self.answers, self.i = [i.gt for i in items], -1
     def __call__(self, lq, *, subtask=None, seed=0): self.i += 1; return self.answers[self.i % len(self.answers)]
 
@@ -68,9 +74,12 @@ def test_one_row_per_picture_and_metric_with_the_library_scores(items):
 def test_the_restorer_gets_the_lq_the_sub_task_and_the_items_seed(items):
     seen = []
     class Spy(Input):
-        def __call__(self, lq, *, subtask=None, seed=0): seen.append((lq, subtask, seed)); return super().__call__(lq, subtask=subtask)
+        def __call__(self, lq, *, subtask=None, seed=0):
+            seen.append((lq, subtask, seed))
+            return super().__call__(lq, subtask=subtask)
     evaluate(Spy(), items, ["psnr"])
-    for (lq, task, seed), item in zip(seen, items, strict=True): assert lq is item.lq and task is SUBTASKS[item.subtask] and seed == item.seed
+    for (lq, task, seed), item in zip(seen, items, strict=True):
+        assert lq is item.lq and task is SUBTASKS[item.subtask] and seed == item.seed
 
 
 def test_captions_go_to_those_who_take_them_and_with_the_picture(items):
@@ -103,7 +112,10 @@ def test_what_is_scored_is_what_a_file_would_hold(items):
     assert torch.equal((x * 255).round() / 255, x) and x.min() >= 0 and x.max() <= 1
 
 
-@pytest.mark.parametrize("output, words", [(torch.rand(3, 48, 47), "expected"), (torch.rand(1, 3, 48, 48), "expected"), (torch.full((3, 48, 48), float("nan")), "NaN")])
+@pytest.mark.parametrize("output, words", [
+    (torch.rand(3, 48, 47), "expected"),
+    (torch.rand(1, 3, 48, 48), "expected"),
+    (torch.full((3, 48, 48), float("nan")), "NaN")])
 def test_wrong_output_is_refused_naming_restorer_picture_and_sub_task(items, output, words):
     restorer = lambda lq, *, subtask, seed: output
     restorer.name = "mine"
@@ -144,7 +156,8 @@ def test_shuffled_works_when_one_photograph_dominates_and_refuses_a_single_one(i
 
 
 def test_the_control_unmasks_what_does_not_look_at_its_input(items):
-    cost = lambda restorer: metrics_tree(compare({"x": restorer}, items, ["psnr"], control="x"), "x")["shuffled"]["cost"]["psnr"]
+    cost = lambda restorer: metrics_tree(
+        compare({"x": restorer}, items, ["psnr"], control="x"), "x")["shuffled"]["cost"]["psnr"]
     assert cost(Input()) > 3 and abs(cost(Grey())) < 1e-6 and abs(cost(Remember(items))) < 1e-6
 
 
@@ -159,13 +172,16 @@ def test_compare_keeps_systems_apart_and_pairs_their_items(items):
 
 def rows(values, restorer="x", metric="psnr"):
     "values: category -> photo -> list of values."
-    return pd.DataFrame([(restorer, c, f"{c}_task", p, k, metric, v) for c, photos in values.items() for p, vs in photos.items() for k, v in enumerate(vs)], columns=ev.COLUMNS)
+    return pd.DataFrame([(restorer, c, f"{c}_task", p, k, metric, v) for c, photos in values.items()
+                         for p, vs in photos.items() for k, v in enumerate(vs)],
+                        columns=ev.COLUMNS)
 
 
 def test_the_mean_is_the_mean_of_categories_not_of_items():
     table = rows({"deblur": {"a": [10.0] * 9}, "sr": {"a": [20.0]}})
     means = summary(table)[("psnr", "x")]
-    assert means["deblur"] == 10 and means["sr"] == 20 and means["mean"] == 15 and list(means.index) == ["deblur", "sr", "mean"]
+    assert means["deblur"] == 10 and means["sr"] == 20 and means["mean"] == 15
+    assert list(means.index) == ["deblur", "sr", "mean"]
 
 
 def test_categories_come_in_the_catalogues_order(items):
@@ -175,17 +191,21 @@ def test_categories_come_in_the_catalogues_order(items):
 def test_intervals_resample_photographs_not_items():
     photos = {f"p{i}": [float(v)] for i, v in enumerate(np.random.default_rng(0).normal(20, 3, 40))}
     once, often = intervals(rows({"sr": photos})), intervals(rows({"sr": {p: v * 5 for p, v in photos.items()}}))
-    assert np.allclose(once[["low", "high"]], often[["low", "high"]]), "copies of a photograph's value add no information"
+    assert np.allclose(once[["low", "high"]], often[["low", "high"]]), (
+        "copies of a photograph's value add no information")
     values = np.array([v[0] for v in photos.values()])
     half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
     sr = once[once.category == "sr"].iloc[0]
-    assert sr.low == pytest.approx(values.mean() - half, abs=0.25) and sr.high == pytest.approx(values.mean() + half, abs=0.25)
+    assert sr.low == pytest.approx(values.mean() - half, abs=0.25)
+    assert sr.high == pytest.approx(values.mean() + half, abs=0.25)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     rng, hits = np.random.default_rng(1), 0
     for k in range(60):
-        row = intervals(rows({"sr": {f"p{i}": [v] for i, v in enumerate(rng.normal(0, 1, 30))}}), resamples=300, seed=k).query("category == 'sr'").iloc[0]
+        row = intervals(
+            rows({"sr": {f"p{i}": [v] for i, v in enumerate(rng.normal(0, 1, 30))}}), resamples=300, seed=k).query(
+                "category == 'sr'").iloc[0]
         hits += row.low <= 0 <= row.high
     assert 50 <= hits <= 60
 
@@ -206,7 +226,8 @@ def test_intervals_on_two_levels_cover_the_mean_where_those_over_photographs_do_
     for k in range(60):
         trainings, photos = rng.normal(0, 1, (12, 1)), rng.normal(0, 2, (1, 25))
         values = trainings + photos + rng.normal(0, .3, (12, 25))
-        table = pd.concat([rows({"sr": {f"p{i}": [v] for i, v in enumerate(row)}}).assign(run=n) for n, row in enumerate(values)])
+        table = pd.concat(
+            [rows({"sr": {f"p{i}": [v] for i, v in enumerate(row)}}).assign(run=n) for n, row in enumerate(values)])
         for name, above in dict(two="run", one=None).items():
             row = intervals(table, resamples=200, seed=k, above=above).query("category == 'sr'").iloc[0]
             covered[name] += row.low <= 0 <= row.high
@@ -220,8 +241,10 @@ def test_a_training_that_saw_fewer_photographs_weighs_by_what_it_saw():
 
 
 def test_gains_are_paired_and_positive_for_better():
-    table = pd.concat([rows({"sr": {"a": [20.0], "b": [30.0]}}, "input"), rows({"sr": {"b": [31.0], "a": [22.0]}}, "x"),
-                       rows({"sr": {"a": [0.5], "b": [0.4]}}, "input", "stlpips"), rows({"sr": {"a": [0.3], "b": [0.45]}}, "x", "stlpips")])
+    table = pd.concat([rows({"sr": {"a": [20.0], "b": [30.0]}}, "input"),
+                       rows({"sr": {"b": [31.0], "a": [22.0]}}, "x"),
+                       rows({"sr": {"a": [0.5], "b": [0.4]}}, "input", "stlpips"),
+                       rows({"sr": {"a": [0.3], "b": [0.45]}}, "x", "stlpips")])
     out = gains(table).set_index(["metric", "photo"]).value
     assert out["psnr", "a"] == 2 and out["psnr", "b"] == 1
     assert out["stlpips", "a"] == pytest.approx(0.2) and out["stlpips", "b"] == pytest.approx(-0.05)
@@ -247,7 +270,8 @@ def test_the_metrics_file_has_the_agreed_layout(items, tmp_path):
 
 
 def test_equal_tables_give_equal_bytes(items, tmp_path):
-    a, b = (write_metrics(metrics_tree(compare({"input": Input()}, items, ["psnr", "piqe"], control="input"), "input"), tmp_path/n).read_bytes() for n in ("a", "b"))
+    a, b = (write_metrics(metrics_tree(compare({"input": Input()}, items, ["psnr", "piqe"], control="input"), "input"),
+                          tmp_path/n).read_bytes() for n in ("a", "b"))
     assert a == b
 
 
@@ -260,20 +284,23 @@ def test_pictures_keep_the_first_item_of_every_sub_task_from_every_system(items,
     for item in items[:5]:
         shown = again[item.subtask]
         assert set(shown) == {"photograph", "input", "grey", SHUFFLED}
-        assert (shown["photograph"] - item.gt).abs().max() < 0.5 / 255 + 1e-6 and (shown["input"] - item.input).abs().max() < 0.5 / 255 + 1e-6
+        assert (shown["photograph"] - item.gt).abs().max() < 0.5 / 255 + 1e-6
+        assert (shown["input"] - item.input).abs().max() < 0.5 / 255 + 1e-6
     with pytest.raises(FoundIRError, match="no pictures"): load_pictures(tmp_path/"nothing")
 
 
 def test_what_cannot_be_compared_is_refused_before_any_work(items):
     class Busy(Grey):
         def __call__(self, lq, **kw): raise AssertionError("work was done")
-    with pytest.raises(FoundIRError, match="given the ground truth"): compare({"busy": Busy(), "oracle": Oracle()}, items, control="oracle")
+    with pytest.raises(FoundIRError, match="given the ground truth"):
+        compare({"busy": Busy(), "oracle": Oracle()}, items, control="oracle")
     with pytest.raises(FoundIRError, match="name every sub-task once"): compare({"busy": Busy()}, [items[0], *items])
     with pytest.raises(FoundIRError): compare({"busy": Busy()}, [i for i in items if i.photo == "p0"], control="busy")
 
 
 def test_a_metric_without_a_word_leaves_no_mean():
-    rows = [dict(zip(ev.COLUMNS, (name, "weather", "haze", "p", 1, "niqe", float("nan")))) for name in ("input", "grey", SHUFFLED)]
+    rows = [dict(zip(ev.COLUMNS, (name, "weather", "haze", "p", 1, "niqe", float("nan"))))
+            for name in ("input", "grey", SHUFFLED)]
     tree = metrics_tree(pd.DataFrame(rows), "grey")
     assert tree["mean"] == {} and tree["shuffled"]["cost"] == {}
     with pytest.raises(FoundIRError, match="no control of 'gray'"): metrics_tree(pd.DataFrame(rows), "gray")

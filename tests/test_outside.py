@@ -14,8 +14,8 @@ from foundir_v2.degrade import OPERATORS, degrade, srgb_to_linear
 from foundir_v2.evaluate import COLUMNS
 from foundir_v2.index import build_manifest
 from foundir_v2.iqa import score
-from foundir_v2.outside import (CLEAN, LIT, RECIPES, Recipe, damage, fingerprint, lit, night, outside_items, outside_metrics, recipes,
-                                whole, window)
+from foundir_v2.outside import (CLEAN, LIT, RECIPES, Recipe, damage, fingerprint, lit, night, outside_items,
+                                outside_metrics, recipes, whole, window)
 from foundir_v2.restorers import make_restorer
 from foundir_v2.stages import import_closure, imported_modules, notebook_source
 from foundir_v2.tasks import CATEGORIES, SUBTASKS
@@ -47,7 +47,8 @@ def test_training_neither_imports_nor_names_the_library():
     assert {f"foundir_v2/{m}.py" for m in ("tasks", "degrade", "data", "train")} <= closure
     assert "foundir_v2/outside.py" not in closure
     for path in [*(ROOT/m for m in closure), ROOT/"foundir_v2/pretrain.py", *TRAINING]:
-        assert "albumentations" not in path.read_text(encoding="utf-8"), f"{path.name} names the other benchmark's library"
+        assert "albumentations" not in path.read_text(encoding="utf-8"), (
+            f"{path.name} names the other benchmark's library")
         if path.suffix == ".py": assert "outside" not in imported_modules(path.read_text(encoding="utf-8"))
 
 
@@ -71,7 +72,8 @@ def test_the_pictures_of_version_1_are_frozen(benchmark):
     assert [i.lq.mean().item() for i in benchmark] == pytest.approx(wanted, abs=1e-3)
 
 
-OLDER = {"PYTHONHASHSEED": "7", "OPENCV_CPU_DISABLE": "AVX512_SKX,AVX2,FMA3", "ATEN_CPU_CAPABILITY": "default", "OPENCV_IPP": "disabled"}
+OLDER = {"PYTHONHASHSEED": "7", "OPENCV_CPU_DISABLE": "AVX512_SKX,AVX2,FMA3", "ATEN_CPU_CAPABILITY": "default",
+         "OPENCV_IPP": "disabled"}
 
 
 @pytest.mark.parametrize("surroundings", [{}, OLDER], ids=["plain", "an older processor"])
@@ -114,10 +116,12 @@ def test_no_item_depends_on_the_number_of_others(photos):
 def test_numbers_that_cannot_be_are_refused(photos):
     manifest, root = photos
     for wrong, words in [(dict(version=2), "choose from 1"), (dict(per_category=0), "per_category=0"),
-                         (dict(clean=-1), "clean=-1"), (dict(max_pixels=100), "1024"), (dict(split="reference"), "no row of split 'reference'")]:
+                         (dict(clean=-1), "clean=-1"), (dict(max_pixels=100), "1024"),
+                         (dict(split="reference"), "no row of split 'reference'")]:
         with pytest.raises(FoundIRError, match=words): outside_items(manifest, root, **wrong)
     quarter = recipes(1)["outside_area_x4"]
-    with pytest.raises(FoundIRError, match="crop its sides to multiples of 4"): damage(picture(0, 50, 64), quarter, seed=0)
+    with pytest.raises(FoundIRError, match="crop its sides to multiples of 4"):
+        damage(picture(0, 50, 64), quarter, seed=0)
     with pytest.raises(FoundIRError, match="choose one of deblur"): Recipe("r", "sharpen", ())
 
 

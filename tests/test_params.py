@@ -33,19 +33,38 @@ def test_the_file_is_fine(): check_params(PARAMS, ROOT)
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(ingest__max_pixels=0), "ingest.max_pixels: expected a whole number from 1"), (dict(clean__limits=dict(sharpness=[1, 2])), "clean.limits: unknown measure sharpness"),
+    (dict(ingest__max_pixels=0), "ingest.max_pixels: expected a whole number from 1"),
+    (dict(clean__limits=dict(sharpness=[1, 2])), "clean.limits: unknown measure sharpness"),
     (dict(manifest__captioner="shiped"), "manifest.captioner: unknown captioner 'shiped': choose none, shipped"),
-    (dict(clean__limits__piqe=[70]), "clean.limits.piqe: expected 2 values"), (dict(clean__metrics=["psnr"]), "clean.metrics: psnr compares with a reference"),
-    (dict(mixture__options__alfa=1), "train_stage2: policy des has no option alfa"), (dict(mixture__options__alpha=-1), "train_stage2: mixture: alpha is -1"), (dict(mixture__options__alpha=None), "alpha"),
-    (dict(mixture__policy="replay", mixture__options=dict(table="schedules/none.csv")), "none.csv"), (dict(mixture__tasks=dict(dehaze=["haze"])), "train_stage2: no score metric for dehaze"),
-    (dict(mixture__start=dict.fromkeys(FIVE, .3)), "train_stage0, train_stage1, train_stage2: start sum to 1.5"), (dict(mixture__reference_size=136, mixture__tasks=dict(sr=["sr_x4"]), mixture__score=dict(sr="psnr")), None),
-    (dict(mixture__reference_per_task=0), "mixture.reference_per_task: expected a whole number from 1"), (dict(train_stage0=kept(0, sr=1.0)), "train_stage0: proportions of deblur"),
-    (dict(train_stage1__proportions=None), "train_stage1: expected one of the keys"), (dict(train_stage1__lq_encoder_learning_rate=1e-3), "train_stage1: lq_encoder_learning_rate is for stage 2"),
-    (dict(train_stage2__conditioning_init="identity"), "train_stage2: conditioning_init: identity would undo"), (dict(train_stage2__steps=0), "train_stage2: steps=0"),
-    (dict(evaluate__systems__input="bicubc"), "evaluate.systems.input: unknown restorer 'bicubc': choose identity, bicubic"), (dict(evaluate__systems__restored=dict(restorer="trained:x", strat="lq")), "unknown option strat"), (dict(report__gate_model=dict(restorer="trained:x", guidance_scale=-1)), "report.gate_model.*guidance_scale: expected"),
-    (dict(inference__tile_overlap=1), "inference.tile_overlap: expected"), (dict(mixture__reference_options=dict(steps=1)), "mixture.reference_options: unknown steps"), (dict(evaluate__control="nobody"), "evaluate.control"),
-    (dict(evaluate__subtasks=["haze"]), "report.gate_subtasks: motion_blur, gaussian_noise"), (dict(evaluate__size=1001), "evaluate.size: .* multiple of 8"), (dict(report__headline="musiq"), "report.headline: musiq is not in the evaluation"),
-    (dict(report__columns=["input", "restord"]), "report.columns: restord"), (dict(report__gate_model="trained"), "report.gate_model"), (dict(evaluate__split="tests"), "evaluate.split: expected one of")], ids=str)
+    (dict(clean__limits__piqe=[70]), "clean.limits.piqe: expected 2 values"),
+    (dict(clean__metrics=["psnr"]), "clean.metrics: psnr compares with a reference"),
+    (dict(mixture__options__alfa=1), "train_stage2: policy des has no option alfa"),
+    (dict(mixture__options__alpha=-1), "train_stage2: mixture: alpha is -1"),
+    (dict(mixture__options__alpha=None), "alpha"),
+    (dict(mixture__policy="replay", mixture__options=dict(table="schedules/none.csv")), "none.csv"),
+    (dict(mixture__tasks=dict(dehaze=["haze"])), "train_stage2: no score metric for dehaze"),
+    (dict(mixture__start=dict.fromkeys(FIVE, .3)), "train_stage0, train_stage1, train_stage2: start sum to 1.5"),
+    (dict(mixture__reference_size=136, mixture__tasks=dict(sr=["sr_x4"]), mixture__score=dict(sr="psnr")), None),
+    (dict(mixture__reference_per_task=0), "mixture.reference_per_task: expected a whole number from 1"),
+    (dict(train_stage0=kept(0, sr=1.0)), "train_stage0: proportions of deblur"),
+    (dict(train_stage1__proportions=None), "train_stage1: expected one of the keys"),
+    (dict(train_stage1__lq_encoder_learning_rate=1e-3), "train_stage1: lq_encoder_learning_rate is for stage 2"),
+    (dict(train_stage2__conditioning_init="identity"), "train_stage2: conditioning_init: identity would undo"),
+    (dict(train_stage2__steps=0), "train_stage2: steps=0"),
+    (dict(evaluate__systems__input="bicubc"),
+     "evaluate.systems.input: unknown restorer 'bicubc': choose identity, bicubic"),
+    (dict(evaluate__systems__restored=dict(restorer="trained:x", strat="lq")), "unknown option strat"),
+    (dict(report__gate_model=dict(restorer="trained:x", guidance_scale=-1)),
+     "report.gate_model.*guidance_scale: expected"),
+    (dict(inference__tile_overlap=1), "inference.tile_overlap: expected"),
+    (dict(mixture__reference_options=dict(steps=1)), "mixture.reference_options: unknown steps"),
+    (dict(evaluate__control="nobody"), "evaluate.control"),
+    (dict(evaluate__subtasks=["haze"]), "report.gate_subtasks: motion_blur, gaussian_noise"),
+    (dict(evaluate__size=1001), "evaluate.size: .* multiple of 8"),
+    (dict(report__headline="musiq"), "report.headline: musiq is not in the evaluation"),
+    (dict(report__columns=["input", "restord"]), "report.columns: restord"),
+    (dict(report__gate_model="trained"), "report.gate_model"),
+    (dict(evaluate__split="tests"), "evaluate.split: expected one of")], ids=str)
 def test_each_mistake_is_named(settings, words):
     if words is None: return check_params(changed(**settings), ROOT)
     with pytest.raises(ConfigError, match=words) as caught: check_params(changed(**settings), ROOT)
@@ -53,7 +72,9 @@ def test_each_mistake_is_named(settings, words):
 
 
 def test_missing_and_unknown_keys_are_refused():
-    for section, key in (("train", "seed"), ("mixture", "score"), ("train_stage1", "loss"), ("train_stage2", "lq_encoder_learning_rate"), ("train_stage2", "update_every"), ("report", "columns"), ("model", "moe"), ("inference", "prompt")):
+    for section, key in (("train", "seed"), ("mixture", "score"), ("train_stage1", "loss"),
+                         ("train_stage2", "lq_encoder_learning_rate"), ("train_stage2", "update_every"),
+                         ("report", "columns"), ("model", "moe"), ("inference", "prompt")):
         params = copy.deepcopy(PARAMS)
         value = params[section].pop(key)
         with pytest.raises(ConfigError, match=f"{section}.*{key}"): check_params(params, ROOT)
@@ -62,14 +83,17 @@ def test_missing_and_unknown_keys_are_refused():
 
 
 def test_all_mistakes_are_told_together():
-    params = changed(ingest__near_bits=-1, model__moe="sotf", evaluate__metrics=["pnsr"], train_stage1__conditioning_init="identiy")
+    params = changed(ingest__near_bits=-1, model__moe="sotf", evaluate__metrics=["pnsr"],
+                     train_stage1__conditioning_init="identiy")
     with pytest.raises(ConfigError) as caught: check_params(params, ROOT)
-    assert all(w in str(caught.value) for w in ("ingest.near_bits", "model.moe", "evaluate.metrics[0]", "train_stage1.conditioning_init"))
+    assert all(w in str(caught.value)
+               for w in ("ingest.near_bits", "model.moe", "evaluate.metrics[0]", "train_stage1.conditioning_init"))
 
 
 def test_sections_of_others_pass():
     check_params(dict(mine=dict(x=1)), ROOT)
-    assert keys_read(["mine"], dict(mine=dict(x=1))) == dict(mine=["x"]) and dvc_params(["mine"], dict(mine=dict(x=1))) == ["mine"]
+    assert keys_read(["mine"], dict(mine=dict(x=1))) == dict(mine=["x"])
+    assert dvc_params(["mine"], dict(mine=dict(x=1))) == ["mine"]
 
 
 def test_a_stage_that_keeps_its_proportions_does_not_read_the_policy():

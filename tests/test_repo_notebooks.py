@@ -98,10 +98,9 @@ def test_library_notebooks_hold_to_the_form(path):
     head = next(c.source for c in nb.cells if c.cell_type == 'markdown').splitlines()
     assert head[0].startswith('# ') and any(line.startswith('> ') for line in head[1:4]), (
         'title and one-line summary come first')
-    if path.stem not in ('44_unet', '51_planner', '71_outside', '80_report'):  # not yet
-        assert len(next(line for line in head if line.startswith('> '))) <= 116, 'the summary does not fit into a line'
-        wide = [c.id for c in cells if '\n\n\n' in c.source]
-        assert not wide, f'{wide}: one blank line is between the definitions of a cell'
+    assert len(next(line for line in head if line.startswith('> '))) <= 116, 'the summary does not fit into a line'
+    wide = [c.id for c in cells if '\n\n\n' in c.source]
+    assert not wide, f'{wide}: one blank line is between the definitions of a cell'
     exported = [c for c in cells if re.search(r'^#\|\s*export', c.source, re.M)]
     shown = [c for c in cells if not re.search(r'^#\|\s*(export|hide|default_exp)', c.source, re.M)]
     assert exported and shown

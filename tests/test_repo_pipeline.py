@@ -64,7 +64,8 @@ def test_every_stage_gets_the_parameters_of_its_notebook(tmp_path, monkeypatch, 
     values = read_parameters(args.sections, wanted, args.set, tmp_path / 'params.yaml')
     check_parameters(values, wanted, args.src, args.sections)
     if name in TRAINING:
-        TrainConfig.from_sections(values['stage'], values['train_stage'], **{p: values[p] for p in PARTS if p in values})
+        TrainConfig.from_sections(values['stage'], values['train_stage'],
+                                  **{p: values[p] for p in PARTS if p in values})
         assert ('update_every' in values['train_stage']) == ('options' in values['mixture'])
 
 

@@ -28,7 +28,8 @@ def test_the_recorded_mixture_follows_from_its_scores():
     "Stage by stage, from the image scores, by the rule of the run that made it, whatever params.yaml says now."
     records = [json.loads(line) for line in (ROOT / "metrics/mixture.jsonl").read_text().splitlines()]
     rule = ("tasks", "start", "policy", "options")
-    updates = {k: [r for r in records if r["stage"] == k and r["scores"]] for k in sorted({r["stage"] for r in records})}
+    updates = {k: [r for r in records if r["stage"] == k and r["scores"]]
+               for k in sorted({r["stage"] for r in records})}
     for stage, scored in updates.items():
         if not scored: continue
         section = LOCK[f"train_stage{stage}"]["params"]["params.yaml"]["mixture"]
@@ -39,7 +40,8 @@ def test_the_recorded_mixture_follows_from_its_scores():
     assert sum(map(len, updates.values())) >= 6, "the first scores and five updates"
     assert len({tuple(r["weights"].values()) for r in records}) >= 3
     rows = read_mixture(ROOT / "metrics/mixture.csv")
-    assert rows == [row | dict(stage=r["stage"]) for r in records for row in mixture_rows(r["step"], r["weights"], r["scores"])]
+    assert rows == [row | dict(stage=r["stage"]) for r in records
+                    for row in mixture_rows(r["step"], r["weights"], r["scores"])]
 
 
 def test_the_metrics_are_complete():

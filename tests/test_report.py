@@ -11,8 +11,9 @@ from foundir_v2.core import FoundIRError
 from foundir_v2.degrade import degrade
 from foundir_v2.evaluate import Pictures, compare, load_pictures, metrics_tree, write_metrics
 from foundir_v2.moe import MoEScheduler
-from foundir_v2.report import (apart_table, before_after, control_table, gate_shares, gates_by_task, gains_table, in_and_out,
-                               metrics_table, outside_part, plot_course, plot_gains, plot_gates, plot_loss, read_metrics, read_mixture, read_stages, read_steps, record_gates, write_figures)
+from foundir_v2.report import (apart_table, before_after, control_table, gate_shares, gates_by_task, gains_table,
+                               in_and_out, metrics_table, outside_part, plot_course, plot_gains, plot_gates, plot_loss,
+                               read_metrics, read_mixture, read_stages, read_steps, record_gates, write_figures)
 from foundir_v2.restorers import Bicubic, Levels
 
 
@@ -23,9 +24,12 @@ def run(tmp_path_factory):
     for i in range(2):
         coarse = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(i))
         gt = torch.nn.functional.interpolate(coarse, size=(48, 48), mode="bicubic").clamp(0, 1)[0]
-        items += [SimpleNamespace(photo=f"p{i}", subtask=t, seed=i, gt=gt, lq=degrade(gt, t, seed=i)) for t in ("motion_blur", "haze", "low_light", "sr_x2")]
+        items += [SimpleNamespace(photo=f"p{i}", subtask=t, seed=i, gt=gt, lq=degrade(gt, t, seed=i))
+                  for t in ("motion_blur", "haze", "low_light", "sr_x2")]
     pictures = Pictures()
-    tree = metrics_tree(compare({"input": Bicubic(), "restored": Levels()}, items, ["psnr", "stlpips"], control="restored", watch=pictures), "restored")
+    tree = metrics_tree(compare({"input": Bicubic(), "restored": Levels()}, items, ["psnr", "stlpips"],
+                                control="restored", watch=pictures),
+                        "restored")
     write_metrics(tree, folder/"evaluate.json")
     pictures.save(folder/"pictures")
     return folder
@@ -38,7 +42,8 @@ def test_the_table_holds_the_files_numbers_with_the_direction(run):
     tree = read_metrics(run/"evaluate.json")
     table = metrics_table(tree)
     assert list(table.index) == ["deblur", "weather", "lowlight", "sr", "mean"]
-    assert list(table.columns) == [("psnr ↑", "input"), ("psnr ↑", "restored"), ("stlpips ↓", "input"), ("stlpips ↓", "restored")]
+    assert list(table.columns) == [("psnr ↑", "input"), ("psnr ↑", "restored"), ("stlpips ↓", "input"),
+                                   ("stlpips ↓", "restored")]
     assert table.loc["sr", ("stlpips ↓", "input")] == tree["categories"]["sr"]["input"]["stlpips"]
     assert table.loc["mean", ("psnr ↑", "restored")] == tree["mean"]["restored"]["psnr"]
 
@@ -76,19 +81,23 @@ def test_bars_have_the_heights_of_the_gains(run):
     assert heights == pytest.approx([tree["gain"][c]["restored"]["stlpips"][0] for c in (*tree["categories"], "mean")])
 
 
-@pytest.mark.parametrize("arguments, words", [(dict(metric="musiq"), "musiq"), (dict(systems=["ours"]), "choose from restored")])
+@pytest.mark.parametrize("arguments, words", [
+    (dict(metric="musiq"), "musiq"),
+    (dict(systems=["ours"]), "choose from restored")])
 def test_unknown_gains_are_refused(run, arguments, words):
     with pytest.raises(FoundIRError, match=words): plot_gains(read_metrics(run/"evaluate.json"), **arguments)
 
 
 def test_the_control_shows_its_cost(run):
     table = control_table(read_metrics(run/"evaluate.json"))
-    assert table.cost["psnr"] == pytest.approx(table.restored["psnr"] - table.shuffled["psnr"], abs=1e-3) and table.cost["psnr"] > 0
+    assert table.cost["psnr"] == pytest.approx(table.restored["psnr"] - table.shuffled["psnr"], abs=1e-3)
+    assert table.cost["psnr"] > 0
     assert table.cost["stlpips"] == pytest.approx(table.shuffled["stlpips"] - table.restored["stlpips"], abs=1e-3)
     with pytest.raises(FoundIRError, match="control"): control_table({"categories": {}, "mean": {}})
 
 
-@pytest.mark.parametrize("content, words", [(None, "evaluation first"), ("", "JSON"), ("[]", "categories"), ('{"mean": {}}', "categories")])
+@pytest.mark.parametrize("content, words", [
+    (None, "evaluation first"), ("", "JSON"), ("[]", "categories"), ('{"mean": {}}', "categories")])
 def test_a_missing_or_foreign_metrics_file_is_one_line(tmp_path, content, words):
     if content is not None: (tmp_path/"m.json").write_text(content)
     with pytest.raises(FoundIRError, match=words) as e: read_metrics(tmp_path/"m.json")
@@ -103,7 +112,8 @@ def test_before_and_after_has_a_row_per_sub_task_in_the_columns_asked_for(run):
     with pytest.raises(FoundIRError, match="ours.*haze"): before_after(pictures, "weather", ["ours"])
 
 
-def records(n): return [dict(kind="step", step=i, loss=1 / i, lr={"unet": 1e-3 / i, "moe": 2e-3 / i}) for i in range(1, n + 1)]
+def records(n):
+    return [dict(kind="step", step=i, loss=1 / i, lr={"unet": 1e-3 / i, "moe": 2e-3 / i}) for i in range(1, n + 1)]
 
 
 def test_steps_are_read_from_a_folder_or_a_file_and_other_records_left_out(tmp_path):
@@ -111,10 +121,13 @@ def test_steps_are_read_from_a_folder_or_a_file_and_other_records_left_out(tmp_p
     (tmp_path/"log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     for source in (tmp_path, tmp_path/"log.jsonl"):
         log = read_steps(source)
-        assert list(log.step) == [1, 2, 3, 4] and list(log.loss) == [1, 1 / 2, 1 / 3, 1 / 4] and log["lr.moe"][1] == 1e-3
+        assert list(log.step) == [1, 2, 3, 4] and list(log.loss) == [1, 1 / 2, 1 / 3, 1 / 4]
+        assert log["lr.moe"][1] == 1e-3
 
 
-@pytest.mark.parametrize("content, words", [(None, "no training log"), ('{"kind": "step", "st', "damaged"), ("", "no training step"), ('{"kind": "mixture", "step": 0}\n', "no training step")])
+@pytest.mark.parametrize("content, words", [
+    (None, "no training log"), ('{"kind": "step", "st', "damaged"), ("", "no training step"),
+    ('{"kind": "mixture", "step": 0}\n', "no training step")])
 def test_a_missing_or_damaged_log_is_one_line(tmp_path, content, words):
     if content is not None: (tmp_path/"log.jsonl").write_text(content)
     with pytest.raises(FoundIRError, match=words): read_steps(tmp_path/"log.jsonl")
@@ -122,7 +135,9 @@ def test_a_missing_or_damaged_log_is_one_line(tmp_path, content, words):
 
 def test_a_stage_without_steps_is_left_out_and_a_broken_one_is_not(tmp_path):
     for name, steps in (("zero", 0), ("one", 4)):
-        (tmp_path/name).mkdir(); (tmp_path/name/"config.json").write_text(json.dumps(dict(steps=steps))); (tmp_path/name/"log.jsonl").write_text("")
+        (tmp_path/name).mkdir()
+        (tmp_path/name/"config.json").write_text(json.dumps(dict(steps=steps)))
+        (tmp_path/name/"log.jsonl").write_text("")
     assert read_stages({"stage 0": tmp_path/"zero"}) == {}
     for broken in ("one", "nowhere"):
         with pytest.raises(FoundIRError): read_stages({"stage": tmp_path/broken})
@@ -132,7 +147,8 @@ def test_the_loss_curve_is_the_running_mean(tmp_path):
     log = pd.json_normalize(records(6))
     figure = plot_loss({"one": log, "two": log[3:]}, window=2)
     single, mean = figure.axes[0].get_lines()
-    assert list(single.get_ydata()) == list(log.loss) and mean.get_ydata()[3] == pytest.approx((1 / 3 + 1 / 4) / 2) and mean.get_ydata()[0] == 1
+    assert list(single.get_ydata()) == list(log.loss) and mean.get_ydata()[3] == pytest.approx((1 / 3 + 1 / 4) / 2)
+    assert mean.get_ydata()[0] == 1
     rates = [a for a in figure.axes if "learning rate" in a.get_ylabel()]
     assert len(rates) == 2 and max(rates[0].get_lines()[0].get_ydata()) == 2e-3
     with pytest.raises(FoundIRError): plot_loss({})
@@ -181,7 +197,9 @@ def test_the_listener_goes_even_when_the_run_fails(moe):
     assert not moe._forward_pre_hooks
 
 
-@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), torch.nn.ModuleList([MoEScheduler(16, layers=1, heads=2), MoEScheduler(16, layers=1, heads=2)])])
+@pytest.mark.parametrize("model", [
+    torch.nn.Linear(2, 2),
+    torch.nn.ModuleList([MoEScheduler(16, layers=1, heads=2), MoEScheduler(16, layers=1, heads=2)])])
 def test_models_without_exactly_one_gate_are_refused(model):
     with pytest.raises(FoundIRError, match="MoE"):
         with record_gates(model): pass
@@ -197,7 +215,8 @@ def test_gates_by_task_average_over_steps_and_sum_to_one(moe):
     with torch.no_grad(): gates = gates_by_task(two_steps, moe, pictures)
     assert torch.allclose(gates["haze"], (seen[0] + seen[1]) / 2, atol=1e-6)
     shares = gate_shares(gates, ["spatial", "channel", "sparse"])
-    assert shares.sum(axis=1).tolist() == pytest.approx([1, 1], abs=1e-5) and shares.loc["rain", "sparse"] == pytest.approx(float(gates["rain"][2].mean()))
+    assert shares.sum(axis=1).tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert shares.loc["rain", "sparse"] == pytest.approx(float(gates["rain"][2].mean()))
     figure = plot_gates(gates, pictures, ["spatial", "channel", "sparse"])
     assert {"haze", "rain"} <= set(texts(figure))
     with pytest.raises(FoundIRError, match="never used"): gates_by_task(lambda x: None, moe, pictures)

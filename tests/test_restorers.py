@@ -140,8 +140,9 @@ def test_vae_bound_decodes_the_encoded_ground_truth_at_any_size(size):
 def test_vae_bound_of_the_real_classes():
     from diffusers import AutoencoderKL
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                        layers_per_block=1, norm_num_groups=4, latent_channels=4).eval()
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4,
+                        latent_channels=4).eval()
     y = VAEBound(vae)(rand(15, 18))
     assert y.shape == (3, 15, 18) and 0 <= y.min() and y.max() <= 1
 
@@ -161,7 +162,8 @@ def test_pipeline_restorer_is_blind_and_seeded():
     pipe = Recorder()
     r = PipelineRestorer(pipe, num_inference_steps=3, guidance_scale=1.0, start="lq")
     assert isinstance(r, Restorer)
-    assert r(rand(), subtask="haze", seed=11).shape == (3, 24, 20) and r(rand(), subtask="sr_x4", seed=12).shape == (3, 96, 80)
+    assert r(rand(), subtask="haze", seed=11).shape == (3, 24, 20)
+    assert r(rand(), subtask="sr_x4", seed=12).shape == (3, 96, 80)
     assert [c["generator"][0].initial_seed() for c in pipe.calls] == [11, 12]
     assert [c["upscale"] for c in pipe.calls] == [1, 4]
     assert all((c["num_inference_steps"], c["guidance_scale"], c["start"]) == (3, 1.0, "lq") for c in pipe.calls)
@@ -193,7 +195,8 @@ def test_guidance_and_captions_reach_the_evaluation():
 
 def items():
     gt = rand(32, 32)
-    return [SimpleNamespace(lq=degrade(gt, t, seed), subtask=t, photo="train/a b", seed=seed) for t, seed in (("haze", 1), ("sr_x2", 1), ("haze", 2))]
+    return [SimpleNamespace(lq=degrade(gt, t, seed), subtask=t, photo="train/a b", seed=seed)
+            for t, seed in (("haze", 1), ("sr_x2", 1), ("haze", 2))]
 
 
 def test_a_folder_of_results_is_matched_by_content(tmp_path):
@@ -201,7 +204,8 @@ def test_a_folder_of_results_is_matched_by_content(tmp_path):
     paths = export_inputs(todo, tmp_path/"in")
     assert len(set(paths)) == 3 and all(p.parent == tmp_path/"in" and p.is_file() for p in paths)
     (tmp_path/"out").mkdir()
-    for item, path in zip(todo, paths): save_image(1 - Bicubic()(item.lq, subtask=item.subtask), tmp_path/"out"/path.name)
+    for item, path in zip(todo, paths):
+        save_image(1 - Bicubic()(item.lq, subtask=item.subtask), tmp_path/"out"/path.name)
     r = FolderRestorer(tmp_path/"in", tmp_path/"out", "inverse")
     for item in reversed(todo):
         expected = 1 - Bicubic()(item.lq, subtask=item.subtask)
@@ -246,15 +250,17 @@ def test_the_real_pipeline_behind_the_interface(untrained):
 
 def test_the_output_of_a_training_stage_is_a_restorer(untrained, tmp_path, monkeypatch):
     from foundir_v2.inference import Recipe, write_recipe
-    tmp_path = tmp_path/"tiny" # also the name of a shipped model
+    tmp_path = tmp_path/"tiny"  # also the name of a shipped model
     untrained.pipe.unet.save_pretrained(tmp_path/"unet")
     with pytest.raises(FoundIRError, match="train_stage2"): make_restorer(f"trained:{tmp_path}/unet")
     write_recipe(Recipe(), tmp_path)
     again = make_restorer(f"trained:{tmp_path}", {"num_inference_steps": 1, "guidance_scale": 1.0, "start": "noise"})
     monkeypatch.chdir(tmp_path.parent)
     named = make_restorer("trained:tiny")
-    assert torch.equal(named.pipe.unet.conv_out.weight, untrained.pipe.unet.conv_out.weight), "the folder, not the shipped model"
-    torch.testing.assert_close(again(rand(), seed=3), untrained(rand(), seed=3), atol=1e-5, rtol=0)  # a matrix product picks its kernel by where the weights lie in memory
+    assert torch.equal(named.pipe.unet.conv_out.weight, untrained.pipe.unet.conv_out.weight), (
+        "the folder, not the shipped model")
+    # a matrix product picks its kernel by where the weights lie in memory
+    torch.testing.assert_close(again(rand(), seed=3), untrained(rand(), seed=3), atol=1e-5, rtol=0)
 
 
 def test_the_bound_of_the_shipped_base_model():
@@ -266,10 +272,14 @@ def test_the_bound_of_the_shipped_base_model():
 
 def test_systems_of_a_comparison_from_params():
     made = make_restorers({"input": "bicubic", "sharp": {"restorer": "unsharp"}})
-    assert list(made) == ["input", "sharp"] and isinstance(made["input"], Bicubic) and isinstance(made["sharp"], Unsharp)
-    for wrong, words in [({"a": {}}, "restorer"), ({"a": "bicubik"}, "system 'a'"), ({"a": {"restorer": "bicubic", "start": "lq"}}, "unknown option start"),
+    assert list(made) == ["input", "sharp"] and isinstance(made["input"], Bicubic)
+    assert isinstance(made["sharp"], Unsharp)
+    for wrong, words in [({"a": {}}, "restorer"),
+                         ({"a": "bicubik"}, "system 'a'"),
+                         ({"a": {"restorer": "bicubic", "start": "lq"}}, "unknown option start"),
                          ({"a": {"restorer": "pipeline:base", "steps": 1}}, "num_inference_steps"),
-                         ({"a": "best:levels"}, "reference items"), ({"a": "best:levels,vae:base"}, "vae:base"),
+                         ({"a": "best:levels"}, "reference items"),
+                         ({"a": "best:levels,vae:base"}, "vae:base"),
                          ({"a": "encoder:"}, "encoder:NAME_OR_PATH"),
                          ({"a": {"restorer": "encoder:tiny", "start": "lq"}}, "unknown option start")]:
         with pytest.raises(FoundIRError, match=words): make_restorers(wrong)

@@ -18,7 +18,10 @@ TASKS = {"denoise": ["gaussian_noise", "jpeg"], "sr": ["sr_x2"]}
 def items(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     for split in ("train", "reference"):
-        for i in range(2): save_image(torch.nn.functional.interpolate(torch.rand(1, 3, 9, 9, generator=generator(split, i)), size=(80, 80), mode="bicubic")[0].clamp(0, 1), folder / f"{split}/{split}{i}.png")
+        for i in range(2):
+            save_image(torch.nn.functional.interpolate(torch.rand(1, 3, 9, 9, generator=generator(split, i)),
+                                                       size=(80, 80), mode="bicubic")[0].clamp(0, 1),
+                       folder / f"{split}/{split}{i}.png")
     manifest = build_manifest(folder, root=folder)
     return lambda **k: sc.reference_set(manifest, TASKS, **(dict(per_task=3, size=64, seed=0, root=folder) | k))
 
@@ -26,9 +29,11 @@ def items(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    base = new_base(PatchAutoencoderKL(channels=48, hidden=8, encoder_blocks=1, decoder_blocks=1), dict(TINY_UNET, block_out_channels=(32, 32, 48), attention_head_dim=(2, 2, 2)))
+    base = new_base(PatchAutoencoderKL(channels=48, hidden=8, encoder_blocks=1, decoder_blocks=1),
+                    dict(TINY_UNET, block_out_channels=(32, 32, 48), attention_head_dim=(2, 2, 2)))
     unet = build_foundir_unet(base, lq_norm_groups=0, moe_layers=1, moe_heads=4)
-    torch.nn.init.normal_(unet.moe_projection.weight, std=.3); torch.nn.init.normal_(unet.lq_embedding.conv_out.weight, std=.3)
+    torch.nn.init.normal_(unet.moe_projection.weight, std=.3)
+    torch.nn.init.normal_(unet.lq_embedding.conv_out.weight, std=.3)
     one_step = InferenceConfig(num_inference_steps=1, guidance_scale=1, start="noise", tile_size=0)
     pipe = assemble(base, unet.eval(), Recipe(inference=one_step))
     pipe.set_progress_bar_config(disable=True)
@@ -46,7 +51,8 @@ def restore(model):
 def test_reference_set_is_fixed_and_balanced(items):
     a, b, c = items(), items(), items(seed=1)
     assert {t: len(v) for t, v in a.items()} == {"denoise": 3, "sr": 3}
-    for t in a: assert all(torch.equal(x.lq, y.lq) and torch.equal(x.gt, y.gt) and x.seed == y.seed for x, y in zip(a[t], b[t]))
+    for t in a:
+        assert all(torch.equal(x.lq, y.lq) and torch.equal(x.gt, y.gt) and x.seed == y.seed for x, y in zip(a[t], b[t]))
     assert any(not torch.equal(x.lq, y.lq) for x, y in zip(a["denoise"], c["denoise"]))
     assert all(x.input.shape == x.gt.shape == (3, 64, 64) for v in a.values() for x in v)
     assert len({x.seed for x in a["denoise"]}) == 3
@@ -65,7 +71,8 @@ def test_many_subtasks_share_the_items(items):
 def test_psnr_is_that_of_pyiqa():
     from foundir_v2.iqa import score
     for s in (0., .02, .3):
-        gt = torch.rand(3, 48, 48, generator=generator(1)); x = (gt + s * torch.randn(gt.shape, generator=generator(2))).clamp(0, 1)
+        gt = torch.rand(3, 48, 48, generator=generator(1))
+        x = (gt + s * torch.randn(gt.shape, generator=generator(2))).clamp(0, 1)
         assert sc.psnr(x, gt) == pytest.approx(score("psnr", x, gt), abs=1e-3)
 
 
@@ -134,11 +141,14 @@ def test_the_encoder_is_read_at_any_size(model):
 
 @pytest.mark.parametrize("restored", [torch.rand(1, 1, 1), torch.full((3, 64, 64), float("nan"))])
 def test_a_picture_that_cannot_be_scored_is_refused(restored):
-    with pytest.raises(FoundIRError, match="finite numbers of shape"): sc.item_score(restored, torch.rand(3, 64, 64), "psnr")
+    with pytest.raises(FoundIRError, match="finite numbers of shape"):
+        sc.item_score(restored, torch.rand(3, 64, 64), "psnr")
 
 
 def test_scores_of_one_rank_alone_are_no_mean(items):
-    with pytest.raises(FoundIRError, match="gather"): sc.score_items(lambda some: [i.input for i in some], items(), dict.fromkeys(TASKS, "psnr"), rank=0, world_size=2)
+    with pytest.raises(FoundIRError, match="gather"):
+        sc.score_items(lambda some: [i.input for i in some], items(), dict.fromkeys(TASKS, "psnr"), rank=0,
+                       world_size=2)
 
 
 def test_a_task_without_sub_tasks_is_refused(tmp_path):
@@ -147,4 +157,5 @@ def test_a_task_without_sub_tasks_is_refused(tmp_path):
 
 def test_missing_metric_or_items_are_refused(items):
     with pytest.raises(FoundIRError, match="sr has no score metric"): sc.score_items(list, items(), {"denoise": "psnr"})
-    with pytest.raises(FoundIRError, match="denoise has no reference items"): sc.score_items(list, {"denoise": []}, {"denoise": "psnr"})
+    with pytest.raises(FoundIRError, match="denoise has no reference items"):
+        sc.score_items(list, {"denoise": []}, {"denoise": "psnr"})

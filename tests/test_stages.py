@@ -74,17 +74,21 @@ def test_update_replaces_code_and_keeps_data_and_comments(checkout):
 
 
 def test_an_experiment_has_a_pipeline_of_its_own(checkout):
-    "Its stages run at the root; a folder of results below nbs/ is data, and so is a file of the package that is no code."
+    "Its stages run at the root; a folder of results below nbs/ is data, so is a file of the package that is no code."
     folder = checkout / 'nbs' / 'trial'
     folder.mkdir()
     notebook(folder / 'b.ipynb', 'import foundir_v2.core')
-    (folder / 'dvc.yaml').write_text(f'stages:\n  b:\n    matrix:\n      seed: [0, 1]\n    wdir: ../..\n    cmd: {RUNNER} nbs/trial/b.ipynb logs/b.ipynb --set seed=${{item.seed}}\n'
-                                     '    deps:\n    - nbs/trial/results\n    - foundir_v2/assets/captions.csv\n    - foundir_v2/cli.py\n    params:\n    - kept\n')
+    (folder / 'dvc.yaml').write_text(
+        'stages:\n  b:\n    matrix:\n      seed: [0, 1]\n    wdir: ../..\n'
+        f'    cmd: {RUNNER} nbs/trial/b.ipynb logs/b.ipynb --set seed=${{item.seed}}\n'
+        '    deps:\n    - nbs/trial/results\n    - foundir_v2/assets/captions.csv\n    - foundir_v2/cli.py\n'
+        '    params:\n    - kept\n')
     assert 'b.deps: +nbs/trial/b.ipynb, +foundir_v2/core.py, -foundir_v2/cli.py' in differences(checkout)
     update(checkout)
     assert differences(checkout) == []
     stage = load_yaml(folder / 'dvc.yaml')['stages']['b']
-    assert stage['deps'] == ['nbs/trial/results', 'foundir_v2/assets/captions.csv', 'nbs/trial/b.ipynb', 'foundir_v2/core.py'] and stage['params'] == ['kept']
+    assert stage['params'] == ['kept'] and stage['deps'] == [
+        'nbs/trial/results', 'foundir_v2/assets/captions.csv', 'nbs/trial/b.ipynb', 'foundir_v2/core.py']
 
 
 def test_a_new_import_is_a_difference(checkout):

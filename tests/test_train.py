@@ -1,4 +1,5 @@
-"Training: the loss follows the noise schedule, the mixture follows the scores, and nothing that happens to the process changes the result."
+"""Training: the loss follows the noise schedule, the mixture follows the scores, and nothing that happens to the
+process changes the result."""
 import csv, gc, json, os, signal, statistics, subprocess, sys, time, weakref
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,9 +15,12 @@ from foundir_v2.inference import InferenceConfig, read_recipe
 from foundir_v2.mixture import read_mixture, replay_scores
 from foundir_v2.optim import OPTIMIZERS
 from foundir_v2.score import reference_set, restore_pictures
+from foundir_v2.trainlog import write_course
 from small_training import TASKS, config, equal, weights
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
 class Killed(Exception): pass
 
 
@@ -29,19 +33,22 @@ def die_after(monkeypatch, step):
     monkeypatch.setattr(tr, "Checkpoints", Dying)
 
 
-# --- the loss ---------------------------------------------------------------------------------------------------------------------------------
+# --- the loss ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_target_recovers_the_picture(kind):
     ns = DDPMScheduler(prediction_type=kind, clip_sample=False)
     z, eps, t = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.tensor([10, 700])
     y, noisy = tr.prediction_target(ns, z, eps, t), ns.add_noise(z, eps, t)
-    for i in range(2): torch.testing.assert_close(ns.step(y[i:i + 1], int(t[i]), noisy[i:i + 1]).pred_original_sample, z[i:i + 1], atol=1e-3, rtol=1e-3)
+    for i in range(2):
+        torch.testing.assert_close(ns.step(y[i:i + 1], int(t[i]), noisy[i:i + 1]).pred_original_sample, z[i:i + 1],
+                                   atol=1e-3, rtol=1e-3)
 
 
 def test_unknown_prediction_type_is_refused():
     ns = DDPMScheduler(); ns.register_to_config(prediction_type="score")
-    with pytest.raises(FoundIRError, match="epsilon, v_prediction or sample"): tr.prediction_target(ns, *[torch.zeros(1, 1, 1, 1)] * 2, torch.tensor([0]))
+    with pytest.raises(FoundIRError, match="epsilon, v_prediction or sample"):
+        tr.prediction_target(ns, *[torch.zeros(1, 1, 1, 1)] * 2, torch.tensor([0]))
 
 
 def test_psnr_loss_weighs_latents_as_the_decoder_does(bench):
@@ -56,23 +63,29 @@ def test_psnr_loss_weighs_latents_as_the_decoder_does(bench):
             if c == 0: factor = pixels / mine
             torch.testing.assert_close(pixels, factor * mine, rtol=1e-3, atol=0)
     torch.testing.assert_close(tr.sample_losses(error, zero, "l2", gain), error.square().mean().reshape(1))
-    torch.testing.assert_close(tr.sample_losses(error, zero, "rmse", gain).square(), tr.sample_losses(error, zero, "psnr", gain).exp())
+    torch.testing.assert_close(tr.sample_losses(error, zero, "rmse", gain).square(),
+                               tr.sample_losses(error, zero, "psnr", gain).exp())
 
 
 @pytest.mark.parametrize("kind", ["l3", "PSNR", "", None])
 def test_an_unknown_loss_is_refused(kind):
-    with pytest.raises(FoundIRError, match="choose from l1, l2, rmse, psnr"): tr.sample_losses(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), kind, torch.ones(1))
+    with pytest.raises(FoundIRError, match="choose from l1, l2, rmse, psnr"):
+        tr.sample_losses(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), kind, torch.ones(1))
 
 
 def test_identity_start_is_refused_where_it_cannot_hold(bench, tmp_path):
     "The bench's U-Net has groups of one channel in its last norm."
-    with pytest.raises(FoundIRError, match="conditioning_init: zero"): tr.train(config(bench, tmp_path, conditioning_init="identity"))
+    with pytest.raises(FoundIRError, match="conditioning_init: zero"):
+        tr.train(config(bench, tmp_path, conditioning_init="identity"))
 
 
 def test_replay_follows_the_schedule_and_another_schedule_is_another_run(bench, tmp_path):
     from foundir_v2.mixture import write_mixture
     path = bench / "replay.csv"
-    def write(last): write_mixture([dict(step=s, task=t, weight=w, score=None) for s, shares in {0: (1., 0., 0.), 2: last}.items() for t, w in zip(TASKS, shares)], path)
+    def write(last):
+        write_mixture([dict(step=s, task=t, weight=w, score=None) for s, shares in {0: (1., 0., 0.), 2: last}.items()
+                       for t, w in zip(TASKS, shares)],
+                      path)
     write((0., 0., 1.))
     one = config(bench, tmp_path, policy="replay", options=dict(table="replay.csv"), steps=4, update_every=2)
     tasks = [max(r["samples"], key=r["samples"].get) for r in tr.train(one).steps]
@@ -81,15 +94,19 @@ def test_replay_follows_the_schedule_and_another_schedule_is_another_run(bench, 
     write((0., 1., 0.))
     assert tr.run_folder(one) != before
     with pytest.raises(FoundIRError, match="policy replay: missing .* 'table'"): tr.train(replace(one, options={}))
-    with pytest.raises(FoundIRError, match="expected denoise"): tr.build_mixture(replace(one, tasks={"denoise": ["jpeg"]}, score={"denoise": "psnr"}))
+    with pytest.raises(FoundIRError, match="expected denoise"):
+        tr.build_mixture(replace(one, tasks={"denoise": ["jpeg"]}, score={"denoise": "psnr"}))
 
 
 def test_identity_start_reaches_the_training(tmp_path):
-    one = tr.TrainConfig(stage=1, steps=1, lq_norm_groups=0, moe_layers=1, moe_heads=2, conditioning_init="identity", noise_offset=0.)
+    one = tr.TrainConfig(stage=1, steps=1, lq_norm_groups=0, moe_layers=1, moe_heads=2, conditioning_init="identity",
+                         noise_offset=0.)
     base = load_base("base")
     unet, plain = tr.build_unet(one, base), tr.build_unet(replace(one, conditioning_init="zero"), base)
-    assert plain.moe_projection.weight.abs().max() == 0 and torch.equal(unet.moe_projection.weight[:, 48:, 0, 0], torch.eye(48))
-    assert {n for n, p in unet.named_parameters() if p.requires_grad} == {n for n, p in plain.named_parameters() if p.requires_grad}
+    assert plain.moe_projection.weight.abs().max() == 0
+    assert torch.equal(unet.moe_projection.weight[:, 48:, 0, 0], torch.eye(48))
+    assert {n for n, p in unet.named_parameters() if p.requires_grad} == {
+        n for n, p in plain.named_parameters() if p.requires_grad}
 
 
 def test_noise_is_a_function_of_the_sample():
@@ -104,25 +121,40 @@ def test_noise_is_a_function_of_the_sample():
     assert not any(tr.draw_noise(range(50), (1, 2, 2), 1000)[2])
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------------------------------
+# --- configuration ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(noise_offset=.02), "noise_offset"), (dict(batch_size=5, gradient_accumulation=2), "batch_size=5"), (dict(init="nowhere"), "nowhere"),
-    (dict(base="nobody"), "nobody"), (dict(update_every=2, score={"denoise": "psnr"}), "lowlight, sr"), (dict(tasks={"denoise": ["sharpness"]}), "sharpness"), (dict(steps=0), "steps=0"),
-    (dict(update_every=2, score=dict.fromkeys(TASKS, "beauty")), "beauty"), (dict(update_every=2, reference_per_task=0), "reference_per_task"),
-    (dict(manifest="gone.parquet"), "gone.parquet"), (dict(lq_encoder_learning_rate=1e-3), "is for stage 2"), (dict(proportions={"denoise": 1.}), "lowlight, sr missing"),
-    (dict(max_grad_norm=-1.), "max_grad_norm"), (dict(warmup_steps=-3), "warmup_steps"), (dict(scale_range=[1.]), "scale_range"), (dict(adam_betas=[.9]), "adam_betas"), (dict(reference_options=dict(num_inference_steps=0)), "reference_options"), (dict(inference=dict(tile_size=50)), "tile_size=50")])
+    (dict(noise_offset=.02), "noise_offset"),
+    (dict(batch_size=5, gradient_accumulation=2), "batch_size=5"),
+    (dict(init="nowhere"), "nowhere"),
+    (dict(base="nobody"), "nobody"),
+    (dict(update_every=2, score={"denoise": "psnr"}), "lowlight, sr"),
+    (dict(tasks={"denoise": ["sharpness"]}), "sharpness"),
+    (dict(steps=0), "steps=0"),
+    (dict(update_every=2, score=dict.fromkeys(TASKS, "beauty")), "beauty"),
+    (dict(update_every=2, reference_per_task=0), "reference_per_task"),
+    (dict(manifest="gone.parquet"), "gone.parquet"),
+    (dict(lq_encoder_learning_rate=1e-3), "is for stage 2"),
+    (dict(proportions={"denoise": 1.}), "lowlight, sr missing"),
+    (dict(max_grad_norm=-1.), "max_grad_norm"),
+    (dict(warmup_steps=-3), "warmup_steps"),
+    (dict(scale_range=[1.]), "scale_range"),
+    (dict(adam_betas=[.9]), "adam_betas"),
+    (dict(reference_options=dict(num_inference_steps=0)), "reference_options"),
+    (dict(inference=dict(tile_size=50)), "tile_size=50")])
 def test_bad_configurations_are_refused_in_one_line(bench, tmp_path, changes, words):
-    with pytest.raises((FoundIRError, FileNotFoundError), match=words) as e: tr.train(config(bench, tmp_path, **changes))
+    with pytest.raises((FoundIRError, FileNotFoundError), match=words) as e:
+        tr.train(config(bench, tmp_path, **changes))
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
 
 
 def test_stage_two_refuses_weights_of_another_model(bench, tmp_path):
     tr.train(config(bench, tmp_path, steps=1, output=str(tmp_path / "one")))
-    with pytest.raises(FoundIRError, match="moe_heads is 4"): tr.train(config(bench, tmp_path, stage=2, init=str(tmp_path / "one"), moe_heads=2))
+    with pytest.raises(FoundIRError, match="moe_heads is 4"):
+        tr.train(config(bench, tmp_path, stage=2, init=str(tmp_path / "one"), moe_heads=2))
 
 
-# --- two stages -------------------------------------------------------------------------------------------------------------------------------
+# --- two stages -------------------------------------------------------------------------------------------------------
 
 def test_stages_train_their_parameters_with_their_rates(bench, tmp_path):
     one = config(bench, tmp_path, steps=3, output=str(tmp_path / "one"))
@@ -131,15 +163,19 @@ def test_stages_train_their_parameters_with_their_rates(bench, tmp_path):
     new = lambda k: k.startswith(("lq_embedding.", "moe_"))
     assert all(torch.equal(start[k], first[k]) for k in first if not new(k))
     assert sum(not torch.equal(start[k], first[k]) for k in first if new(k)) > 10
-    two = tr.train(config(bench, tmp_path, stage=2, steps=3, init=str(tmp_path / "one"), learning_rate=1e-3, lq_encoder_learning_rate=1e-4, warmup_steps=0))
+    two = tr.train(config(bench, tmp_path, stage=2, steps=3, init=str(tmp_path / "one"), learning_rate=1e-3,
+                          lq_encoder_learning_rate=1e-4, warmup_steps=0))
     assert two.steps[0]["lr"] == {"lq_encoder": 1e-4, "unet": 1e-3} and two.steps[-1]["lr"]["unet"] < 1e-3
-    groups = tr.parameter_groups(tr.build_unet(replace(one, stage=2), load_base(one.base)), replace(one, stage=2, path_learning_rate=1e-5))
+    groups = tr.parameter_groups(tr.build_unet(replace(one, stage=2), load_base(one.base)),
+                                 replace(one, stage=2, path_learning_rate=1e-5))
     assert {g["name"]: g["lr"] for g in groups} == {"lq_encoder": 2e-3, "path": 1e-5, "unet": 2e-3}
     ours = [id(p) for g in groups for p in g["params"]]
     assert len(ours) == len(set(ours)) == len(list(tr.build_unet(one, load_base(one.base)).parameters()))
     second = weights(two.output)
     assert sum(torch.equal(first[k], second[k]) for k in first) < len(first) / 10
-    assert sorted(p.name for p in two.output.iterdir()) == [SEAL, "config.json", "log.jsonl", "mixture.csv", "mixture.jsonl", "pipeline.json", "unet"] and not broken_seal(two.output)
+    assert sorted(p.name for p in two.output.iterdir()) == [
+        SEAL, "config.json", "log.jsonl", "mixture.csv", "mixture.jsonl", "pipeline.json", "unet"]
+    assert not broken_seal(two.output)
     assert not list((tmp_path / "runs").glob("stage*-*/step*"))  # finished runs leave no checkpoints
 
 
@@ -160,7 +196,9 @@ def test_the_priors_memory_is_free_once_the_restorer_is_built(bench, tmp_path, m
 
 
 def test_stage_zero_teaches_the_lq_encoder_and_nothing_else(bench, tmp_path):
-    zero = config(bench, tmp_path, stage=0, steps=60, noise_offset=.02, loss="rmse", lq_context_width=8, learning_rate=5e-3, update_every=30, proportions=dict(denoise=.2, lowlight=.6, sr=.2), checkpoint_every=100)
+    zero = config(
+        bench, tmp_path, stage=0, steps=60, noise_offset=.02, loss="rmse", lq_context_width=8, learning_rate=5e-3,
+        update_every=30, proportions=dict(denoise=.2, lowlight=.6, sr=.2), checkpoint_every=100)
     start = tr.build_unet(zero, load_base(zero.base)).state_dict()
     result = tr.train(zero); after = weights(result.output)
     moved = {k.split(".")[0] for k in after if not torch.equal(start[k], after[k])}
@@ -169,13 +207,15 @@ def test_stage_zero_teaches_the_lq_encoder_and_nothing_else(bench, tmp_path):
     losses = [r["loss"] for r in result.steps]
     assert sum(losses[-10:]) < .8 * sum(losses[:10])
     assert first["weights"] == last["weights"] == dict(denoise=.2, lowlight=.6, sr=.2)   # the stage's own
-    one = config(bench, tmp_path, stage=1, steps=1, lq_context_width=8, init=str(result.output), output=str(tmp_path / "one"))
+    one = config(bench, tmp_path, stage=1, steps=1, lq_context_width=8, init=str(result.output),
+                 output=str(tmp_path / "one"))
     tr.train(one); next_ = weights(one.output)
     assert all(torch.equal(after[k], next_[k]) for k in after if k.startswith(("lq_features", "lq_context")))
 
 
 def test_the_identity_does_not_undo_a_trained_stage(bench, tmp_path):
-    with pytest.raises(FoundIRError, match="would undo"): config(bench, tmp_path, stage=2, init=str(tmp_path), conditioning_init="identity")
+    with pytest.raises(FoundIRError, match="would undo"):
+        config(bench, tmp_path, stage=2, init=str(tmp_path), conditioning_init="identity")
 
 
 def test_stage_zero_measures_its_first_change_from_something_learnt(bench, tmp_path):
@@ -188,30 +228,35 @@ def test_stage_zero_measures_its_first_change_from_something_learnt(bench, tmp_p
 def test_stage_zero_without_steps_builds_the_model(bench, tmp_path):
     zero = config(bench, tmp_path, stage=0, steps=0)
     result = tr.train(zero)
-    assert result.table.empty and equal(weights(result.output), dict(tr.build_unet(zero, load_base(zero.base)).state_dict()))
+    assert result.table.empty
+    assert equal(weights(result.output), dict(tr.build_unet(zero, load_base(zero.base)).state_dict()))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_stage_zero_resumes(bench, tmp_path, monkeypatch, optimizer):
-    c = config(bench, tmp_path, stage=0, steps=5, loss="psnr", lq_context_width=8, optimizer=optimizer, output=str(tmp_path / "straight"))
+    c = config(bench, tmp_path, stage=0, steps=5, loss="psnr", lq_context_width=8, optimizer=optimizer,
+               output=str(tmp_path / "straight"))
     straight = tr.train(c)
     with monkeypatch.context() as m:
         die_after(m, 2)
         with pytest.raises(Killed): tr.train(replace(c, output=str(tmp_path / "cut")))
     resumed = tr.train(replace(c, output=str(tmp_path / "cut")))
-    assert resumed.resumed_from == 2 and resumed.log == straight.log and equal(weights(straight.output), weights(resumed.output))
+    assert resumed.resumed_from == 2 and resumed.log == straight.log
+    assert equal(weights(straight.output), weights(resumed.output))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_learning_reduces_the_loss(bench, tmp_path, optimizer):
-    c = config(bench, tmp_path, stage=2, steps=40, optimizer=optimizer, learning_rate=5e-3, terminal_fraction=1., checkpoint_every=100)
+    c = config(bench, tmp_path, stage=2, steps=40, optimizer=optimizer, learning_rate=5e-3, terminal_fraction=1.,
+               checkpoint_every=100)
     losses = [r["loss"] for r in tr.train(c).steps]
     assert sum(losses[-8:]) < .9 * sum(losses[:8])
 
 
 def test_gradient_accumulation_and_workers_change_nothing(bench, tmp_path):
     plain = tr.train(config(bench, tmp_path, steps=3))
-    split = tr.train(config(bench, tmp_path, steps=3, gradient_accumulation=2, num_workers=1, output=str(tmp_path / "split")))
+    split = tr.train(
+        config(bench, tmp_path, steps=3, gradient_accumulation=2, num_workers=1, output=str(tmp_path / "split")))
     for a, b in zip(plain.steps, split.steps):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["samples"] == b["samples"]
 
@@ -227,8 +272,10 @@ def test_two_processes_train_like_one(bench, tmp_path):
     c = config(bench, tmp_path, stage=2, steps=4, update_every=2)
     alone = tr.train(c)
     file = tmp_path / "config.json"; file.write_text(json.dumps(dict(asdict(c), output=str(tmp_path / "two"))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "foundir_v2.train", "--config", str(file)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+               "foundir_v2.train", "--config", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1"),
+                          capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("4 steps") == 1, done.stderr[-2000:]
     records = tr.read_log(tmp_path / "two/log.jsonl")
     assert [r["kind"] for r in records] == [r["kind"] for r in alone.log]
@@ -237,7 +284,7 @@ def test_two_processes_train_like_one(bench, tmp_path):
         else: assert b["weights"] == pytest.approx(a["weights"], abs=1e-3)
 
 
-# --- data equilibrium scheduling in the loop --------------------------------------------------------------------------------------------------
+# --- data equilibrium scheduling in the loop --------------------------------------------------------------------------
 
 def test_mixture_changes_at_exactly_the_step_of_the_update(bench, tmp_path, monkeypatch):
     scores = iter([dict.fromkeys(TASKS, 0.), {"denoise": 900., "lowlight": 900., "sr": -900.}])
@@ -250,7 +297,8 @@ def test_mixture_changes_at_exactly_the_step_of_the_update(bench, tmp_path, monk
 
 
 def test_weights_in_the_csv_follow_from_its_scores(bench, tmp_path):
-    c = config(bench, tmp_path, stage=2, steps=10, update_every=2, learning_rate=1e-2, options=dict(alpha=.5, floor=.1, max_step=10., score_scale="relative"))
+    c = config(bench, tmp_path, stage=2, steps=10, update_every=2, learning_rate=1e-2,
+               options=dict(alpha=.5, floor=.1, max_step=10., score_scale="relative"))
     result = tr.train(c)
     rows = list(csv.DictReader(open(result.output / "mixture.csv")))
     steps = sorted({int(r["step"]) for r in rows}); assert steps == [0, 2, 4, 6, 8, 10]
@@ -273,7 +321,8 @@ def test_weights_in_the_log_follow_from_the_scores_of_its_images(bench, tmp_path
     assert records[-1]["weights"] != dict.fromkeys(TASKS, 1 / 3)
     for row in result.mixture:
         images = next(r["scores"][row["task"]] for r in records if r["step"] == row["step"])
-        assert row["score"] == pytest.approx(statistics.mean(images)) and row["spread"] == pytest.approx(statistics.stdev(images))
+        assert row["score"] == pytest.approx(statistics.mean(images))
+        assert row["spread"] == pytest.approx(statistics.stdev(images))
 
 
 def test_scores_come_from_the_averaged_weights(bench, tmp_path, monkeypatch):
@@ -316,7 +365,8 @@ def test_a_stage_is_scored_as_the_evaluation_will_use_it(bench, tmp_path):
 
 
 def test_the_mixture_goes_on_over_the_stages(bench, tmp_path):
-    "Stages 0 and 2 follow the scores, stage 1 keeps its proportions: one course, each stage recomputed from its scores."
+    """Stages 0 and 2 follow the scores, stage 1 keeps its proportions: one course, each stage recomputed from its
+    scores."""
     kept = dict(denoise=.2, lowlight=.2, sr=.6)
     common = dict(options=dict(alpha=2., floor=.05, max_step=10., score_scale="zscore"), learning_rate=1e-2)
     moved = dict(steps=4, update_every=2)
@@ -337,7 +387,7 @@ def test_the_mixture_goes_on_over_the_stages(bench, tmp_path):
         policy = tr.build_mixture(done[k][0], start=start)
         scored = [dict(r, step=r["stage_step"]) for r in of(k) if r["scores"]]
         assert [r["weights"] for r in replay_scores(policy, scored)] == [r["weights"] for r in scored], "bit for bit"
-    tr.write_course(course, tmp_path / "mixture")
+    write_course(course, tmp_path / "mixture")
     rows = read_mixture(tmp_path / "mixture.csv")
     assert rows == course.rows
     assert [r["score"] for r in rows if r["stage"] == 1] == [None] * 3
@@ -346,7 +396,7 @@ def test_the_mixture_goes_on_over_the_stages(bench, tmp_path):
     assert again.mixture[0]["weight"] == .5, "the trajectory of other tasks says nothing about these"
 
 
-# --- interruptions ----------------------------------------------------------------------------------------------------------------------------
+# --- interruptions ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("cut", [2, 4])  # 4: an update of the mixture and a checkpoint at one step
 def test_resumed_run_equals_the_straight_one(bench, tmp_path, monkeypatch, cut):
@@ -360,7 +410,8 @@ def test_resumed_run_equals_the_straight_one(bench, tmp_path, monkeypatch, cut):
     resumed = tr.train(replace(c, output=str(tmp_path / "cut"), num_workers=1))
     assert resumed.resumed_from == cut and resumed.log == straight.log
     assert equal(weights(straight.output), weights(resumed.output))
-    for f in ("mixture.csv", "mixture.jsonl", "log.jsonl", "config.json", "pipeline.json"): assert (straight.output / f).read_bytes() == (resumed.output / f).read_bytes()
+    for f in ("mixture.csv", "mixture.jsonl", "log.jsonl", "config.json", "pipeline.json"):
+        assert (straight.output / f).read_bytes() == (resumed.output / f).read_bytes()
     tsv = [(p / "dvclive/plots/metrics/loss.tsv").read_text().split("\n") for p in (straight.output, resumed.output)]
     assert len(tsv[0]) == len(tsv[1]) == 7 + 2
 
@@ -406,7 +457,10 @@ def test_a_lost_log_costs_nothing(bench, tmp_path, monkeypatch):
     assert tr.train(cut).log == straight.log and [r["step"] for r in straight.steps] == list(range(1, 7))
 
 
-@pytest.mark.parametrize("harm", [lambda p: p.unlink(), lambda p: p.write_text(""), lambda p: p.write_text(p.read_text().replace("loss", "l0ss", 1))])
+@pytest.mark.parametrize("harm", [
+    lambda p: p.unlink(),
+    lambda p: p.write_text(""),
+    lambda p: p.write_text(p.read_text().replace("loss", "l0ss", 1))])
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_log_that_is_changed_while_the_run_goes_on_is_never_published(bench, tmp_path, monkeypatch, harm, step):
     c = config(bench, tmp_path, steps=6)
@@ -420,7 +474,8 @@ def test_a_log_that_is_changed_while_the_run_goes_on_is_never_published(bench, t
         refuses(c, "log.jsonl was changed or removed")
     assert not Path(c.output).exists()
     again = tr.train(c)
-    assert again.resumed_from == (2 if step == 3 else 4) and again.log == want.log and equal(weights(want.output), weights(again.output))
+    assert again.resumed_from == (2 if step == 3 else 4) and again.log == want.log
+    assert equal(weights(want.output), weights(again.output))
 
 
 class Exploding(torch.autograd.Function):
@@ -432,8 +487,10 @@ class Exploding(torch.autograd.Function):
     def backward(ctx, g): return g * float("inf")
 
 
-@pytest.mark.parametrize("kind, stage, step", [("gradient", 0, 4), ("gradient", 1, 4), ("gradient", 2, 6), ("loss", 2, 5)])
-def test_one_infinite_gradient_costs_the_steps_since_the_last_checkpoint(bench, tmp_path, monkeypatch, kind, stage, step):
+@pytest.mark.parametrize("kind, stage, step", [
+    ("gradient", 0, 4), ("gradient", 1, 4), ("gradient", 2, 6), ("loss", 2, 5)])
+def test_one_infinite_gradient_costs_the_steps_since_the_last_checkpoint(bench, tmp_path, monkeypatch, kind, stage,
+                                                                         step):
     "4 is a checkpoint's step, 6 the last."
     c = config(bench, tmp_path, stage=stage, steps=6)
     want, losses = tr.train(replace(c, output=str(tmp_path / "straight"))), tr.Learner.losses
@@ -446,7 +503,8 @@ def test_one_infinite_gradient_costs_the_steps_since_the_last_checkpoint(bench, 
         for _ in range(2): refuses(c, f"step {step} is not finite .*start again")
     assert not Path(c.output).exists() and Checkpoints(tr.run_folder(c)).steps()[-1] == (step - 1) // 2 * 2
     again = tr.train(c)
-    assert again.resumed_from == (step - 1) // 2 * 2 and again.log == want.log and equal(weights(want.output), weights(again.output))
+    assert again.resumed_from == (step - 1) // 2 * 2 and again.log == want.log
+    assert equal(weights(want.output), weights(again.output))
 
 
 def test_infinite_gradients_are_the_gradient_scalers_business_in_fp16(bench, tmp_path, monkeypatch):
@@ -457,11 +515,13 @@ def test_infinite_gradients_are_the_gradient_scalers_business_in_fp16(bench, tmp
         def scale(self, loss): return loss
     learner.accelerator.scaler = Scaler()
     learner.step(next(iter(tr.Feed(c).loader)), list(TASKS))
-    with pytest.raises(FoundIRError, match="not finite after step 1"): Checkpoints(tmp_path).save(learner.accelerator, 1, learner.ema, {})
+    with pytest.raises(FoundIRError, match="not finite after step 1"):
+        Checkpoints(tmp_path).save(learner.accelerator, 1, learner.ema, {})
 
 
 def test_weights_that_overflow_are_not_published(bench, tmp_path):
-    "The gradients are finite, the step is not: Adam's first step moves every weight by the learning rate, float32 ends at 3.4e38."
+    """The gradients are finite, the step is not: Adam's first step moves every weight by the learning rate, float32
+    ends at 3.4e38."""
     c = config(bench, tmp_path, stage=1, steps=1, warmup_steps=0)
     object.__setattr__(c, "learning_rate", 1e39)  # a configuration refuses it
     refuses(c, "not finite after step 1")
@@ -471,16 +531,19 @@ def test_weights_that_overflow_are_not_published(bench, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_are_none_are_refused_by_name(bench, tmp_path, value):
     for field in ("learning_rate", "weight_decay", "noise_offset", "max_grad_norm", "ema_decay", "adam_eps"):
-        with pytest.raises(FoundIRError, match=rf"{field}: expected a number .*, got -?(nan|inf)"): config(bench, tmp_path, **{field: value})
+        with pytest.raises(FoundIRError, match=rf"{field}: expected a number .*, got -?(nan|inf)"):
+            config(bench, tmp_path, **{field: value})
     for option in ("alpha", "floor", "max_step"):
         options = dict(alpha=.5) | {option: value}
-        with pytest.raises(FoundIRError, match=rf"{option}.* -?(nan|inf), expected"): tr.build_mixture(config(bench, tmp_path, update_every=2, options=options))
+        with pytest.raises(FoundIRError, match=rf"{option}.* -?(nan|inf), expected"):
+            tr.build_mixture(config(bench, tmp_path, update_every=2, options=options))
 
 
 def test_ctrl_c_is_one_line_and_130(bench, tmp_path):
     c = config(bench, tmp_path, stage=2, steps=4000, checkpoint_every=3, num_workers=1)
     file = tmp_path / "config.json"; file.write_text(json.dumps(asdict(c)))
-    process = subprocess.Popen([sys.executable, "-m", "foundir_v2.train", "--config", str(file)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", "foundir_v2.train", "--config", str(file)], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "runs").glob("stage2-*/step-*")) and time.monotonic() < deadline: time.sleep(.05)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to data workers, too
@@ -492,8 +555,10 @@ def test_ctrl_c_is_one_line_and_130(bench, tmp_path):
 def test_workers_end_with_their_launcher(bench, tmp_path):
     c = config(bench, tmp_path, stage=2, steps=4000)
     file = tmp_path / "config.json"; file.write_text(json.dumps(asdict(c)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "foundir_v2.train", "--config", str(file)]
-    agent = subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+               "foundir_v2.train", "--config", str(file)]
+    agent = subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1"),
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 180
     while not list((tmp_path / "runs").glob("stage2-*/step-*")) and time.monotonic() < deadline: time.sleep(.1)
     workers = psutil.Process(agent.pid).children(recursive=True)
@@ -507,13 +572,17 @@ def test_workers_end_with_their_launcher(bench, tmp_path):
     assert Checkpoints(tr.run_folder(c)).steps() and not Path(c.output).exists()
 
 
-# --- what training must not replace -----------------------------------------------------------------------------------------------------------
+# --- what training must not replace -----------------------------------------------------------------------------------
 
 def test_a_folder_of_somebody_is_refused_before_any_work(bench, tmp_path, monkeypatch, capsys):
-    mine = tmp_path / "mine"; mine.mkdir(); (mine / "photo.png").write_bytes(b"mine"); (tmp_path / "file").write_text("mine")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "photo.png").write_bytes(b"mine")
+    (tmp_path / "file").write_text("mine")
     monkeypatch.chdir(tmp_path)
     for part in ("Learner", "Feed"): monkeypatch.setattr(tr, part, lambda *a: pytest.fail("work began"))
-    for output in ("mine", str(mine), "mine/", "", ".", "/dev/null", "file", "file/x", str(bench), str(bench / "photos"), str(bench / "base"), str(tmp_path / "runs/..")):
+    for output in ("mine", str(mine), "mine/", "", ".", "/dev/null", "file", "file/x", str(bench),
+                   str(bench / "photos"), str(bench / "base"), str(tmp_path / "runs/..")):
         c = config(bench, tmp_path, output=output)
         refuses(c, "folder")
         if "mine" not in output: refuses(c, "folder", force=True)  # no force against what the run needs
@@ -528,7 +597,8 @@ def test_a_result_is_replaced_as_long_as_it_is_what_was_written(bench, tmp_path)
     c = config(bench, tmp_path, steps=1)
     first = tr.train(c)
     seal = (first.output / SEAL).read_bytes()
-    assert tr.train(c).output == first.output and (first.output / SEAL).read_bytes() == seal  # the same bytes, so the same seal
+    # the same bytes, so the same seal
+    assert tr.train(c).output == first.output and (first.output / SEAL).read_bytes() == seal
     (first.output / "my notes.txt").write_text("mine")
     refuses(c, "my notes.txt doesn't belong there")
     (tmp_path / "c.json").write_text(json.dumps(asdict(c)))
@@ -544,14 +614,15 @@ def test_two_runs_with_one_output(bench, tmp_path):
 
 def test_equal_results_are_equal_files(bench, tmp_path, monkeypatch):
     "DVC compares folders: an edit of the code that changes no weight must not repeat the stages that follow."
-    files = lambda folder: {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = lambda folder: {p.relative_to(folder).as_posix(): p.read_bytes()
+                            for p in sorted(folder.rglob("*")) if p.is_file()}
     c = config(bench, tmp_path, steps=2)
     first = files(tr.train(c).output)
     monkeypatch.setattr(tr, "run_name", lambda *a: "0123456789ab")  # as after an edit
     assert files(tr.train(replace(c, output=str(tmp_path / "again"))).output) == first
 
 
-# --- what training must not touch -------------------------------------------------------------------------------------------------------------
+# --- what training must not touch -------------------------------------------------------------------------------------
 
 AUDIT = """
 import sys, json
@@ -570,12 +641,13 @@ def test_training_never_opens_the_shipped_restorer(bench, tmp_path):
     one = config(bench, tmp_path, steps=1, output=str(tmp_path / "one"), **shipped)
     two = config(bench, tmp_path, stage=2, steps=1, update_every=1, init=str(tmp_path / "one"), **shipped)
     (tmp_path / "c.json").write_text(json.dumps([asdict(c) for c in (one, two)]))
-    done = subprocess.run([sys.executable, "-c", AUDIT, str(tmp_path / "c.json")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", AUDIT, str(tmp_path / "c.json")], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
-# --- command line and parameter file ----------------------------------------------------------------------------------------------------------
+# --- command line and parameter file ----------------------------------------------------------------------------------
 
 def test_command_line_refuses_in_one_line(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("stage: 1\nsteps: 1\nlerning_rate: 1\n")
@@ -593,9 +665,11 @@ def test_the_parameter_file_updates_the_mixture_often_enough():
 
 def test_a_scheduled_policy_leads_the_training(bench, tmp_path):
     "Tasks join at the update that the boundary falls on."
-    c = config(bench, tmp_path, policy="incremental", options=dict(boundaries=[2, 4]), steps=6, update_every=2, batch_size=8)
+    c = config(bench, tmp_path, policy="incremental", options=dict(boundaries=[2, 4]), steps=6, update_every=2,
+               batch_size=8)
     seen = [{t for t, n in r["samples"].items() if n} for r in tr.train(c).steps]
-    assert seen[:2] == [{"denoise"}] * 2 and set().union(*seen[2:4]) == {"denoise", "lowlight"} and set().union(*seen[4:]) == set(TASKS)
+    assert seen[:2] == [{"denoise"}] * 2 and set().union(*seen[2:4]) == {"denoise", "lowlight"}
+    assert set().union(*seen[4:]) == set(TASKS)
 
 
 def test_killed_while_the_run_is_tidied_away(bench, tmp_path, monkeypatch):
@@ -603,7 +677,9 @@ def test_killed_while_the_run_is_tidied_away(bench, tmp_path, monkeypatch):
     c = config(bench, tmp_path, steps=4)
     want, remove = tr.train(c).steps, tr.shutil.rmtree
     def die(path, *args, **kwargs):
-        if Path(path).exists() and Path(path).name.endswith(".done"): next(Path(path).glob("log.jsonl")).unlink(); raise Killed
+        if Path(path).exists() and Path(path).name.endswith(".done"):
+            next(Path(path).glob("log.jsonl")).unlink()
+            raise Killed
         remove(path, *args, **kwargs)
     with monkeypatch.context() as m:
         m.setattr(tr.shutil, "rmtree", die)
