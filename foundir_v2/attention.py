@@ -7,8 +7,7 @@ __all__ = ['EXPERTS', 'SpatialBlock', 'GroupedConv2d', 'TransposedAttention', 'G
            'ConvBlock', 'make_expert']
 
 # %% ../nbs/40_attention.ipynb #32f6250c
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 
 # %% ../nbs/40_attention.ipynb #657163a4
 import torch
@@ -212,8 +211,7 @@ def _channel(channels: int, heads: int, batch_axis_attention: bool) -> nn.Module
 def _sparse(channels: int, heads: int, batch_axis_attention: bool) -> nn.Module:
     return ConvBlock(channels, TransposedAttention(channels, heads, keep=0.75, out_scale=0.2), MultiScaleFFN(channels))
 
-EXPERTS: Mapping[str, Callable[[int, int, bool], nn.Module]] = MappingProxyType(
-    dict(spatial=_spatial, channel=_channel, sparse=_sparse))
+EXPERTS: dict[str, Callable[[int, int, bool], nn.Module]] = dict(spatial=_spatial, channel=_channel, sparse=_sparse)
 
 # %% ../nbs/40_attention.ipynb #e76c98d5
 def make_expert(

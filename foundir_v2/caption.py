@@ -9,7 +9,7 @@ __all__ = ['CAPTION_COLUMNS', 'PROMPT', 'CAPTIONERS', 'Captioner', 'NoCaption', 
 
 # %% ../nbs/20_caption.ipynb #7cd3bf9c
 import csv, hashlib, json, re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -226,7 +226,7 @@ class CaptionerKind(NamedTuple):
     usages: tuple[str, ...]  # how it is written; what follows the colon is its argument
     make: Callable[[str, Path, str], Captioner]  # from the argument, the folder of the cache, and the device
 
-CAPTIONERS: Mapping[str, CaptionerKind] = {
+CAPTIONERS: dict[str, CaptionerKind] = {
     "none": CaptionerKind(("none",), lambda *_: NoCaption()),
     "shipped": CaptionerKind(("shipped",), lambda *_: CSVCaptioner(shipped_captions(), strict=False)),
     "csv": CaptionerKind(("csv:FILE",), lambda file, *_: CSVCaptioner(file)),

@@ -25,7 +25,7 @@ from .scene import lamps, low_light, rain, raindrop, scatter, scene_depth, scree
 from .tasks import Choice, Integers, LogUniform, Range, SubTask, Uniform, subtask
 
 # %% ../nbs/12_degrade.ipynb #e6522a6e
-OPERATORS: Mapping[str, Callable[..., Tensor]] = {f.__name__: f for f in (
+OPERATORS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (
     motion_blur, defocus_blur, gaussian_noise, camera_noise, jpeg, haze, rain, snow, raindrop, low_light, downscale,
     shake, moving_object, depth_of_field, coloured_noise, phone_denoise, resaved, fog,
     lamps, screens, highlights, camera_exposure, tone, colour_cast, shrink)}

@@ -8,7 +8,7 @@ __all__ = ['HUB', 'METRICS', 'Metric', 'MetricUnavailable', 'Unscorable', 'metri
 
 # %% ../nbs/16_iqa.ipynb #bc76de18
 import contextlib, functools, importlib.util, io, logging, math, os, socket, sys, types, urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ _CATALOGUE = (
     Metric("maniqa", "maniqa", False, True, (0, 1), HUB, 224, "KonIQ-10k (Yang et al. 2022)"),
     Metric("paq2piq", "paq2piq", False, True, (0, 100), HUB, 32, "PaQ-2-PiQ (Ying et al. 2020)"),
     Metric("topiq_nr-face", "topiq_nr-face", False, True, (0, 1), HUB, 32, "faces, CGFIQA (Chen et al. 2024)"))
-METRICS: Mapping[str, Metric] = types.MappingProxyType({m.name: m for m in _CATALOGUE})
+METRICS: dict[str, Metric] = {m.name: m for m in _CATALOGUE}
 
 # %% ../nbs/16_iqa.ipynb #e0d0112c
 class MetricUnavailable(FoundIRError):

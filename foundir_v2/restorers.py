@@ -322,7 +322,7 @@ def load_trained(
 
 # %% ../nbs/76_restorers.ipynb #8acd1b19
 METHODS = (Identity, Bicubic, Unsharp, Levels, NonLocalMeans, Gamma, Clahe, DarkChannel)
-SIMPLE: Mapping[str, type] = {c.name: c for c in METHODS}
+SIMPLE: dict[str, type] = {c.name: c for c in METHODS}
 
 def _diffusion(load: Callable[[str], Any], argument: str, options: Mapping[str, Any]) -> PipelineRestorer:
     from foundir_v2.pipeline import resolve_settings

@@ -116,7 +116,7 @@ _SR = (
 )
 
 # %% ../nbs/10_tasks.ipynb #b8747155
-SUBTASKS: Mapping[str, SubTask] = {s.name: s for s in _DEBLUR + _DENOISE + _WEATHER + _LOWLIGHT + _SR}
+SUBTASKS: dict[str, SubTask] = {s.name: s for s in _DEBLUR + _DENOISE + _WEATHER + _LOWLIGHT + _SR}
 
 # %% ../nbs/10_tasks.ipynb #5a1d20e2
 def _variants(parent: str, **recipes: tuple[Step, ...]) -> tuple[SubTask, ...]:
@@ -188,7 +188,7 @@ _MORE_SR = (
     _variants("sr_x4", kernel=(_QUARTER_SOFT,), camera=(_QUARTER_SOFT, _FAINT_NOISE, _JPEG)),
     _variants("sr_x2_jpeg", kernel=(_HALF_SOFT, Step("jpeg", {"quality": Integers(30, 70)}))),
 )
-VARIANTS: Mapping[str, tuple[SubTask, ...]] = {v[0].name.split(":")[0]: v for v in _MORE + _MORE_DARK + _MORE_SR}
+VARIANTS: dict[str, tuple[SubTask, ...]] = {v[0].name.split(":")[0]: v for v in _MORE + _MORE_DARK + _MORE_SR}
 
 # %% ../nbs/10_tasks.ipynb #1dd6cce6
 def subtask(
@@ -197,7 +197,7 @@ def subtask(
     "The sub-task called `name`; raises `FoundIRError` naming the choices."
     if isinstance(name, SubTask): return name
     parent = str(name).partition(":")[0]
-    known = (SUBTASKS[parent], *VARIANTS[parent]) if parent in SUBTASKS else tuple(SUBTASKS.values())
+    known = (SUBTASKS[parent], *VARIANTS.get(parent, ())) if parent in SUBTASKS else tuple(SUBTASKS.values())
     for one in known:
         if one.name == name: return one
     raise FoundIRError(f"unknown sub-task {name!r}; choose one of {', '.join(s.name for s in known)}")

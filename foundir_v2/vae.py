@@ -11,7 +11,6 @@ __all__ = ['LQ_ENCODERS', 'ResidualBlock', 'PatchEncoder', 'PatchDecoder', 'Patc
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 # %% ../nbs/43_vae.ipynb #5c7f9d36
@@ -177,7 +176,7 @@ class LQEncoder(Encoder):
         self.out_channels = block_out_channels[-1]
 
 # %% ../nbs/43_vae.ipynb #395ad5f9
-LQ_ENCODERS: Mapping[str, type[nn.Module]] = MappingProxyType(dict(LQEncoder=LQEncoder, PatchEncoder=PatchEncoder))
+LQ_ENCODERS: dict[str, type[nn.Module]] = dict(LQEncoder=LQEncoder, PatchEncoder=PatchEncoder)
 
 def build_lq_encoder(
     config: Mapping | None = None,  # "class" (a name in `LQ_ENCODERS`) and that class's arguments; None: SDXL's

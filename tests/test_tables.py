@@ -1,0 +1,79 @@
+"Every table of the library takes a row from outside, which then works by its name in the configuration."
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from foundir_v2 import attention, caption, degrade, iqa, mixture, objective, optim, restorers, tasks
+from foundir_v2.attention import ConvBlock, GatedFFN, make_expert
+from foundir_v2.caption import CaptionerKind, make_captioner
+from foundir_v2.degrade import degrade as damage
+from foundir_v2.mixture import FixedMixture, policy_for
+from foundir_v2.restorers import Kind, make_restorer
+from foundir_v2.settings import TrainConfig
+from foundir_v2.tasks import Step, SubTask, Uniform
+
+X = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def config(**changes): return TrainConfig(**(dict(stage=1, steps=1, moe_heads=2) | changes))
+
+
+def test_a_degradation(monkeypatch):
+    def fade(image, amount): return image * (1 - amount) + 0.5 * amount
+    monkeypatch.setitem(degrade.OPERATORS, "fade", fade)
+    recipe = Step("fade", {"amount": Uniform(.3, .6)}),
+    monkeypatch.setitem(tasks.SUBTASKS, "faded", SubTask("faded", "lowlight", recipe))
+    assert damage(X, "faded", 0).std() < 0.75 * X.std()
+    assert config(tasks=dict(lowlight=["faded"])).task_table == dict(lowlight=["faded"])
+
+
+def test_an_expert(monkeypatch):
+    def local(channels, heads, batch_axis_attention):
+        return ConvBlock(channels, nn.Conv2d(channels, channels, 3, padding=1), GatedFFN(channels))
+    monkeypatch.setitem(attention.EXPERTS, "local", local)
+    assert config(moe_experts=["spatial", "local"]).moe_experts == ("spatial", "local")
+    assert make_expert("local", 8, 2, 2)(torch.rand(1, 8, 6, 6)).shape == (1, 8, 6, 6)
+
+
+def test_a_policy_with_an_option(monkeypatch):
+    class Leader(FixedMixture):
+        "All but a rest for one task."
+        def __init__(self, tasks, first, rest=0.1, start=None):
+            super().__init__({t: 1 - rest if t == first else rest / (len(tasks) - 1) for t in tasks})
+    monkeypatch.setitem(mixture.POLICIES, "leader", Leader)
+    c = config(policy="leader", options=dict(first="sr", rest=0.2))
+    assert policy_for(list(c.task_table), c.policy, c.options).weights["sr"] == pytest.approx(0.8)
+
+
+def test_a_loss_and_an_optimizer(monkeypatch):
+    monkeypatch.setitem(objective.LOSSES, "l4", lambda error, gain: error.pow(4).flatten(1).mean(1))
+    sgd = lambda groups, betas, eps, weight_decay: torch.optim.SGD(groups, weight_decay=weight_decay)
+    monkeypatch.setitem(optim.OPTIMIZERS, "sgd", sgd)
+    c = config(loss="l4", optimizer="sgd")
+    assert objective.sample_losses(torch.full((1, 1, 2, 2), 2.), torch.zeros(1, 1, 2, 2), c.loss).item() == 16
+    made = optim.make_optimizer(c.optimizer, [dict(params=[nn.Parameter(X.clone())], lr=.1)])
+    assert isinstance(made, torch.optim.SGD)
+
+
+def test_a_metric(monkeypatch):
+    monkeypatch.setitem(iqa.METRICS, "mad", iqa.Metric("mad", "mad", True, False, (0, 1)))
+    c = config(score=dict.fromkeys(config().task_table, "mad"), policy="des", update_every=1)
+    assert set(c.score.values()) == {"mad"} and iqa.oriented("mad", 0.5) == -0.5
+
+
+def test_a_captioner(monkeypatch):
+    monkeypatch.setitem(caption.CAPTIONERS, "name", CaptionerKind(("name",), lambda *_: lambda path: path.stem))
+    assert make_captioner("name", "unused")(Path("a/red_car.jpg")) == "red_car"
+
+
+def test_a_compared_system_with_an_argument(monkeypatch):
+    class Power:
+        name = "power"
+        def __init__(self, exponent): self.exponent = exponent
+        def __call__(self, lq, *, subtask=None, seed=0, caption=""): return lq ** self.exponent
+    make = lambda argument, options, reference: Power(float(argument))
+    monkeypatch.setitem(restorers.KINDS, "power", Kind("EXPONENT", make))
+    assert np.allclose(make_restorer("power:0.5")(X), X ** 0.5)
