@@ -103,20 +103,23 @@ class LQContext(nn.Module):
         windows."""
         return tuple(summary(p) for summary, p in zip((self.picture, *self.windows), pooled))
 
-    def forward(self,
-        x_Bchw: Tensor,
-        # for every item, its picture's context (from `summarize`); None: the items are whole pictures
-        contexts: Sequence[tuple[Tensor, ...]] | None = None,
-        corners: Sequence[tuple[int, int]] | None = None,  # of the items in their pictures: top, left, in latent pixels
-    ) -> Tensor:
-        if contexts is None: contexts, corners = [self.summarize(self.pool(x_Bchw))], [(0, 0)]
-        join = lambda parts: parts[0] if len(parts) == 1 else torch.cat(parts)
-        h = self.local(x_Bchw) + join([c[0] for c in contexts])
-        for k, side in enumerate(CONTEXT_WINDOWS, 1):
-            h = h + join(
-                [_spread(c[k], side, corner, x_Bchw.shape[2:]) for c, corner in zip(contexts, corners, strict=True)])
-        scale, shift = self.out(h).chunk(2, dim=1)
-        return x_Bchw * (1 + scale) + shift
+# %% ../nbs/44_unet.ipynb #082d984a
+@patch
+def forward(
+    self: LQContext,
+    x_Bchw: Tensor,
+    # for every item, its picture's context (from `summarize`); None: the items are whole pictures
+    contexts: Sequence[tuple[Tensor, ...]] | None = None,
+    corners: Sequence[tuple[int, int]] | None = None,  # of the items in their pictures: top, left, in latent pixels
+) -> Tensor:
+    if contexts is None: contexts, corners = [self.summarize(self.pool(x_Bchw))], [(0, 0)]
+    join = lambda parts: parts[0] if len(parts) == 1 else torch.cat(parts)
+    h = self.local(x_Bchw) + join([c[0] for c in contexts])
+    for k, side in enumerate(CONTEXT_WINDOWS, 1):
+        h = h + join(
+            [_spread(c[k], side, corner, x_Bchw.shape[2:]) for c, corner in zip(contexts, corners, strict=True)])
+    scale, shift = self.out(h).chunk(2, dim=1)
+    return x_Bchw * (1 + scale) + shift
 
 # %% ../nbs/44_unet.ipynb #e272e14a
 class ConvIn(nn.Conv2d):
