@@ -84,7 +84,8 @@ def _live(self: TrainLog, record: dict[str, Any]) -> None:
     "Hand a record to DVCLive."
     if record["kind"] == "mixture":
         rows = mixture_rows(record["step"], record["weights"], record["scores"])
-        flat = {f"{name}/{r['task']}": r[name] for name in ("weight", "score", "spread") for r in rows if name in r}
+        flat = {f"{name}/{r['task']}": r[name] for name in ("weight", "score", "spread") for r in rows
+                if r.get(name) is not None}
     else:
         rates = {f"lr/{group}": rate for group, rate in record["lr"].items()}
         flat = {"loss": record["loss"], "grad_norm": record["grad_norm"], **rates}

@@ -219,7 +219,7 @@ def test_the_identity_does_not_undo_a_trained_stage(bench, tmp_path):
 
 
 def test_stage_zero_measures_its_first_change_from_something_learnt(bench, tmp_path):
-    result = tr.train(config(bench, tmp_path, stage=0, steps=6, loss="rmse", update_every=2))
+    result = tr.train(config(bench, tmp_path, stage=0, steps=6, loss="rmse", update_every=2, dvclive=True))
     found = [r for r in result.log if r["kind"] == "mixture"]
     assert [(r["step"], bool(r["scores"])) for r in found] == [(0, False), (2, True), (4, True), (6, True)]
     assert found[0]["weights"] == found[1]["weights"] != found[2]["weights"]
