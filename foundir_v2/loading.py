@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .base import ASSETS, assets_path, build_foundir_unet, load_base, resolve_model
+from .base import ASSETS, build_foundir_unet, load_base, resolve_model
 from .caption import make_captioner
 from .core import FoundIRError, ImageError, atomic_write, pick_device, pick_dtype
 from .inference import Recipe, find_recipe, read_recipe, stored_defaults, write_recipe
@@ -169,10 +169,9 @@ def save_encoder(
     with atomic_write(path) as tmp: save_file(tensors, tmp, metadata=dict(base=base))
 
 def load_encoder(
-    name_or_path: str | Path = "encoder",  # "encoder": the shipped one; or a file by `save_encoder`
+    path: str | Path,  # a file by `save_encoder`
 ) -> tuple[FoundIRUNet, torch.nn.Module]:  # a restorer with this encoder, otherwise untrained, and the base's VAE
     "Read an LQ encoder. Raises `FoundIRError` if the file holds none."
-    path = assets_path().with_name("encoder.safetensors") if str(name_or_path) == "encoder" else Path(name_or_path)
     try:
         with safe_open(path, "pt") as f: found, told = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except (OSError, SafetensorError) as e:

@@ -7,6 +7,7 @@ __all__ = ['OPTIMIZERS', 'make_optimizer']
 
 # %% ../nbs/57_optim.ipynb #57000003
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 # %% ../nbs/57_optim.ipynb #57000004
@@ -16,14 +17,6 @@ from torch.optim import AdamW, Optimizer
 from .core import FoundIRError
 
 # %% ../nbs/57_optim.ipynb #57000008
-def _adamw(
-    groups: Iterable[Mapping[str, Any]],
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> Optimizer:
-    return AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-
 def _muon(
     groups: Iterable[Mapping[str, Any]],
     betas: tuple[float, float],
@@ -35,7 +28,7 @@ def _muon(
     # `eps` of the iterations is another number than AdamW's, and stays timm's
     return Muon(groups, lr=0.0, betas=betas, weight_decay=weight_decay, momentum=0.95, nesterov=True)
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = dict(adamw=_adamw, muon=_muon)
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = dict(adamw=partial(AdamW, fused=True), muon=_muon)
 
 # %% ../nbs/57_optim.ipynb #57000009
 def make_optimizer(
@@ -49,4 +42,4 @@ def make_optimizer(
 
     Raises `FoundIRError` naming the choices for another `kind`."""
     if kind not in OPTIMIZERS: raise FoundIRError(f"unknown optimizer {kind!r}: choose from {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[kind](groups, tuple(betas), eps, weight_decay)
+    return OPTIMIZERS[kind](groups, betas=tuple(betas), eps=eps, weight_decay=weight_decay)

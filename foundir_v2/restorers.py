@@ -348,7 +348,7 @@ def _load_pipeline(name_or_path: str) -> Any:
 
 def _encoder(name_or_path: str) -> EncoderRestorer:
     from foundir_v2.loading import load_encoder
-    if name_or_path == "encoder" or name_or_path.endswith(".safetensors"):
+    if name_or_path.endswith(".safetensors"):
         return EncoderRestorer(*load_encoder(name_or_path))
     pipe = _load_pipeline(name_or_path)
     return EncoderRestorer(pipe.unet, pipe.vae)

@@ -94,7 +94,7 @@ def test_environment_is_the_locked_one():
 def test_assets_are_small_and_packaged():
     files = [p for p in (ROOT / 'foundir_v2' / 'assets').rglob('*') if p.is_file()]
     weights = sum(p.stat().st_size for p in files if p.suffix == '.safetensors')
-    assert 0 < weights <= 30 * 2**20
+    assert 0 < weights <= 25 * 2**20
     assert not [p for p in files if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl')], (
         'weights are shipped as safetensors')
     assert "'assets/**/*'" in (ROOT / 'setup.py').read_text()
