@@ -9,7 +9,7 @@ __all__ = ['RESTORER', 'RANDOM', 'MEASURED', 'KEY', 'Variant', 'Experiment', 're
            'contributions_table', 'plot_contributions']
 
 # %% ../nbs/86_contributions.ipynb #fe8874e7
-import hashlib, json
+import hashlib, json, shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,8 +34,8 @@ from .restorers import make_restorers, parse_restorer
 from .settings import PARTS, Seed, TrainConfig, parameters
 from .tasks import CATEGORIES, SUBTASKS
 from .train import build_unet, run_folder, train
-from .trainlog import TrainResult, read_log
-from .unet import OWN_MODULES, FoundIRUNet
+from .trainlog import COURSE, TrainResult, read_log
+from .unet import FoundIRUNet, encoder_state
 
 # %% ../nbs/86_contributions.ipynb #39b03604
 RESTORER = "trained:"  # what a variant leaves behind, as notebook 76 names it
@@ -153,12 +153,12 @@ def carry_encoder(
     config: TrainConfig,  # of the stage that goes on
     folder: Path,  # for the result
 ) -> Path:  # `folder`
-    "The U-Net that `config` describes, untrained, with the LQ encoder of another one."
+    "The U-Net that `config` describes, untrained, with the LQ encoder of another one, and the mixture's course so far."
     unet = build_unet(replace(config, init=None, conditioning_init="zero"), load_base(config.base))
-    state = FoundIRUNet.from_pretrained(source / "unet", local_files_only=True, use_safetensors=True).state_dict()
-    encoder = {k: v for k, v in state.items() if k.split(".")[0] in OWN_MODULES[:2]}
-    unet.load_state_dict(unet.state_dict() | encoder)
+    other = FoundIRUNet.from_pretrained(source / "unet", local_files_only=True, use_safetensors=True)
+    unet.load_state_dict(unet.state_dict() | encoder_state(other))
     unet.save_pretrained(folder / "unet")
+    shutil.copyfile(source / COURSE, folder / COURSE)
     return folder
 
 # %% ../nbs/86_contributions.ipynb #f1eea153

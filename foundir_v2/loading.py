@@ -19,7 +19,6 @@ from diffusers import DiffusionPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from .base import ASSETS, build_foundir_unet, load_base, resolve_model
 from .caption import make_captioner
@@ -27,7 +26,7 @@ from .core import FoundIRError, ImageError, atomic_write, pick_device, pick_dtyp
 from .inference import Recipe, find_recipe, read_recipe, stored_defaults, write_recipe
 from .pipeline import FoundIRv2Pipeline, assemble, resolve_settings
 from .planner import Plan, make_plan, read_skeleton
-from .unet import OWN_MODULES, FoundIRUNet
+from .unet import FoundIRUNet, encoder_state
 
 # %% ../nbs/56_loading.ipynb #dfa9aa82
 def save_restorer(
@@ -155,9 +154,6 @@ def load_pipeline(
     return place(pipe, device, plan.offload)
 
 # %% ../nbs/56_loading.ipynb #56e00001
-def _encoder_part(unet: FoundIRUNet) -> dict[str, Tensor]:
-    return {k: v for k, v in unet.state_dict().items() if k.split(".")[0] in OWN_MODULES[:2]}
-
 def save_encoder(
     unet: FoundIRUNet,
     path: str | Path,  # .safetensors
@@ -165,7 +161,7 @@ def save_encoder(
     dtype: torch.dtype = torch.float16,  # of the file
 ) -> None:
     "Write the LQ encoder of a restorer, with its context of the whole image if it has one, and nothing else."
-    tensors = {k: v.to(dtype).contiguous() for k, v in _encoder_part(unet).items()}
+    tensors = {k: v.to(dtype).contiguous() for k, v in encoder_state(unet).items()}
     with atomic_write(path) as tmp: save_file(tensors, tmp, metadata=dict(base=base))
 
 def load_encoder(
@@ -179,7 +175,7 @@ def load_encoder(
                            "write it again with save_encoder") from None
     base, width = load_base(told.get("base", "base")), len(found.get("lq_context.local.weight", ()))
     unet = build_foundir_unet(base, lq_context_width=width, lq_norm_groups=0, moe=None).eval()
-    fits = {k: v.shape for k, v in _encoder_part(unet).items()} == {k: v.shape for k, v in found.items()}
+    fits = {k: v.shape for k, v in encoder_state(unet).items()} == {k: v.shape for k, v in found.items()}
     if not fits:
         raise FoundIRError(f"{path} holds no LQ encoder of the base {told.get('base')!r}: write it with save_encoder")
     unet.load_state_dict(found, strict=False)

@@ -20,6 +20,7 @@ from foundir_v2.runner import check_parameters, notebook_parameters, parser, rea
 from foundir_v2.settings import PARTS
 from foundir_v2.params import STAGES
 from foundir_v2.tasks import CATEGORIES
+from foundir_v2.trainlog import read_course
 from small_training import TASKS, equal, weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,6 +155,16 @@ def test_a_variant_goes_on_where_it_was_and_shares_stage_0(params, files, tmp_pa
     assert trained == [1, 2]
     assert {p.parent.name for p in kept.glob("*/unet")} == {results[0].output.name}, (
         "a row leaves nothing but stage 0 outside of its own folder")
+
+
+def test_the_mixture_goes_on_where_the_shared_stage_0_has_led(params, files, tmp_path):
+    led = {**params, "train_stage0": dict(steps=4, loss="l1", learning_rate=1e-2, warmup_steps=1, update_every=1)}
+    hard = {**led, "model": led["model"] | dict(moe="hard")}
+    courses = [read_course(train_variant(p, led, tmp_path / "kept", tmp_path / f"kept/{i}", **files)[2].output)
+               for i, p in enumerate((led, hard))]
+    first = [[r["weights"] for r in c.records if r["stage"] == 2][0] for c in courses]
+    assert first[0] == first[1] == [r["weights"] for r in courses[0].records if r["stage"] == 0][-1]
+    assert first[0] != dict.fromkeys(TASKS, 1 / 3)
 
 
 def test_another_stage_0_is_trained_for_itself(params, files, tmp_path):
