@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'FRAMES', 'BLOCK', 'DRAFTS', 'LARGEST_DRAFT', 'CACHE', 'Window', 'cut', 'halve', 'halved_window', 'shorten',
-           'read', 'Photos']
+           'read', 'size_of', 'Photos']
 
 # %% ../nbs/21_reading.ipynb #21ead002
 import mmap, sys, warnings, zlib
@@ -116,7 +116,8 @@ def _decode(
     with Image.open(data) as im:
         if drafted: im.draft(None, (im.width >> drafted, im.height >> drafted))
         if im.getexif().get(ExifTags.Base.Orientation, 1) != 1: raise ImageError("stored on its side")
-        if bottom > im.height or right > im.width: raise ImageError("smaller than expected")
+        if min(top, left) < 0 or bottom > im.height or right > im.width: raise ImageError("not inside")
+        if im.format == "TIFF": im.tile = [t for t in im.tile if t.extents[1] < bottom and t.extents[3] > top]
         im = im.crop((left, top, right, bottom))
     # 16 bits, or colours that shine through
     if im.mode[0] in "IF" or im.has_transparency_data: return (from_pil(im) * 255).round().byte()
@@ -147,7 +148,18 @@ def read(
     try: return halved_window(partial(cut, whole), (height, width), window, halved)
     except ImageError as e: raise ImageError(f"can't read {path}: {e}") from None
 
-# %% ../nbs/21_reading.ipynb #21ead01e
+# %% ../nbs/21_reading.ipynb #21ead01c
+def size_of(
+    path: str | Path,  # of a picture
+) -> tuple[int, int]:  # height, width, upright
+    "The size of a picture, from its header. Raises as `load_image` does."
+    with suppress(Exception), Image.open(path) as im:
+        # a PNG without Exif would be decoded for it
+        turned = (im.format != "PNG" or "exif" in im.info) and im.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return im.size if turned else im.size[::-1]
+    return tuple(load_image(path, max_pixels=sys.maxsize).shape[1:])
+
+# %% ../nbs/21_reading.ipynb #21ead021
 CACHE = 2 * 10**9  # bytes
 
 class Photos:
@@ -176,7 +188,7 @@ class Photos:
         worker = get_worker_info()
         return self.cache // (worker.num_workers if worker else 1)
 
-# %% ../nbs/21_reading.ipynb #21ead01f
+# %% ../nbs/21_reading.ipynb #21ead022
 @patch
 def _keep(self: Photos, path: str, halved: int, x: Tensor) -> None:
     "Keep a picture if there is room, or room can be made of pictures that were halved less often."

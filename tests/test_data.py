@@ -8,9 +8,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from foundir_v2.core import FoundIRError, generator, hash_seed, load_image, save_image
-from foundir_v2.data import (Photos, RestorationDataset, View, collate, draw_view, halve, halvings, look, look_at,
+from foundir_v2.data import (RestorationDataset, View, aligned, collate, draw_view, halvings, look, look_at,
                              reference_items, size_conditions, stored_pair)
 from foundir_v2.degrade import crop_to_multiple, degrade, upsample_lq
+from foundir_v2.reading import Photos, cut, halve
 from foundir_v2.tasks import SUBTASKS, VARIANTS, by_category, subtask
 
 TASKS = {"denoise": ["gaussian_noise", "jpeg"], "weather": ["haze"], "sr": ["sr_x2", "sr_x4"]}
@@ -61,7 +62,7 @@ def test_samples_have_the_promised_fields(dataset):
 def test_a_sample_is_a_pure_function_of_the_draw(dataset, manifest, root):
     first = [dataset[d] for d in DRAWS]
     torch.manual_seed(5)
-    fresh = RestorationDataset(manifest, "train", TASKS, crop=32, root=root, cache=False)
+    fresh = RestorationDataset(manifest, "train", TASKS, crop=32, root=root, cache=0)
     assert all(same(a, fresh[d]) for a, d in reversed(list(zip(first, DRAWS))))
     assert all(same(a, pickle.loads(pickle.dumps(dataset))[d]) for a, d in zip(first[:3], DRAWS))
     assert len({a["gt"].sum().item() for a in first}) == len(first), "draws repeat each other"
@@ -143,14 +144,14 @@ def test_shrinking_far_starts_from_a_kept_half_and_looks_the_same(manifest, root
     while len(halves) < 5: halves.append(halve(halves[-1]))
     assert [h.shape[1] for h in halves] == [640, 320, 160, 80, 40] and halve(photo[:, :5, :7]).shape == (3, 2, 3)
     used = []
-    def level(k): used.append(k); return halves[k]
+    def level(window, k): used.append(k); return cut(halves[k], window)
     for side, k in ((64, 0), (128, 0), (129, 1), (256, 1), (257, 2), (640, 3)):
         view = View(640 - side, 0, side, 64, side % 2 == 0)
         a, b = look_at(level, view), look(photo, view)
         assert used[-1] == k == halvings(view) and a.shape == (3, 64, 64)
         if k == 0: assert torch.equal(a, b)
         elif side % 2**k == 0: assert -10 * torch.log10((a - b).square().mean()) > 35
-    photos, fresh = Photos(root), Photos(root, cache=False)
+    photos, fresh = Photos(root), Photos(root, cache=0)
     assert photos("a.png", 1) is photos("a.png", 1)
     assert torch.equal(photos("a.png", 1), fresh("a.png", 1))
     assert torch.equal(photos("a.png", 1), halve(photos("a.png")))
@@ -158,7 +159,7 @@ def test_shrinking_far_starts_from_a_kept_half_and_looks_the_same(manifest, root
 
 def test_whole_photographs_as_crops_do_not_depend_on_the_cache(manifest, root):
     options = dict(crop=16, root=root, scale_range=(0, 1), variety=0.5, clean_share=0.1)
-    kept, read = (RestorationDataset(manifest, "train", TASKS, cache=c, **options) for c in (True, False))
+    kept, read = (RestorationDataset(manifest, "train", TASKS, cache=c, **options) for c in (10**9, 0))
     assert all(same(kept[d], read[d]) and kept[d]["lq"].shape == (3, 16, 16) for d in DRAWS)
 
 
@@ -225,9 +226,10 @@ def test_size_conditions_count_shrunk_pixels():
 def test_a_small_stored_lq_is_aligned_with_its_gt(root, top, left):
     gt = crop_to_multiple(load_image(root / "d.png"), 4)
     lq = degrade(gt, "sr_x4", 0)
+    photo, stored = (lambda window, k, x=x: cut(x, window) for x in (gt, lq))
     for seed in range(6):
         view = View(top, left, 36, 36, seed % 2 == 0)
-        a, b = stored_pair(gt, lq, view, seed)
+        a, b = stored_pair(photo, stored, 4, lq.shape[1:], view, seed)
         assert torch.allclose(a, look(upsample_lq(lq, gt.shape[1:], hash_seed("enlarge", seed)), view), atol=1e-5)
         assert torch.equal(b, look(gt, view))
 
@@ -257,11 +259,13 @@ def test_stored_pairs_serve_their_task_only(manifest, root):
 
 @pytest.mark.parametrize("change, match", [
     (dict(tasks={}), "no tasks"),
-    (dict(tasks={"weather": []}), "list of sub-tasks"),
+    (dict(tasks={"weather": []}), "'weather' has neither photographs nor pairs"),
+    (dict(tasks={"weather": None}), "list of sub-tasks"),
     (dict(tasks={"weather": "haze"}), "list of sub-tasks"),
     (dict(tasks={"weather": ["fog"]}), "unknown sub-task 'fog'"),
     (dict(split="validation"), "validation.*train"),
-    (dict(crop=65), "b is 64x120.*too small"),
+    (dict(crop=65), None),
+    (dict(crop=71), "a is 90x70, too small.*2 such"),
     (dict(crop=63), None),
     (dict(crop=0), "at least 1"),
     (dict(scale_range=(0, 0)), "scale_range"),
@@ -273,7 +277,7 @@ def test_stored_pairs_serve_their_task_only(manifest, root):
     (dict(recoloured=1.1), "recoloured=1.1")])
 def test_what_cannot_work_is_refused_at_once(manifest, root, change, match):
     options = dict(split="train", tasks=TASKS, crop=32, root=root) | change
-    if match is None: assert RestorationDataset(manifest, **options)["sr", 1, 0]["lq"].shape == (3, 63, 63)
+    if match is None: assert RestorationDataset(manifest, **options)["sr", 0, 0]["lq"].shape == (3, *2 * (options["crop"],))
     else:
         with pytest.raises(FoundIRError, match=match): RestorationDataset(manifest, **options)
 
@@ -333,12 +337,99 @@ def test_the_default_tasks_work(manifest, root):
     assert all(subtask(n).category == t for t in ds.tasks for n in ds.tasks[t])
 
 
-def test_the_cache_is_bounded_and_changes_nothing(manifest, root, dataset, monkeypatch):
-    from foundir_v2 import data
-    monkeypatch.setattr(data, "CACHE", 20_000)  # one of the photographs
-    small = RestorationDataset(manifest, "train", TASKS, crop=32, root=root)
-    for d in DRAWS: assert same(small[d], dataset[d])
-    assert len(small.photos._kept) == 1 and sum(x.nbytes for x in small.photos._kept.values()) <= 20_000
+def test_one_small_photograph_is_left_out_and_told(manifest, root, caplog):
+    with caplog.at_level("WARNING", "foundir_v2.data"): ds = RestorationDataset(manifest, "train", TASKS, crop=66, root=root)
+    assert caplog.messages == ["train: 1 of 2 pictures left out, smaller than 68 pixels: b"]
+    assert ds.lengths == {"denoise": 1, "weather": 1, "sr": 1}
+    assert all(ds[task, 0, seed]["caption"] == "photo a" for task in TASKS for seed in range(3))
+    caplog.clear()
+    RestorationDataset(manifest, "train", TASKS, crop=64, root=root)
+    many = pd.concat([manifest] + [manifest[1:2].assign(photo=f"s{i}", width=9) for i in range(7)])
+    RestorationDataset(many, "train", TASKS, crop=60, root=root)
+    assert caplog.messages == ["train: 7 of 9 pictures left out, smaller than 60 pixels: s0, s1, s2, s3, s4, ..."]
+    with pytest.raises(FoundIRError, match="c is 66x66, too small"):
+        reference_items(manifest, "reference", ["haze"], 1, 72, 0, root=root)
+
+
+@pytest.mark.parametrize("up", [False, True])
+@pytest.mark.parametrize("scale", [2, 4])
+def test_a_gt_that_is_no_multiple_is_cropped(root, tmp_path, up, scale):
+    "298x199, as the published sets have them: the small LQ was made by rounding down or up."
+    g = generator("odd")
+    coarse = torch.rand(1, 3, 25, 38, generator=g)
+    gt = torch.nn.functional.interpolate(coarse, (199, 298), mode="bicubic")[0].clamp(0, 1)
+    more = [(-n) % scale if up else 0 for n in gt.shape[1:]]
+    padded = torch.nn.functional.pad(gt[None], (0, more[1], 0, more[0]), mode="replicate")[0]
+    save_image(gt, tmp_path / "gt.png")
+    save_image(degrade(padded, f"sr_x{scale}", 0), tmp_path / "lq.png")
+    row = dict(photo="odd", path="gt.png", lq="lq.png", task=f"sr_x{scale}", split="train", width=298, height=199)
+    ds = RestorationDataset(pd.DataFrame([row]), "train", {"sr": [f"sr_x{scale}"]}, crop=48, root=tmp_path)
+    places = set()
+    for seed in range(60):
+        s = ds["sr", 0, seed]
+        assert s["lq"].shape == s["gt"].shape == (3, 48, 48) and s["original_size"].tolist() == [199, 298]
+        places.add(tuple(s["crop_top_left"].tolist()))
+        error = (s["lq"] - s["gt"]).square().mean()
+        moved = min((s["lq"].roll((dy, dx), (1, 2)) - s["gt"])[:, 2:-2, 2:-2].square().mean()
+                    for dy, dx in ((0, scale), (0, -scale), (scale, 0), (-scale, 0)))
+        assert error < moved, "not aligned"
+    assert all(t % scale == left % scale == 0 for t, left in places)
+    assert max(t for t, _ in places) > 120 and max(left for _, left in places) > 220
+    item = reference_items(pd.DataFrame([row | dict(split="test")]), "test", [f"sr_x{scale}"], 1, 96, 0, root=tmp_path)[0]
+    assert item.gt.shape == (3, 96, 96) and item.lq.shape == (3, 96 // scale, 96 // scale)
+
+
+@pytest.mark.parametrize("lq_size, found", [
+    ((199, 298), (1, (199, 298))),
+    ((49, 74), (4, (196, 296))),
+    ((50, 75), (4, (196, 296))),
+    ((50, 74), (4, (196, 296))),
+    ((99, 149), (2, (198, 298))),
+    ((66, 99), (3, (198, 297))),
+    ((200, 298), None),
+    ((298, 199), None),
+    ((199, 149), None),
+    ((48, 74), None),
+    ((51, 75), None),
+    ((400, 600), None)])
+def test_which_sizes_make_a_pair(lq_size, found):
+    if found: assert aligned((199, 298), lq_size) == found
+    else:
+        with pytest.raises(FoundIRError, match=f"LQ is {lq_size[1]}x{lq_size[0]}, GT 298x199"):
+            aligned((199, 298), lq_size)
+
+
+def test_a_pair_that_is_none_is_named_when_it_is_drawn(manifest, root):
+    save_image(torch.rand(3, 31, 50), root / "other.png")
+    row = manifest.to_dict("records")[0] | dict(lq="other.png", task="haze")
+    ds = RestorationDataset(pd.DataFrame([row]), "train", {"weather": ["haze"]}, crop=32, root=root)
+    with pytest.raises(FoundIRError, match="the pair a: LQ is 50x31, GT 90x70"): ds["weather", 0, 0]
+    save_image(torch.rand(3, 17, 22), root / "other.png")
+    ds = RestorationDataset(pd.DataFrame([row]), "train", {"weather": ["haze"]}, crop=69, root=root)
+    with pytest.raises(FoundIRError, match="the pair a: both show 88x68 pixels.*crops of 69"): ds["weather", 0, 0]
+
+
+def test_a_task_may_live_on_pairs_alone(manifest, root):
+    table = with_pairs(manifest, root)
+    film = table[:1].assign(photo="f", task="old_film")
+    tasks = {"weather": ["haze"], "film": ["rain"], "old_film": []}
+    ds = RestorationDataset(pd.concat([table[table.task != "sr"], film]), "train", tasks, crop=32, root=root)
+    assert ds.lengths == {"weather": 2, "film": 1, "old_film": 1}
+    s = ds["old_film", 0, 3]
+    assert s["subtask"] == s["task"] == "old_film" and same(s | dict(task="", subtask=""),
+                                                            ds["weather", 0, 3] | dict(task="", subtask=""))
+    assert not torch.equal(s["lq"], s["gt"])
+
+
+def test_pairs_and_photographs_share_a_task(manifest, root):
+    ds = RestorationDataset(with_pairs(manifest, root), "train", {"weather": ["haze"], "sr": ["sr_x4"]}, crop=32,
+                            root=root, variety=1, clean_share=0.3, recoloured=1)
+    stored = [ds["weather", 0, s] for s in range(20)]
+    made = [ds["weather", 1, s] for s in range(20)]
+    assert {s["subtask"] for s in stored} == {"haze"}, "stored pairs are what they are"
+    assert {s["subtask"] for s in made} <= {"clean", "haze:depths", "haze:phone"} and len({s["subtask"] for s in made}) > 1
+    batch = collate([stored[0], made[0]])
+    assert batch["lq"].shape == (2, 3, 32, 32)
 
 
 def test_no_pair_may_also_be_nan(manifest, root, dataset):
