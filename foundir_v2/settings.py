@@ -135,6 +135,8 @@ class LoopConfig(Section):
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware computes in it
     channels_last: bool = False  # memory format of the U-Net
     num_workers: Annotated[int, Interval(ge=0, le=256)] = 4  # data processes; 0: load in the training process
+    cache_gb: Annotated[float, Interval(ge=0, le=10**5), Unit("GB")] = 2.0  # photographs kept, all data processes together
+    draft: bool = False  # the JPEG decoder shrinks: faster, samples differ a little
     checkpoint_every: Annotated[int, Interval(ge=1, le=10**9), Unit("steps")] = 1000
     dvclive: bool = False  # also write DVCLive's files
     seed: Seed = 0
@@ -226,7 +228,8 @@ def build_mixture(
     except MixtureError as e: raise FoundIRError(f"mixture: {e}") from None
 
 # %% ../nbs/61_settings.ipynb #59a02bb6
-NO_INFLUENCE = ("num_workers", "checkpoint_every", "dvclive", "manifest", "root", "init", "output", "checkpoints")
+NO_INFLUENCE = ("num_workers", "cache_gb", "checkpoint_every", "dvclive", "manifest", "root", "init", "output",
+                "checkpoints")
 
 def parameters(config: TrainConfig) -> dict[str, Any]:
     "The fields that decide the result, apart from the files it is made from."

@@ -63,7 +63,8 @@ class Feed:
         manifest = load_manifest(config.manifest)
         shares = dict(recoloured=config.recoloured, variety=config.variety, clean_share=config.clean_share)
         dataset = RestorationDataset(manifest, "train", config.task_table, crop=config.crop, root=config.root,
-                                     scale_range=tuple(config.scale_range), **shares)
+                                     scale_range=tuple(config.scale_range), draft=config.draft,
+                                     cache=round(config.cache_gb * 1e9), **shares)
         self.before = read_course(config.init)
         start = self.before.last_weights(config.task_table) if config.update_every else None
         self.mixture = build_mixture(config, dataset.lengths, start)
