@@ -54,7 +54,8 @@ def convolve(
 ) -> Tensor:  # (C, H, W)
     "Convolve every channel with its kernel, mirroring the border."
     p, (_, h, w) = kernel.shape[-1] // 2, image.shape
-    x = image[:, _mirror(h, p).to(image.device)][:, :, _mirror(w, p).to(image.device)]
+    rows, columns = (_mirror(n, p).to(image.device) for n in (h, w))
+    x = image.index_select(1, rows).index_select(2, columns)
     size = _fast_size(h + 2 * p), _fast_size(w + 2 * p)
     y = torch.fft.irfft2(torch.fft.rfft2(x, size) * torch.fft.rfft2(kernel, size), size)
     return y[:, 2 * p:2 * p + h, 2 * p:2 * p + w]
@@ -94,11 +95,13 @@ def luma(image: Tensor) -> Tensor:
 def _box_mean(x: Tensor, radius: int) -> Tensor:
     "Mean over windows of (2·radius+1)², cut at the border; its cost doesn't depend on the radius."
     for dim in (1, 2):
-        i, before = torch.arange(x.shape[dim], device=x.device), (0, 0, 1, 0) if dim == 1 else (1, 0)
-        low, high = (i - radius).clamp(min=0), (i + radius + 1).clamp(max=x.shape[dim])
-        total = F.pad(x.cumsum(dim), before)
-        count = (high - low).view((-1, 1) if dim == 1 else (1, -1))
-        x = (total.index_select(dim, high) - total.index_select(dim, low)) / count
+        n = x.shape[dim]
+        before, around = ((0, 0, 1, 0), (0, 0, radius, radius)) if dim == 1 else ((1, 0), (radius, radius, 0, 0))
+        total = F.pad(F.pad(x.cumsum(dim), before), around, mode="replicate")
+        i = torch.arange(n, device=x.device)
+        count = (i + radius + 1).clamp(max=n) - (i - radius).clamp(min=0)
+        high, low = total.narrow(dim, 2 * radius + 1, n), total.narrow(dim, 0, n)
+        x = (high - low) / count.view((-1, 1) if dim == 1 else (1, -1))
     return x
 
 # %% ../nbs/09_camera.ipynb #6b2e30a3
