@@ -27,7 +27,7 @@ from torch.utils.data import Dataset, default_collate
 # %% ../nbs/22_data.ipynb #a2e3e0bc
 from .core import FoundIRError, generator, hash_seed
 from .degrade import Applied, apply, crop_to_multiple, degrade, upsample_lq
-from .reading import CACHE, Photos, Window, cut, size_of
+from .reading import CACHE, Photos, Window, size_of
 from .tasks import SUBTASKS, VARIANTS, SubTask, subtask
 
 # %% ../nbs/22_data.ipynb #b3998716

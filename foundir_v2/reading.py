@@ -98,7 +98,7 @@ def shorten(
         data[20:24] = rows.to_bytes(4)
         data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
     if data[:3] == b"\xff\xd8\xff":
-        at, enough = _jpeg_height(data), (rows // BLOCK + 2) * BLOCK
+        at, enough = _jpeg_height(data), (rows // BLOCK + 1) * BLOCK
         if enough < int.from_bytes(data[at:at + 2]): data[at:at + 2] = enough.to_bytes(2)
 
 # %% ../nbs/21_reading.ipynb #21ead015

@@ -135,7 +135,7 @@ class LoopConfig(Section):
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware computes in it
     channels_last: bool = False  # memory format of the U-Net
     num_workers: Annotated[int, Interval(ge=0, le=256)] = 4  # data processes; 0: load in the training process
-    cache_gb: Annotated[float, Interval(ge=0, le=10**5), Unit("GB")] = 2.0  # photographs kept, all data processes together
+    cache_gb: Annotated[float, Interval(ge=0, le=10**5), Unit("GB")] = 2.0  # of photographs kept in memory
     draft: bool = False  # the JPEG decoder shrinks: faster, samples differ a little
     checkpoint_every: Annotated[int, Interval(ge=1, le=10**9), Unit("steps")] = 1000
     dvclive: bool = False  # also write DVCLive's files
