@@ -48,21 +48,20 @@ def plain_sample(folder, row, tasks, draw, scale_range):
     return from_photograph(photo, whole.shape[:2], tasks[draw[0]], seed=draw[2], **options)[:2]
 
 
-def db(pairs): return -10 * np.log10(np.mean([(a - b).square().mean().item() for a, b in pairs]).clip(1e-12))
+def db(pairs): return -10 * np.log10(max(np.mean([(a - b).square().mean().item() for a, b in pairs]), 1e-12))
 
 
 @pytest.mark.parametrize("name", RANGES)
 def test_crops_per_second_and_core(pool, name):
-    "At least twice the plain way's, with the same samples; at least 40 dB from them where JPEGs are drafted."
+    "At least twice the plain way's, with the same samples; draft mode gives JPEGs 40 dB from them, with nothing kept."
     kind, folder, rows = pool
     tasks, scale_range = by_category(), RANGES[name]
     bytes_of_all = int(3 * (rows["width"] * rows["height"]).sum())
     options = dict(crop=CROP, root=folder, scale_range=scale_range, cache=bytes_of_all // 4, **VARIED)
-    exact, drafted = (RestorationDataset(rows, "train", tasks, draft=draft, **options) for draft in (False, True))
-    bare = RestorationDataset(rows, "train", tasks, **options | dict(cache=0))
+    exact, bare, drafted = (RestorationDataset(rows, "train", tasks, **options | more)
+                            for more in ({}, dict(cache=0), dict(cache=0, draft=True)))
     draws = [(list(tasks)[i % 5], i % 8, 1000 + i) for i in range(DRAWS)]
-    for dataset in (exact, drafted):
-        for i in range(5 * len(rows)): dataset[list(tasks)[i % 5], i % len(rows), i]
+    for i in range(5 * len(rows)): exact[list(tasks)[i % 5], i % len(rows), i]
     runs = {"plain": lambda d: plain_sample(folder, rows.iloc[d[1]], tasks, d, scale_range),
             "exact": exact.__getitem__, "bare": bare.__getitem__, "draft": drafted.__getitem__}
     seconds, samples = {run: [] for run in runs}, {}
@@ -73,12 +72,13 @@ def test_crops_per_second_and_core(pool, name):
             seconds[run].append(time.process_time() - start)
     ratio = lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
     ours, unaided, fast = (ratio("plain", run) for run in ("exact", "bare", "draft"))
-    gts = [[s["gt"] for s in samples[run]] for run in ("exact", "draft")]
-    print(f"\n{kind}, {name}: {DRAWS / statistics.median(seconds['exact']):.0f} crops per second and core, "
-          f"{ours:.1f} x the plain way's ({unaided:.1f} x with nothing kept), in draft mode {fast:.1f} x at "
-          f"{db(zip(*gts)):.0f} dB; "
-          f"kept {exact.photos.held / bytes_of_all:.0%} of the pool's bytes")
+    near = db((a["gt"], b["gt"]) for a, b in zip(samples["exact"], samples["draft"]))
+    rate, kept = DRAWS / statistics.median(seconds["exact"]), exact.photos.held / bytes_of_all
+    print(f"\n{kind}, {name}: {rate:.0f} crops per second and core, {ours:.1f} x the plain way's, with {kept:.0%} of the "
+          f"pool kept; with nothing kept {unaided:.1f} x, and in draft mode {fast:.1f} x"
+          + (f" at {near:.0f} dB" if near < 120 else ", the same samples"))
     assert exact.photos.held <= exact.photos.cache < bytes_of_all / 3
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(samples["exact"], samples["bare"]) for key in ("lq", "gt"))
     if scale_range[0] > 0:
         for (lq, gt), s in zip(samples["plain"], samples["exact"]):
             assert torch.equal(lq, s["lq"]) and torch.equal(gt, s["gt"])
@@ -86,9 +86,8 @@ def test_crops_per_second_and_core(pool, name):
         fresh = Photos(folder, 0)
         for (task, i, seed), s in list(zip(draws, samples["exact"]))[:8]:
             path = rows["path"][i]
-            def photo(window, k, whole=partial(fresh, path)):
-                return cut(whole(k), window)
+            def photo(window, k, whole=partial(fresh, path)): return cut(whole(k), window)
             size = rows["height"][i], rows["width"][i]
             lq, gt = from_photograph(photo, size, tasks[task], CROP, scale_range, seed, **VARIED)[:2]
             assert torch.equal(lq, s["lq"]) and torch.equal(gt, s["gt"])
-    assert db(zip(*gts)) >= 40 and ours >= 2 and fast >= 2
+    assert near >= 40 and ours >= 2 and (kind == "png" or fast >= 2)

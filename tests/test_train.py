@@ -268,6 +268,15 @@ def test_ranks_share_one_stream_of_samples(bench, tmp_path):
     assert len(together) == 2 and [a + b for a, b in zip(first, second)] == together
 
 
+def test_loading_follows_the_configuration(bench, tmp_path):
+    changes = dict(draft=True, cache_gb=0.25, clean_share=0.2, scale_range=(0.5, 1))
+    dataset = tr.Feed(config(bench, tmp_path, **changes)).loader.dataset.dataset
+    assert dataset.photos.draft and dataset.photos.cache == 250_000_000
+    assert dataset.sampling["clean_share"] == 0.2 and dataset.sampling["scale_range"] == (0.5, 1)
+    usual = tr.Feed(config(bench, tmp_path)).loader.dataset.dataset.photos
+    assert not usual.draft and usual.cache == 2 * 10**9
+
+
 def test_two_processes_train_like_one(bench, tmp_path):
     c = config(bench, tmp_path, stage=2, steps=4, update_every=2)
     alone = tr.train(c)
