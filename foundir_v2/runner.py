@@ -4,16 +4,18 @@
 
 # %% ../nbs/06_runner.ipynb #a5109b62
 from __future__ import annotations
-import argparse, ast, logging, os, re, signal, sys, traceback
+import argparse, ast, os, re, signal, sys, traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .core import error_line
 from .process import exit_with_parent
 
 # %% auto #0
-__all__ = ['ADDRESS', 'RANDOM_ID', 'RunnerError', 'checkout', 'check_interpreter', 'notebook_parameters', 'check_parameters',
-           'set_value', 'read_parameters', 'strip_volatile', 'execute', 'run_stage', 'parser', 'main']
+__all__ = ['ADDRESS', 'RANDOM_ID', 'QUIET', 'RunnerError', 'checkout', 'check_interpreter', 'notebook_parameters',
+           'check_parameters', 'set_value', 'read_parameters', 'strip_volatile', 'execute', 'read_notebook',
+           'run_stage', 'parser', 'main']
 
 # %% ../nbs/06_runner.ipynb #931b2181
 class RunnerError(ValueError):
@@ -57,7 +59,10 @@ def notebook_parameters(
         raise RunnerError(f"{name}: expected one code cell tagged 'parameters', found {len(tagged)}; "
                           "was the tag lost in cleaning?")
     found = {}
-    for node in ast.parse(tagged[0].source).body:
+    try: body = ast.parse(tagged[0].source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise RunnerError(f"{name}: the parameters cell can't be read ({error_line(e)[:100]})") from None
+    for node in body:
         targets = (node.targets if isinstance(node, ast.Assign)
                    else [node.target] if isinstance(node, ast.AnnAssign) else [])
         try:
@@ -174,6 +179,10 @@ def _temporary(out: Path) -> Path:
     return out.with_name(f".{out.stem}.{os.getpid()}.running.ipynb")
 
 # %% ../nbs/06_runner.ipynb #38694a38
+QUIET = "; ".join((  # what diffusers imports tells of kernels that a CPU lacks, and of widgets for progress bars
+    "import logging, warnings", "logging.getLogger('bitsandbytes').setLevel(logging.ERROR)",
+    "warnings.filterwarnings('ignore', 'IProgress not found')"))
+
 def execute(
     src: str | Path,  # pipeline notebook
     out: str | Path,  # where the executed copy goes
@@ -192,7 +201,7 @@ def execute(
     try:
         nb = papermill.execute_notebook(
             str(src), str(tmp), parameters, cwd=str(root), progress_bar=False, stdout_file=sys.stdout,
-            stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"])
+            stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL", f"--IPKernelApp.exec_lines={QUIET}"])
         nbformat.write(strip_volatile(nb), tmp)
         os.replace(tmp, out)
     except BaseException:
@@ -204,17 +213,23 @@ def execute(
     return out
 
 # %% ../nbs/06_runner.ipynb #d9f88045
+def read_notebook(path: str | Path) -> Any:
+    "A notebook by nbformat. Raises `RunnerError` if it is none."
+    import nbformat
+    try: return nbformat.read(path, 4)
+    except Exception as e:  # nbformat raises nearly anything
+        raise RunnerError(f"{path} can't be read as a notebook ({type(e).__name__}: {error_line(e)[:100]})") from None
+
 def run_stage(args: argparse.Namespace) -> None:
     "Check everything that can be checked before the kernel starts, then execute."
     root = checkout()
     check_interpreter(root)
-    import nbformat
     os.chdir(root)
     exit_with_parent()
     # so that the kernel is shut down and the temporary file moved
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not Path(args.src).is_file(): raise RunnerError(f"no notebook at {args.src} (paths are relative to {root})")
-    wanted = notebook_parameters(nbformat.read(args.src, 4), args.src)
+    wanted = notebook_parameters(read_notebook(args.src), args.src)
     values = read_parameters(args.sections, wanted, args.set, args.params)
     check_parameters(values, wanted, args.src, args.sections)
     execute(args.src, args.out, values, root)
@@ -236,10 +251,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:  # exit code
     "Command line of `python -m foundir_v2.runner`."
     args = parser().parse_args(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells at import what a CPU lacks
     try: run_stage(args)
-    except (ValueError, FileNotFoundError, PermissionError) as e:
-        print(f"runner: {e}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RecursionError) as e:
+        print(f"runner: {error_line(e)}", file=sys.stderr)
         return 2
     except Exception as e:
         text = str(e) if type(e).__name__ == "PapermillExecutionError" else traceback.format_exc()
