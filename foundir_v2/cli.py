@@ -295,8 +295,8 @@ def add_evaluate(sub: Any) -> None:
                        description="Compare restorers on held-out pictures with known truth, and print the means per "
                                    "category.")
     p.add_argument("restorers", nargs="+", metavar="RESTORER",
-                   help="identity, bicubic, unsharp, levels, nlm, gamma, clahe, dehaze, pipeline:NAME_OR_PATH, "
-                        "trained:FOLDER, encoder:NAME_OR_PATH, vae:BASE or folder:INPUTS,RESULTS")
+                   help="for instance bicubic, nlm, pipeline:NAME_OR_PATH, trained:FOLDER or folder:INPUTS,RESULTS; "
+                        "an unknown name lists all")
     p.add_argument("--manifest", default="artifacts/manifest/manifest.parquet", metavar="FILE",
                    help="default: %(default)s")
     p.add_argument("--split", default="test", help="default: %(default)s")

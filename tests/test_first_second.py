@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = 'torch', 'diffusers', 'transformers', 'pyiqa', 'papermill'
+HEAVY = 'torch', 'diffusers', 'transformers', 'pyiqa', 'papermill', 'nbformat'
 CODE = f"""import sys
 from foundir_v2.{{}} import main
 try: code = main(sys.argv[1:])

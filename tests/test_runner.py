@@ -13,10 +13,13 @@ import psutil
 import pytest
 
 from foundir_v2.config import load_params
-from foundir_v2.runner import (RunnerError, _temporary, check_interpreter, check_parameters, checkout,
-                               notebook_parameters, read_parameters, set_value, strip_volatile)
+from foundir_v2.runner import (RunnerError, _temporary, assign, check_interpreter, check_parameters, checkout,
+                               notebook_parameters, read_sections, set_value, strip_volatile)
 
 ROOT = checkout()
+
+
+def read_parameters(sections, wanted, settings, path): return assign(*read_sections(sections, settings, path), wanted)
 
 
 def notebook(path: Path, *sources, tag='parameters'):
