@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SDXL_UNET', 'TINY_UNET', 'SDXL_SCHEDULE', 'TINY_SCHEDULE', 'ASSETS', 'training_scheduler', 'clip_vocabulary',
            'clip_tokenizers', 'random_text_encoders', 'Base', 'new_base', 'save_base', 'assets_path', 'resolve_model',
-           'load_base', 'load_tokenizers', 'on_hub', 'go_offline', 'encode_prompts', 'micro_conditioning',
-           'build_foundir_unet', 'start_at_identity', 'identity_path']
+           'reading_model', 'load_base', 'load_tokenizers', 'on_hub', 'go_offline', 'encode_prompts',
+           'micro_conditioning', 'build_foundir_unet', 'start_at_identity', 'identity_path']
 
 # %% ../nbs/46_base.ipynb #82dc1642
 import gzip, importlib.util, json, math
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 # %% ../nbs/46_base.ipynb #71ba747a
-from .core import FoundIRError, generator, hash_seed
+from .config import read_json
+from .core import FoundIRError, error_line, generator, hash_seed
 from .unet import OWN_MODULES, FoundIRUNet
 from .vae import PatchAutoencoderKL, lq_encoder_config, lq_encoder_from_vae
 
@@ -192,6 +193,18 @@ def resolve_model(
     raise FoundIRError(f"no model at {str(path_or_name)!r}: give one of {', '.join(ASSETS)}, an existing folder, "
                        "or owner/name on the hub")
 
+# %% ../nbs/46_base.ipynb #33baf8da
+@contextmanager
+def reading_model(
+    source: Path | str,  # a folder, or a name on the hub
+) -> Iterator[None]:
+    "What the libraries raise over a model's files becomes a `FoundIRError` that names it; `OSError` stays."
+    try: yield
+    except (FoundIRError, OSError, MemoryError, torch.OutOfMemoryError): raise
+    except Exception as e:
+        why = f"{type(e).__name__}: {error_line(e)[:200]}"
+        raise FoundIRError(f"can't load the model in {source} ({why}): get an undamaged copy") from e
+
 # %% ../nbs/46_base.ipynb #33baf8db
 def load_base(
     path_or_name: str | Path = "base",  # as `resolve_model`; folders in the layout of SDXL
@@ -202,6 +215,10 @@ def load_base(
 ) -> Base:
     "Load a base model. Raises `FoundIRError` if a part is missing, or if `prior` finds a trained restorer."
     source = resolve_model(path_or_name)
+    with reading_model(source): return _load_base(source, dtype, device, variant, prior)
+
+def _load_base(
+    source: Path | str, dtype: torch.dtype, device: torch.device | str, variant: str | None, prior: bool) -> Base:
     names = {n: _class_name(source, n) for n in (("vae", "unet") if prior else ("vae",))}
     classes = dict(PatchAutoencoderKL=PatchAutoencoderKL, AutoencoderKL=AutoencoderKL,
                    UNet2DConditionModel=UNet2DConditionModel)
@@ -235,7 +252,7 @@ def load_tokenizers(
     "Both tokenizers of a base model; a folder may hold the vocabulary once, under `tokenizer`."
     if (isinstance(source, Path) and (source / "tokenizer/vocab.json").is_file()
             and not (source / "tokenizer_2/vocab.json").is_file()):
-        vocabulary = json.loads((source / "tokenizer/vocab.json").read_text(encoding="utf-8"))
+        vocabulary = read_json(source / "tokenizer/vocab.json")
         lines = (source / "tokenizer/merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         return clip_tokenizers(vocabulary, merges)
@@ -251,9 +268,9 @@ def on_hub(
     if not isinstance(source, Path): return True
     recipes = [source / name for name in ("pipeline.json", "config.json") if (source / name).is_file()]
     if not recipes: return False
-    try: base = json.loads(recipes[0].read_text(encoding="utf-8")).get("base", "base")
+    try: base = read_json(recipes[0]).get("base", "base")
     except (ValueError, AttributeError): return False  # loading says what is wrong
-    return not isinstance(resolve_model(base), Path)
+    return isinstance(base, str) and not isinstance(resolve_model(base), Path)
 
 def go_offline(
     patience: float = 5.0,  # seconds

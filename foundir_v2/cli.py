@@ -28,6 +28,12 @@ def run_restore(args: argparse.Namespace) -> int:
     return restore_batch(RestoreConfig(**{f.name: getattr(args, f.name) for f in fields(RestoreConfig)}))
 
 # %% ../nbs/90_cli.ipynb #2703ff91
+def _utf8(text: str) -> str:
+    "A text for the model; a shell may pass bytes that are none."
+    try: text.encode()
+    except UnicodeEncodeError: raise argparse.ArgumentTypeError("expected a text in UTF-8") from None
+    return text
+
 def _add_look(p: argparse.ArgumentParser) -> None:
     "Colours, tiles, solver, seed."
     p.add_argument("--color-fix", choices=("none", "adain", "wavelet"),
@@ -87,13 +93,14 @@ def add_restore(sub: Any) -> None:
                    help="guide only between these shares of the steps, for instance 0 0.5 (default: 0 1)")
     p.add_argument("--start", choices=("lq", "noise"),
                    help="what diffusion starts from: the noised input, or noise alone")
-    p.add_argument("--prompt", metavar="TEXT", help="what the pictures show (default: nothing)")
+    p.add_argument("--prompt", type=_utf8, metavar="TEXT", help="what the pictures show (default: nothing)")
     p.add_argument("--caption", default="none", metavar="NAME",
                    help="what the pictures show, one by one: none, shipped, csv:FILE, sidecar, sidecar:.SUFFIX or "
                         "vlm:MODEL (default: %(default)s)")
     p.add_argument("--caption-cache", default=".cache/captions", metavar="DIR",
                    help="captions of models are kept here (default: %(default)s)")
-    p.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: nothing)")
+    p.add_argument("--negative-prompt", type=_utf8, metavar="TEXT",
+                   help="what guidance leads away from (default: nothing)")
     for add in (_add_look, _add_machine): add(p)
     p.set_defaults(run=run_restore)
 
@@ -101,7 +108,6 @@ def add_restore(sub: Any) -> None:
 def run_degrade(args: argparse.Namespace) -> int:
     "`foundir-v2 degrade`"
     from foundir_v2.core import FoundIRError, load_image, save_image
-    from foundir_v2.degrade import degrade
     from foundir_v2.tasks import SUBTASKS, subtask
     if args.list:
         for task in SUBTASKS.values(): print(f"{task.category:10}{task.name}")
@@ -111,6 +117,7 @@ def run_degrade(args: argparse.Namespace) -> int:
     task = subtask(args.task)
     pairs = plan_files(args.input, args.output)
     check_targets(results(pairs), [source for source, _ in pairs], args.force)
+    from foundir_v2.degrade import degrade
     def damage(source: Path, target: Path) -> None: save_image(degrade(load_image(source), task, args.seed), target)
     return each_file(pairs, damage)
 
@@ -235,13 +242,14 @@ def add_caption(sub: Any) -> None:
 # %% ../nbs/90_cli.ipynb #d30ee8fd
 def run_train(args: argparse.Namespace) -> int:
     "`foundir-v2 train`"
-    quiet_libraries()
-    from foundir_v2.train import read_config, train
+    from foundir_v2.settings import read_config
     config = read_config(named(args.config), args.stage, args.set)
     output = Target(config.output, "folder", state="ours")  # whether it is, `train` itself knows
     inputs = [args.config, config.manifest, *([config.init] if config.init else [])]
     check_targets([output, Target(config.checkpoints, "store")], inputs)
+    quiet_libraries()
     reach_hub([config.base])
+    from foundir_v2.train import train
     result = train(config, args.force)
     loss = f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""
     print(f"{result.output}: {len(result.steps)} steps{loss}")
@@ -261,20 +269,22 @@ def add_train(sub: Any) -> None:
 # %% ../nbs/90_cli.ipynb #f1ad19ad
 def run_evaluate(args: argparse.Namespace) -> int:
     "`foundir-v2 evaluate`"
+    from foundir_v2.iqa import metric
+    from foundir_v2.tasks import SUBTASKS, subtask
+    tasks, metrics = [subtask(name) for name in args.task or SUBTASKS], args.metrics.split(",")
+    for name in metrics: metric(name)
     quiet_libraries()
     from foundir_v2.core import atomic_write
     from foundir_v2.data import reference_items
     from foundir_v2.evaluate import compare, summary
     from foundir_v2.index import load_manifest
     from foundir_v2.restorers import make_restorer
-    from foundir_v2.tasks import SUBTASKS, subtask
     named_folders = (part for name in args.restorers for part in name.partition(":")[2].split(",") if part)
     check_targets(wanted(args.csv), [args.manifest, *existing(*named_folders)], args.force)
     reach_hub(name.partition(":")[2] for name in args.restorers if name.startswith(("pipeline:", "vae:")))
-    tasks = [subtask(name) for name in args.task or SUBTASKS]
     restorers = {name: make_restorer(name) for name in args.restorers}
     items = reference_items(load_manifest(args.manifest), args.split, tasks, args.items, args.size, args.seed)
-    scores = compare(restorers, items, args.metrics.split(","))
+    scores = compare(restorers, items, metrics)
     if args.csv:
         with atomic_write(args.csv) as tmp: scores.to_csv(tmp, index=False)
     print(summary(scores).round(3).to_string())
@@ -285,8 +295,8 @@ def add_evaluate(sub: Any) -> None:
                        description="Compare restorers on held-out pictures with known truth, and print the means per "
                                    "category.")
     p.add_argument("restorers", nargs="+", metavar="RESTORER",
-                   help="identity, bicubic, unsharp, levels, nlm, gamma, clahe, dehaze, pipeline:NAME_OR_PATH, "
-                        "trained:FOLDER, encoder:NAME_OR_PATH, vae:BASE or folder:INPUTS,RESULTS")
+                   help="for instance bicubic, nlm, pipeline:NAME_OR_PATH, trained:FOLDER or folder:INPUTS,RESULTS; "
+                        "an unknown name lists all")
     p.add_argument("--manifest", default="artifacts/manifest/manifest.parquet", metavar="FILE",
                    help="default: %(default)s")
     p.add_argument("--split", default="test", help="default: %(default)s")
@@ -342,8 +352,10 @@ def main(argv: list[str] | None = None) -> int:  # 0: done; 2: bad input, told i
     except Exception as e:
         if isinstance(e, ModuleNotFoundError) and not (e.name or "").startswith("foundir_v2"):
             message = f"this needs the package {e.name}: pip install 'foundir_v2[all]'"
-        elif is_user_error(e): message = " ".join(str(e).split())
-        else: raise
+        elif not is_user_error(e): raise
+        else:
+            from foundir_v2.core import error_line
+            message = error_line(e)
         print(f"foundir-v2: {message}", file=sys.stderr)
         return 2
 

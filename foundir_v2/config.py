@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LARGEST_FILE', 'MOST_VALUES', 'DEEPEST', 'RULES', 'WORDS', 'T', 'ConfigError', 'shown', 'parse_yaml', 'load_yaml',
-           'load_params', 'overlay', 'OneOf', 'expected', 'convert', 'declarations', 'from_dict', 'check_fields',
-           'argument', 'describe']
+           'parse_json', 'read_json', 'load_params', 'overlay', 'OneOf', 'imports_table', 'expected', 'convert',
+           'declarations', 'check_early', 'from_dict', 'check_fields', 'argument', 'describe']
 
 # %% ../nbs/02_config.ipynb #97bbf24c
-import argparse, math, operator, reprlib, types
+import argparse, json, math, operator, pkgutil, reprlib, types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
@@ -81,6 +81,23 @@ def load_yaml(
         raise ConfigError(f"{path.name} holds {type(loaded).__name__}, expected a mapping of names to values")
     return loaded
 
+# %% ../nbs/02_config.ipynb #1334f30c
+def parse_json(
+    text: str | bytes,  # bytes: in UTF-8
+    where: str | Path,  # where it stands, for the messages
+) -> Any:
+    "Read JSON. Raises `ConfigError` in one line for whatever can't be read."
+    try: return json.loads(text)
+    except RecursionError: raise ConfigError(f"{where} is nested too deeply to be read: flatten it") from None
+    except ValueError as e:  # also numbers of thousands of digits, and bytes that are no UTF-8
+        raise ConfigError(f"can't read {where} as JSON: {' '.join(str(e).split())[:200]}") from None
+
+def read_json(
+    path: str | Path,
+) -> Any:
+    "Read a JSON file. Raises as `parse_json`, and `OSError`."
+    return parse_json(Path(path).read_bytes(), path)
+
 # %% ../nbs/02_config.ipynb #225f87a0
 def load_params(
     path: str | Path | None = None,  # default: params.yaml at the repository root
@@ -140,7 +157,7 @@ def overlay(
 @dataclass(frozen=True, eq=False)
 class OneOf(BaseMetadata):
     "The value is a key of this table."
-    table: Collection[str]
+    table: Collection[str] | str  # or its name, as `package.module:TABLE`: imported when it is looked into
 
 RULES: dict[type, tuple[Callable[[Any, Any], bool], str]] = {  # kind -> (does it hold for value and bound?, in words)
     Ge: (operator.ge, "from {}"), Gt: (operator.gt, "above {}"),
@@ -152,7 +169,17 @@ def _rules(hint: Any) -> Iterator[tuple[Callable[[Any, Any], bool], str, Any]]:
     "(holds, words, bound) of every rule in an `Annotated`."
     for meta in get_args(hint)[1:]:
         for rule in meta if isinstance(meta, GroupedMetadata) else [meta]:
-            if type(rule) in RULES: yield *RULES[type(rule)], getattr(rule, fields(rule)[0].name)
+            if type(rule) not in RULES: continue
+            bound = getattr(rule, fields(rule)[0].name)
+            yield *RULES[type(rule)], pkgutil.resolve_name(bound) if isinstance(bound, str) else bound
+
+def imports_table(
+    hint: Any,  # annotation of a field
+) -> bool:
+    "Whether looking at a value may import a table's module: one that is named, somewhere in the annotation."
+    if isinstance(hint, OneOf): return isinstance(hint.table, str)
+    if is_dataclass(hint) and isinstance(hint, type): return any(map(imports_table, declarations(hint).values()))
+    return any(map(imports_table, get_args(hint)))
 
 # %% ../nbs/02_config.ipynb #b899c12d
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null",
@@ -253,6 +280,42 @@ def declarations(
     hints = get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in fields(cls) if f.init}
 
+def _key_problems(
+    cls: type, values: Mapping[str, Any], where: str, required: Collection[str] | None) -> Iterator[str]:
+    "Unknown and missing keys."
+    known = declarations(cls)
+    if required is None:
+        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    if unknown := [k for k in values if k not in known]:
+        names = ", ".join(map(str, unknown[:5]))[:100]
+        yield f"{where}: unknown {names}; the choices are {', '.join(known)}"
+    if missing := [n for n in known if n in required and n not in values]:
+        yield f"{where}: missing {', '.join(missing)}"
+
+def _converted(cls: type, values: Mapping[str, Any], where: str, late: bool) -> tuple[dict[str, Any], list[str]]:
+    "The values of the fields that import a table (`late`), or of the others; what is wrong with them."
+    given, problems = {}, []
+    for name, hint in declarations(cls).items():
+        if name not in values or imports_table(hint) is not late: continue
+        try: given[name] = convert(hint, values[name], f"{where}.{name}")
+        except ConfigError as e: problems.append(str(e))
+    return given, problems
+
+# %% ../nbs/02_config.ipynb #0c565b36
+def check_early(
+    cls: type,  # as in `from_dict`, like all the others
+    values: Mapping[str, Any],
+    where: str = "",
+    required: Collection[str] | None = None,
+) -> dict[str, Any]:  # the values that were checked
+    "All that `from_dict` checks before it imports a table's module. Raises `ConfigError`."
+    where = where or cls.__name__
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping for {cls.__name__}, got {shown(values)}")
+    given, problems = _converted(cls, values, where, late=False)
+    if problems := [*_key_problems(cls, values, where, required), *problems]: raise ConfigError("; ".join(problems))
+    return given
+
 def from_dict(
     cls: type[T],  # a dataclass
     values: Mapping[str, Any],  # key -> value, nested mappings for nested dataclasses
@@ -260,22 +323,10 @@ def from_dict(
     required: Collection[str] | None = None,  # fields that must be there; default: those without a default
 ) -> T:  # an instance of `cls`
     "Build a dataclass strictly. Raises `ConfigError` on unknown or missing keys, and on values that can't be."
-    where, known = where or cls.__name__, declarations(cls)
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: expected a mapping for {cls.__name__}, got {shown(values)}")
-    if required is None:
-        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
-    unknown, missing = [k for k in values if k not in known], [n for n in known if n in required and n not in values]
-    problems, given = [], {}
-    if unknown:
-        names = ", ".join(map(str, unknown[:5]))[:100]
-        problems.append(f"{where}: unknown {names}; the choices are {', '.join(known)}")
-    if missing: problems.append(f"{where}: missing {', '.join(missing)}")
-    for name in (n for n in known if n in values):
-        try: given[name] = convert(known[name], values[name], f"{where}.{name}")
-        except ConfigError as e: problems.append(str(e))
+    early = check_early(cls, values, where, required)
+    late, problems = _converted(cls, values, where or cls.__name__, late=True)
     if problems: raise ConfigError("; ".join(problems))
-    return cls(**given)
+    return cls(**early, **late)
 
 # %% ../nbs/02_config.ipynb #863d2e5c
 def check_fields(
@@ -284,7 +335,7 @@ def check_fields(
 ) -> None:
     "Check every field against its declaration, and store it as the declared type. Raises `ConfigError`."
     where = where or type(config).__name__
-    for name, hint in declarations(type(config)).items():
+    for name, hint in sorted(declarations(type(config)).items(), key=lambda field: imports_table(field[1])):
         object.__setattr__(config, name, convert(hint, getattr(config, name), f"{where}.{name}"))
 
 # %% ../nbs/02_config.ipynb #9b27bf4c

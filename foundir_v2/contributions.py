@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 # %% ../nbs/86_contributions.ipynb #246329c4
 from .base import load_base, save_base
 from .checkpoint import broken_seal
-from .config import ConfigError, from_dict, load_yaml, overlay, parse_yaml
+from .config import ConfigError, from_dict, load_yaml, overlay, parse_yaml, read_json
 from .core import FoundIRError, atomic_write, hash_seed
 from .data import Item, reference_items
 from .evaluate import compare, gains, intervals, summary
@@ -238,7 +238,7 @@ def read_row(
 ) -> dict[str, Any]:  # settings, steps and samples of the stages, scores as `measure_variant` returns them
     "Read a row. Raises `FoundIRError` if it is damaged."
     try:
-        row = json.loads(Path(path).read_text(encoding="utf-8"))
+        row = read_json(path)
         columns, *lines = row["scores"]
         wide = pd.DataFrame(lines, columns=columns).melt(list(KEY), var_name="metric")
         return row | {"scores": wide.astype({"value": float})}

@@ -210,6 +210,10 @@ def load_manifest(
     if missing:
         raise FoundIRError(f"{path} lacks the columns {', '.join(missing)}: "
                            "build it with foundir_v2.index.build_manifest")
+    named = manifest[["photo", "path", "split"]].map(lambda name: isinstance(name, str) and "\0" not in name)
+    sizes = manifest[["width", "height"]].apply(pd.to_numeric, errors="coerce")
+    if not (named.all(axis=None) and sizes.notna().all(axis=None) and manifest["verdict"].notna().all()):
+        raise FoundIRError(f"{path} has rows without photo, path, split, width, height or verdict: build it again")
     return manifest
 
 # %% ../nbs/14_index.ipynb #ee5c2d17

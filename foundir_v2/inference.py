@@ -91,17 +91,17 @@ def read_recipe(
     folder: str | Path,
 ) -> Recipe:
     "Read `pipeline.json`. Raises `FoundIRError` if it can't be used."
+    from foundir_v2.config import read_json
     from foundir_v2.core import FoundIRError
     path, names = Path(folder) / "pipeline.json", ["base", *Recipe().defaults]
-    try: found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise FoundIRError(f"can't read {path} as JSON ({str(e)[:100]}): write it again with save_restorer") from None
+    try: found = read_json(path)
+    except FoundIRError as e: raise FoundIRError(f"{e}; write it again with save_restorer") from None
     if not isinstance(found, dict): raise FoundIRError(f"{path} holds no object: expected some of {', '.join(names)}")
     inference = stored_defaults(found, path)
     if unknown := sorted(set(found) - set(names)):
         raise FoundIRError(f"{path} has unknown keys {', '.join(unknown)[:200]}: choose from {', '.join(names)}")
-    own = dict(base=found.get("base"), offset_unit=found.get("default_offset_unit"))
-    return Recipe(inference=inference, **{k: v for k, v in own.items() if v is not None})
+    own = dict(base="base", offset_unit="default_offset_unit")
+    return Recipe(inference=inference, **{field: found[key] for field, key in own.items() if key in found})
 
 # %% ../nbs/03_inference.ipynb #03a00018
 def find_recipe(

@@ -20,7 +20,7 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .base import ASSETS, build_foundir_unet, load_base, resolve_model
+from .base import ASSETS, build_foundir_unet, load_base, reading_model, resolve_model
 from .caption import make_captioner
 from .core import FoundIRError, ImageError, atomic_write, pick_device, pick_dtype
 from .inference import Recipe, find_recipe, read_recipe, stored_defaults, write_recipe
@@ -42,15 +42,26 @@ def save_restorer(
     return folder
 
 # %% ../nbs/56_loading.ipynb #48ad6345
+def _foreign_classes(config: Mapping[str, Any]) -> list[str]:
+    "What a `model_index.json` names outside of the libraries that we load from."
+    named = [v for k, v in config.items() if isinstance(v, (list, tuple)) and not k.startswith("default_")]
+    names = [".".join(map(str, v)) for v in named if any(part is not None for part in v)]
+    return [name for name in names if name.split(".")[0] not in ("diffusers", "transformers", "foundir_v2")]
+
 def _whole_pipeline(source: Path | str) -> bool:
     "Whether our pipeline's `save_pretrained` wrote it. Raises `FoundIRError` without an answer, and for old names."
     if isinstance(source, Path) and not (source / "model_index.json").is_file(): return False
-    try: config = DiffusionPipeline.load_config(source)
+    try:
+        with reading_model(source): config = DiffusionPipeline.load_config(source)
     except OSError:
         raise FoundIRError(f"can't get {source!r} from the hub (no network, or no such model): give a folder, "
                            f"or one of {', '.join(ASSETS)}") from None
+    if not isinstance(config, Mapping): raise FoundIRError(f"{source}/model_index.json holds no object")
+    if foreign := _foreign_classes(config):
+        raise FoundIRError(f"{source}/model_index.json names code of its own ({', '.join(foreign)[:100]}), which is "
+                           "never run: expected classes of diffusers, transformers and foundir_v2")
     stored_defaults(config, f"{source}/model_index.json")
-    return config.get("unet", ["", ""])[1] == "FoundIRUNet"
+    return config.get("unet") == ["foundir_v2.unet", "FoundIRUNet"]
 
 def _unet_folder(folder: Path, dtype: torch.dtype) -> FoundIRUNet:
     "The U-Net of a restorer's folder. Raises `FoundIRError` if it is missing or damaged."
@@ -146,7 +157,7 @@ def load_pipeline(
     given = dict(dtype=dtype, offload=offload, tile_size=tile_size, tile_batch=tile_batch, fp8=fp8)
     plan = _settle(source, device, plan, memory, size, given, quantization is not None)
     if isinstance(quantization, Mapping): quantization = PipelineQuantizationConfig(**quantization)
-    pipe = _load(source, pick_dtype(plan.dtype, device), quantization)
+    with reading_model(source): pipe = _load(source, pick_dtype(plan.dtype, device), quantization)
     new = dict(tile_size=plan.tile_size, tile_batch=plan.tile_batch, vae_tile_size=plan.vae_tile_size)
     pipe.register_to_config(**{f"default_{k}": v for k, v in new.items() if v is not None})
     if any(v is not None for v in new.values()): resolve_settings(pipe, 1)  # refuses what can't be

@@ -75,7 +75,7 @@ def load_curves(
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         data.pop("source", None)
         return Curves(**{k: tuple(tuple(r) if isinstance(r, list) else r for r in v) for k, v in data.items()})
-    except (TypeError, AttributeError, ValueError, OverflowError) as e:
+    except (TypeError, AttributeError, ValueError, OverflowError, RecursionError) as e:
         raise ValueError(f"{path} holds no learning curves: {' '.join(str(e).split())[:300]}") from None
 
 # %% ../nbs/28_mixsim.ipynb #c9388b45

@@ -16,22 +16,22 @@ from typing import Any
 
 # %% ../nbs/36_mixtools.ipynb #d35ee299
 import numpy as np
+from .config import ConfigError, parse_json, read_json
 from .core import FoundIRError, atomic_write, naming_full_disk
 from .mixlaw import MixLaw, fit_law, recommend
 from .mixsim import (OBJECTIVES, SHIPPED_CURVES, Curves, fit_curves, load_curves, race, regret_table,
                                save_curves)
 from .mixture import (Mixture, ReplayMixture, check_scores, check_tasks, mixture_rows, policy_for,
                                 read_mixture, write_mixture)
-from .viz import plot_mixture
 
 # %% ../nbs/36_mixtools.ipynb #cd336577
 @contextmanager
 def one_line(
     path: str | Path,  # the file at hand, for the message
 ) -> Iterator[None]:
-    "Turn a `ValueError` into a `FoundIRError` that names the file."
+    "Turn an error about what a file holds into a `FoundIRError` that names the file."
     try: yield
-    except ValueError as e:
+    except (ValueError, csv.Error) as e:
         text = " ".join(str(e).split())
         raise FoundIRError(text if str(path) in text else f"{path}: {text}") from None
 
@@ -77,7 +77,7 @@ def parse_policy(
 ) -> Mixture:
     "A policy from the command line. Raises `FoundIRError` naming the choices."
     name, _, rest = text.partition(":")
-    try: options = json.loads("{" + rest_as_json(rest) + "}")
+    try: options = parse_json("{" + rest_as_json(rest) + "}", "the options")
     except ValueError:
         expected = "expected name:option=value,option=value; values are JSON or bare words"
         raise FoundIRError(f"can't read the options of policy {text[:80]!r}: {expected}") from None
@@ -110,15 +110,15 @@ def read_training_log(
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     for n, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line, "it")
             if record["kind"] == "mixture":
                 scores = check_scores(record["scores"], list(record["weights"]))
                 measured = mixture_rows(int(record["step"]), record["weights"], scores)
                 rows += [{**row, "samples": drawn.get(row["task"], 0)} for row in measured]
                 drawn = {}
             else: drawn = {t: drawn.get(t, 0) + int(c) for t, c in record["samples"].items()}
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
-            if n == len(lines) and isinstance(e, json.JSONDecodeError):
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e:
+            if n == len(lines) and isinstance(e, ConfigError):
                 break  # a run that was killed may leave half a line
             raise FoundIRError(f"{path}, line {n}: no record of a training log ({type(e).__name__}: {e})") from None
     if not rows: raise FoundIRError(f"{path} holds no update of the mixture: train with update_every above 0")
@@ -205,7 +205,7 @@ def load_law(
 ) -> MixLaw:
     "Read a mixing law back."
     try:
-        data = json.loads(Path(path).read_text())
+        data = read_json(path)
         tasks, names = check_tasks(data.pop("tasks")), check_tasks(data.pop("names"))
         return MixLaw(tasks, names, **{k: np.array(v, float) for k, v in data.items()})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
@@ -245,6 +245,7 @@ def plot_file(
 ) -> None:
     "Weights and scores of a recorded run, over its steps."
     import pandas as pd
+    from foundir_v2.viz import plot_mixture
     with one_line(path): rows = read_mixture(path)
     write_figure(plot_mixture(pd.DataFrame(rows)), output)
 

@@ -17,13 +17,9 @@ from typing import Annotated, Any, Literal
 # %% ../nbs/82_params.ipynb #016c027f
 from annotated_types import Interval, MinLen
 
-from .caption import parse_captioner
-from .clean import Statistics, make_thresholds
-from .config import ConfigError, OneOf, declarations, from_dict, shown
+from .config import ConfigError, OneOf, check_early, declarations, from_dict, shown
 from .core import FoundIRError
 from .iqa import METRICS
-from .outside import RECIPES
-from .restorers import parse_restorer
 from .settings import PARTS, Count, Seed, Side, StageConfig, TrainConfig, build_mixture, fields_read
 from .tasks import SUBTASKS
 
@@ -56,7 +52,7 @@ class ManifestConfig:
 @dataclass(frozen=True, kw_only=True)
 class OutsideConfig:
     "`evaluate.out_of_distribution`."
-    version: Annotated[int, OneOf(RECIPES)]  # of the recipes
+    version: Annotated[int, OneOf("foundir_v2.outside:RECIPES")]  # of the recipes
     per_category: Count  # items
     clean: Annotated[int, Interval(ge=0, le=10**4)]  # photographs that need nothing
     max_pixels: Annotated[int, Interval(ge=64**2, le=10**8)]  # larger ones are shrunk, as a whole
@@ -95,12 +91,13 @@ OPTIONAL = ("conditioning_init", "proportions", "update_every")  # in the sectio
 def section_problems(
     name: str,  # of the section
     values: Mapping[str, Any],  # its keys
+    early: bool = False,  # leave out what needs a table that imports torch
 ) -> Iterator[str]:
     "What is wrong with one section on its own."
     part, stage = SECTIONS[name], STAGES.get(name)
     required = list(declarations(part))
     if stage is not None: required = [f for f in fields_read(part, stage, True) if f not in OPTIONAL]
-    try: from_dict(part, values, name, required)
+    try: (check_early if early else from_dict)(part, values, name, required)
     except ConfigError as e: yield str(e)
     if stage is not None and ("proportions" in values) == ("update_every" in values):
         yield f"{name}: expected one of the keys proportions (they stay) and update_every (the policy moves them)"
@@ -145,6 +142,7 @@ def restorer_problems(
     where: str,  # where it stands
 ) -> Iterator[str]:
     "What can be seen of a restorer without loading it."
+    from foundir_v2.restorers import parse_restorer
     options = {}
     if isinstance(spec, Mapping):
         options, spec = {str(k): v for k, v in spec.items() if k != "restorer"}, spec.get("restorer")
@@ -178,6 +176,7 @@ class Measures:
 
 def cleaning_problems(clean: CleanConfig) -> Iterator[str]:
     "What is wrong with the limits."
+    from foundir_v2.clean import Statistics, make_thresholds
     if bad := [m for m in clean.metrics if METRICS[m].full_reference]:
         yield f"clean.metrics: {', '.join(bad)} compares with a reference, and a ground truth has none"
     try: make_thresholds(clean.limits, [Statistics(), Measures(tuple(clean.metrics))])
@@ -185,6 +184,7 @@ def cleaning_problems(clean: CleanConfig) -> Iterator[str]:
 
 def captioner_problems(manifest: ManifestConfig) -> Iterator[str]:
     "What is wrong with the captioner's name."
+    from foundir_v2.caption import parse_captioner
     try: parse_captioner(manifest.captioner)
     except FoundIRError as e: yield f"manifest.captioner: {e}"
 
@@ -196,7 +196,8 @@ def check_params(
 ) -> None:
     "Refuse parameters that no stage could work with. Raises `ConfigError` with all that was found, in one line."
     known = [s for s in SECTIONS if s in params]
-    problems = [p for s in known for p in section_problems(s, params[s])]
+    problems = [p for s in known for p in section_problems(s, params[s], early=True)]
+    problems = problems or [p for s in known for p in section_problems(s, params[s])]
     if not problems:
         made = {s: from_dict(SECTIONS[s], params[s], s) for s in known}
         if {*PARTS, *STAGES} <= set(known): problems += training_problems(params, Path(root))

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from .base import resolve_model
-from .core import DTYPES, FoundIRError, pick_dtype
+from .base import reading_model, resolve_model
+from .core import FoundIRError, pick_dtype
 from .inference import InferenceConfig, find_recipe, stored_defaults
 from .tiling import BAND, tile_grid
 from .unet import CONTEXT_WINDOWS, OWN_MODULES, FoundIRUNet
@@ -145,7 +145,9 @@ def _origin(source: Path | str) -> tuple[Path | str, InferenceConfig]:
     "Where the base model is, and the defaults of a call, of a restorer in any form."
     if recipe := find_recipe(source): return resolve_model(recipe.base), recipe.inference
     if isinstance(source, Path) and not (source / "model_index.json").is_file(): return source, InferenceConfig()
-    try: return source, stored_defaults(DiffusionPipeline.load_config(source), f"{source}/model_index.json")
+    try:
+        with reading_model(source):
+            return source, stored_defaults(DiffusionPipeline.load_config(source), f"{source}/model_index.json")
     except OSError:
         raise FoundIRError(f"can't get {source!r} from the hub (no network, or no such model): give a folder") from None
 
@@ -154,7 +156,9 @@ def read_skeleton(
 ) -> Skeleton:
     "A restorer without its weights, from its configuration files. Raises `FoundIRError` if one is missing."
     source = resolve_model(name_or_path)
-    base, defaults = _origin(source)
+    with reading_model(source): return _read_skeleton(source, *_origin(source))
+
+def _read_skeleton(source: Path | str, base: Path | str, defaults: InferenceConfig) -> Skeleton:
     def config(folder: str, origin: Path | str) -> dict:
         try:
             if "text" in folder: return CLIPTextConfig.get_config_dict(origin, subfolder=folder)[0]
@@ -283,7 +287,7 @@ def _canvases(
     c, pixels = skeleton.unet.config, height * width
     cells = pixels // vae_scale_factor(skeleton.vae) ** 2
     latents = 4 * c.in_channels * cells
-    itemsize = DTYPES[plan.dtype].itemsize
+    itemsize = pick_dtype(plan.dtype).itemsize
     embedding = c.block_out_channels[0] * cells * (4 if tiles > 1 and skeleton.unet.lq_margin is None else itemsize)
     # what comes of the smallest windows; collecting them takes four times that, before the wider embedding is there
     context = c.lq_context_width * cells // CONTEXT_WINDOWS[0] ** 2 * itemsize if tiles > 1 else 0
@@ -312,7 +316,7 @@ def predict_peak(
     start: str | None = None,  # "lq" or "noise"; None: the model's default
 ) -> Peak:
     "Predict what a restoration needs on its device, and loading in main memory."
-    dtype, factor = DTYPES[plan.dtype], vae_scale_factor(skeleton.vae)
+    dtype, factor = pick_dtype(plan.dtype), vae_scale_factor(skeleton.vae)
     canvas = [n // factor for n in skeleton.padded(size)]
     lay = lambda tile: tile_grid(*canvas, tile // factor, skeleton.defaults.tile_overlap, skeleton.multiple // factor)
     grid = lay(plan.tile_size)
@@ -419,7 +423,7 @@ def _candidates(skeleton: Skeleton, device: torch.device, fixed: Mapping[str, An
 # %% ../nbs/51_planner.ipynb #597a6c14
 def _weights_only(skeleton: Skeleton, plan: Plan) -> Peak:
     "A lower bound that needs no forward pass."
-    dtype = DTYPES[plan.dtype]
+    dtype = pick_dtype(plan.dtype)
     weights = weight_bytes(skeleton, dtype, plan.fp8)
     return Peak("",
                 dict(weights=max(_resident(skeleton, dtype, weights, plan.offload, used) for used in STAGES.values()),
@@ -432,7 +436,7 @@ def _cost(skeleton: Skeleton, plan: Plan, device: torch.device) -> float:
     tile = skeleton.defaults.tile_size or 2048
     halvings = lambda of: max(math.log2(tile / of), 0) if of else 0
     slow = SLOWDOWN.get(plan.offload, 1) * (SLOWDOWN["fp8"] if plan.fp8 else 1) * (
-        1 if DTYPES[plan.dtype] == pick_dtype("auto", device) else SLOWDOWN["unsuited_dtype"])
+        1 if pick_dtype(plan.dtype) == pick_dtype("auto", device) else SLOWDOWN["unsuited_dtype"])
     return (slow * SLOWDOWN["half_tile"] ** halvings(plan.tile_size)
             * SLOWDOWN["half_vae_tile"] ** halvings(plan.vae_tile_size) * (1 + 0.1 / plan.tile_batch))
 

@@ -8,7 +8,6 @@ __all__ = ['read_metrics', 'metrics_table', 'gains_table', 'plot_gains', 'outsid
            'record_gates', 'gates_by_task', 'gate_shares', 'plot_gates', 'write_figures']
 
 # %% ../nbs/80_report.ipynb #1cd84e66
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .config import parse_json, read_json
 from .core import FoundIRError
 from .iqa import metric as lookup
 from .moe import MoEScheduler
@@ -31,11 +31,13 @@ def read_metrics(
     path: str | Path,  # metrics/evaluate.json
 ) -> dict[str, Any]:  # as `foundir_v2.evaluate.metrics_tree` made it
     "Read the metrics file. Raises `FoundIRError` if it is missing or something else."
-    try: tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    try: tree = read_json(path)
     except FileNotFoundError:
         raise FoundIRError(f"no metrics at {path}: run the evaluation first (dvc repro evaluate)") from None
     except ValueError: raise FoundIRError(f"{path} is no JSON: run the evaluation again") from None
-    if not isinstance(tree, dict) or not {"categories", "mean"} <= set(tree):
+    try: rows = [*tree["categories"].values(), tree["mean"]]
+    except (KeyError, TypeError, AttributeError, IndexError): rows = [None]
+    if not all(isinstance(row, dict) and all(isinstance(s, dict) for s in row.values()) for row in rows):
         raise FoundIRError(f"{path} lacks `categories` and `mean`: is it the file of another program?")
     return tree
 
@@ -155,7 +157,7 @@ def read_steps(
 ) -> pd.DataFrame:  # columns step, loss and whatever else the steps hold; nested ones as in lr.unet
     "The training steps of a log. Raises `FoundIRError` if it is missing, damaged, or holds no step."
     path = Path(path)/"log.jsonl" if Path(path).is_dir() else Path(path)
-    try: records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try: records = [parse_json(line, path.name) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError: raise FoundIRError(f"no training log at {path}: run the training stage first") from None
     except ValueError:
         raise FoundIRError(f"{path} is damaged: a line is no JSON; run the training stage again") from None
@@ -168,7 +170,7 @@ def read_stages(
 ) -> dict[str, pd.DataFrame]:  # as `read_steps` returns them
     "The logs of the stages that trained: one whose config.json says `steps: 0` only handed its model on."
     def trained(folder: Path) -> bool:
-        try: return json.loads((folder/"config.json").read_text(encoding="utf-8"))["steps"] > 0
+        try: return read_json(folder/"config.json")["steps"] > 0
         except (OSError, ValueError, KeyError, TypeError): return True  # read_steps says what is wrong
     return {name: read_steps(folder) for name, folder in folders.items() if trained(Path(folder))}
 

@@ -4,20 +4,22 @@
 
 # %% ../nbs/06_runner.ipynb #a5109b62
 from __future__ import annotations
-import argparse, ast, logging, os, re, signal, sys, traceback
-from collections.abc import Iterable
+import argparse, ast, os, re, signal, sys, traceback
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .process import exit_with_parent
 
 # %% auto #0
-__all__ = ['ADDRESS', 'RANDOM_ID', 'RunnerError', 'checkout', 'check_interpreter', 'notebook_parameters', 'check_parameters',
-           'set_value', 'read_parameters', 'strip_volatile', 'execute', 'run_stage', 'parser', 'main']
+__all__ = ['ADDRESS', 'RANDOM_ID', 'QUIET', 'RunnerError', 'checkout', 'check_interpreter', 'notebook_parameters',
+           'check_parameters', 'set_value', 'Section', 'read_sections', 'assign', 'strip_volatile', 'execute',
+           'read_notebook', 'run_stage', 'parser', 'main']
 
 # %% ../nbs/06_runner.ipynb #931b2181
 class RunnerError(ValueError):
     "The stage can't be run as asked; nothing was executed."
+    def __init__(self, message: str): super().__init__(message[:1500])  # it may name anything
 
 def checkout() -> Path:
     "Root of the repository whose `foundir_v2` is imported. Raises `RunnerError` for a wheel, and in another checkout."
@@ -57,7 +59,10 @@ def notebook_parameters(
         raise RunnerError(f"{name}: expected one code cell tagged 'parameters', found {len(tagged)}; "
                           "was the tag lost in cleaning?")
     found = {}
-    for node in ast.parse(tagged[0].source).body:
+    try: body = ast.parse(tagged[0].source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise RunnerError(f"{name}: the parameters cell can't be read ({type(e).__name__}: {str(e)[:100]})") from None
+    for node in body:
         targets = (node.targets if isinstance(node, ast.Assign)
                    else [node.target] if isinstance(node, ast.AnnAssign) else [])
         try:
@@ -105,23 +110,35 @@ def set_value(
     return {}
 
 # %% ../nbs/06_runner.ipynb #29bd04ce
-def read_parameters(
+class Section(NamedTuple):
+    "What a stage reads of a section of the parameter file."
+    name: str  # of the notebook's parameter that would take it whole
+    section: str
+    values: dict[str, Any]
+
+def read_sections(
     sections: list[str],  # of the parameter file, each `section` or `name=section`
-    wanted: Iterable[str],  # names of the notebook's parameters
     settings: list[str] = (),  # `key=value`, see `set_value`
     path: str | Path | None = None,  # parameter file; default: params.yaml
-) -> dict[str, Any]:  # name -> value
-    """What the notebook gets.
-    Raises `ConfigError` on parameters that no stage could work with, `RunnerError` on a key in two sections."""
+) -> tuple[list[Section], dict[str, Any]]:  # and the values that were set, but are in no section
+    "Read and check the parameters. Raises `ConfigError` if no stage could work with them."
     from foundir_v2.config import load_params
     from foundir_v2.params import check_params, keys_read
     params, home = load_params(path), {n or s: s for n, _, s in (text.rpartition("=") for text in sections)}
     values = {k: v for text in settings for k, v in set_value(params, home.values(), text).items()}
     check_params(params, name=Path(path or "params.yaml").name)
     read = keys_read(list(home.values()), params)
-    for name, section in home.items():
-        given = {k: params[section][k] for k in read[section]}
-        given = {name: given} if name in wanted else given
+    return [Section(name, s, {k: params[s][k] for k in read[s]}) for name, s in home.items()], values
+
+def assign(
+    sections: list[Section],
+    values: Mapping[str, Any],  # set besides
+    wanted: Iterable[str],  # names of the notebook's parameters
+) -> dict[str, Any]:  # name -> value
+    "What the notebook gets. Raises `RunnerError` on a key in two sections."
+    values = dict(values)
+    for name, section, found in sections:
+        given = {name: found} if name in wanted else found
         if twice := sorted(set(given) & set(values)):
             raise RunnerError(f"{', '.join(twice)} is given twice: by {section} and before it; "
                               "name the section in the notebook")
@@ -174,6 +191,10 @@ def _temporary(out: Path) -> Path:
     return out.with_name(f".{out.stem}.{os.getpid()}.running.ipynb")
 
 # %% ../nbs/06_runner.ipynb #38694a38
+QUIET = "; ".join((  # what diffusers imports tells of kernels that a CPU lacks, and of widgets for progress bars
+    "import logging, warnings", "logging.getLogger('bitsandbytes').setLevel(logging.ERROR)",
+    "warnings.filterwarnings('ignore', 'IProgress not found')"))
+
 def execute(
     src: str | Path,  # pipeline notebook
     out: str | Path,  # where the executed copy goes
@@ -192,7 +213,7 @@ def execute(
     try:
         nb = papermill.execute_notebook(
             str(src), str(tmp), parameters, cwd=str(root), progress_bar=False, stdout_file=sys.stdout,
-            stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"])
+            stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL", f"--IPKernelApp.exec_lines={QUIET}"])
         nbformat.write(strip_volatile(nb), tmp)
         os.replace(tmp, out)
     except BaseException:
@@ -204,18 +225,25 @@ def execute(
     return out
 
 # %% ../nbs/06_runner.ipynb #d9f88045
+def read_notebook(path: str | Path) -> Any:
+    "A notebook by nbformat. Raises `RunnerError` if it is none."
+    import nbformat
+    try: return nbformat.read(path, 4)
+    except Exception as e:  # nbformat raises nearly anything
+        raise RunnerError(f"{path} can't be read as a notebook ({type(e).__name__}: {str(e)[:100]})") from None
+
 def run_stage(args: argparse.Namespace) -> None:
     "Check everything that can be checked before the kernel starts, then execute."
     root = checkout()
     check_interpreter(root)
-    import nbformat
     os.chdir(root)
     exit_with_parent()
     # so that the kernel is shut down and the temporary file moved
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not Path(args.src).is_file(): raise RunnerError(f"no notebook at {args.src} (paths are relative to {root})")
-    wanted = notebook_parameters(nbformat.read(args.src, 4), args.src)
-    values = read_parameters(args.sections, wanted, args.set, args.params)
+    sections, values = read_sections(args.sections, args.set, args.params)  # nbformat takes longer to import
+    wanted = notebook_parameters(read_notebook(args.src), args.src)
+    values = assign(sections, values, wanted)
     check_parameters(values, wanted, args.src, args.sections)
     execute(args.src, args.out, values, root)
 
@@ -236,10 +264,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:  # exit code
     "Command line of `python -m foundir_v2.runner`."
     args = parser().parse_args(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells at import what a CPU lacks
     try: run_stage(args)
-    except (ValueError, FileNotFoundError, PermissionError) as e:
+    except RunnerError as e:  # also by an interpreter without any package
         print(f"runner: {e}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, MemoryError, RecursionError) as e:
+        from foundir_v2.core import error_line
+        print(f"runner: {error_line(e)}", file=sys.stderr)
         return 2
     except Exception as e:
         text = str(e) if type(e).__name__ == "PapermillExecutionError" else traceback.format_exc()

@@ -8,7 +8,7 @@ __all__ = ['PACKAGE', 'GENERATED', 'PARAMETERS', 'imported_modules', 'notebook_s
            'update', 'main']
 
 # %% ../nbs/07_stages.ipynb #6d9737f6
-import argparse, ast, importlib, json, logging, re, shlex, sys
+import argparse, ast, importlib, json, re, shlex, sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,6 @@ def main(argv: list[str] | None = None) -> int:  # exit code
                                 description="Write the code dependencies of every stage into every dvc.yaml.")
     p.add_argument("--check", action="store_true", help="write nothing; exit with 1 if one is not right")
     args = p.parse_args(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells at import what a CPU lacks
     try: changes = differences() if args.check else update()
     except (FoundIRError, FileNotFoundError) as e:
         print(f"stages: {e}", file=sys.stderr)

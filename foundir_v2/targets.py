@@ -38,8 +38,9 @@ class Target:
 def named(
     path: str | Path,  # from the command line
 ) -> Path:
-    "A path with a name. Raises `TargetError` for an empty one."
+    "A path with a name. Raises `TargetError` for an empty one, and for one that no system has."
     if not str(path): raise TargetError("an empty name: give the name of a file or a folder")
+    if "\0" in str(path): raise TargetError("a name holds the character 0: give the name of a file or a folder")
     return Path(path)
 
 def nearest(path: str | Path) -> Path:
@@ -199,7 +200,7 @@ def read_records(
         raise TargetError(f"{path} is not a log of this command: choose another name for the log")
     for line in data.decode(errors="replace").splitlines():
         try: record = json.loads(line)
-        except ValueError: continue  # cut short by a crash
+        except (ValueError, RecursionError): continue  # cut short by a crash
         if isinstance(record, dict) and isinstance(record.get("made"), dict): records.append(record)
     return records
 

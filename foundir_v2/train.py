@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 # %% ../nbs/62_train.ipynb #476fecfb
 from .base import Base, build_foundir_unet, encode_prompts, load_base, micro_conditioning
-from .base import identity_path, resolve_model, start_at_identity, training_scheduler
+from .base import identity_path, reading_model, resolve_model, start_at_identity, training_scheduler
 from .checkpoint import Checkpoints, atomic_folder, averaged, make_ema
 from .checkpoint import only_writer, run_name, saving
 from .config import describe
-from .core import FoundIRError, pick_device, pick_dtype
+from .core import FoundIRError, error_line, pick_device, pick_dtype
 from .data import Item, RestorationDataset, collate
 from .index import load_manifest
 from .inference import Recipe, write_recipe
@@ -130,7 +130,8 @@ def build_unet(
     else:
         folder = Path(config.init) / "unet"
         if not folder.is_dir(): raise FileNotFoundError(f"no weights at {folder}: run the stage before")
-        unet = FoundIRUNet.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        with reading_model(folder):
+            unet = FoundIRUNet.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         plain = lambda v: list(v) if isinstance(v, tuple) else v
         for k, v in options.items():
             if plain(unet.config[k]) == plain(v): continue
@@ -442,8 +443,8 @@ def main(
     args = parser().parse_args(argv)
     if "LOCAL_RANK" in os.environ: exit_with_parent()  # torchrun's workers outlive it otherwise
     try: result = train(read_config(args.config, args.stage, args.set), args.force)
-    except (FoundIRError, MixtureError, OSError) as e:
-        print(f"foundir_v2.train: {' '.join(str(e).split())}", file=sys.stderr)
+    except (FoundIRError, MixtureError, OSError, MemoryError, RecursionError) as e:
+        print(f"foundir_v2.train: {error_line(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("foundir_v2.train: interrupted; start again to go on from the last checkpoint", file=sys.stderr)

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/60_trainlog.ipynb #60a10006
 from .checkpoint import saving
+from .config import parse_json
 from .core import FoundIRError, atomic_write
 from .mixture import mixture_rows, write_mixture
 from .targets import file_hash
@@ -29,8 +30,8 @@ def read_log(
     "The records of a log."
     records = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try: records.append(json.loads(line))
-        except json.JSONDecodeError: break
+        try: records.append(parse_json(line, path))
+        except FoundIRError: break
     return records
 
 def check_steps(

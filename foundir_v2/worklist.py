@@ -104,7 +104,7 @@ def is_user_error(error: BaseException) -> bool:
     "Is this the user's to mend (bad input, missing or protected file)? Then its message is enough."
     loaded = lambda module, name: getattr(sys.modules.get(f"foundir_v2.{module}"), name, ())
     ours = dict(core="FoundIRError", mixture="MixtureError", targets="TargetError")
-    return isinstance(error, (OSError, *(loaded(*one) for one in ours.items())))
+    return isinstance(error, (OSError, MemoryError, RecursionError, *(loaded(*one) for one in ours.items())))
 
 def each_file(
     pairs: list[tuple[Path, Path]],  # (input, output)
@@ -112,7 +112,7 @@ def each_file(
     fatal: tuple[type[Exception], ...] = (),  # errors that the next file would meet, too, besides a full disk
 ) -> int:  # exit code
     "Call `work` for every pair. Errors of single files among several are reported at the end."
-    from foundir_v2.core import DiskFullError
+    from foundir_v2.core import DiskFullError, error_line
     from foundir_v2.process import interruptible
     from tqdm import tqdm
     failed, end = [], None
@@ -126,7 +126,7 @@ def each_file(
                 break
             except Exception as e:
                 if len(pairs) == 1 or not is_user_error(e): raise
-                failed.append(str(e))
+                failed.append(error_line(e))
             bar.update()
     for message in failed: print(f"foundir-v2: {message}", file=sys.stderr)
     if end: raise end

@@ -16,7 +16,7 @@ from foundir_v2.config import ConfigError, load_params, load_yaml, overlay, pars
 from foundir_v2.contributions import (Experiment, Variant, compare_variants, contributions_table, read_experiment,
                                       read_rows, settings_hash, train_variant, variant_params)
 from foundir_v2.core import FoundIRError
-from foundir_v2.runner import check_parameters, notebook_parameters, parser, read_parameters
+from foundir_v2.runner import assign, check_parameters, notebook_parameters, parser, read_sections
 from foundir_v2.settings import PARTS
 from foundir_v2.params import STAGES
 from foundir_v2.tasks import CATEGORIES
@@ -94,7 +94,7 @@ def test_every_stage_gives_its_notebook_all_parameters(monkeypatch, name):
     args = parser().parse_args(
         shlex.split(PIPELINE[name]["cmd"].replace("${item.variant}", "full").replace("${item.seed}", "1"))[3:])
     wanted = notebook_parameters(nbformat.read(ROOT / args.src, 4), args.src)
-    values = read_parameters(args.sections, wanted, args.set)
+    values = assign(*read_sections(args.sections, args.set), wanted)
     check_parameters(values, wanted, args.src)
     if name == "row": assert values == dict(variant="full", seed=1)
 

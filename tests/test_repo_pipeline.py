@@ -12,7 +12,7 @@ import pytest
 
 from foundir_v2.config import declarations, load_params, load_yaml, overlay, parse_yaml
 from foundir_v2.params import SECTIONS, STAGES as TRAINING, check_params
-from foundir_v2.runner import check_parameters, notebook_parameters, parser, read_parameters
+from foundir_v2.runner import assign, check_parameters, notebook_parameters, parser, read_sections
 from foundir_v2.settings import FLAT, PARTS, TrainConfig
 from foundir_v2.stages import differences, library_notebooks, modules, runner_arguments
 
@@ -61,7 +61,7 @@ def test_every_stage_gets_the_parameters_of_its_notebook(tmp_path, monkeypatch, 
     (tmp_path / 'params.yaml').write_text(laid(profile))
     args = parser().parse_args(shlex.split(STAGES[name]['cmd'])[3:])
     wanted = notebook_parameters(nbformat.read(ROOT / args.src, 4), args.src)
-    values = read_parameters(args.sections, wanted, args.set, tmp_path / 'params.yaml')
+    values = assign(*read_sections(args.sections, args.set, tmp_path / 'params.yaml'), wanted)
     check_parameters(values, wanted, args.src, args.sections)
     if name in TRAINING:
         TrainConfig.from_sections(values['stage'], values['train_stage'],

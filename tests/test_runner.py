@@ -13,10 +13,13 @@ import psutil
 import pytest
 
 from foundir_v2.config import load_params
-from foundir_v2.runner import (RunnerError, _temporary, check_interpreter, check_parameters, checkout,
-                               notebook_parameters, read_parameters, set_value, strip_volatile)
+from foundir_v2.runner import (RunnerError, _temporary, assign, check_interpreter, check_parameters, checkout,
+                               notebook_parameters, read_sections, set_value, strip_volatile)
 
 ROOT = checkout()
+
+
+def read_parameters(sections, wanted, settings, path): return assign(*read_sections(sections, settings, path), wanted)
 
 
 def notebook(path: Path, *sources, tag='parameters'):
@@ -197,3 +200,11 @@ def test_nobody_outlives_a_killed_parent(tmp_path, params, victim, wait_for):
     finally:
         caller.kill()
         caller.wait()
+
+
+def test_what_libraries_warn_of_at_import_is_not_shown(tmp_path, params):
+    src = notebook(tmp_path / 's.ipynb', 'x = 0\nflag = 0', 'import bitsandbytes, tqdm.auto, warnings',
+                   'warnings.warn("this one is")')
+    done = run(src, tmp_path / 'r.ipynb', 'a', '--params', params)
+    said = done.stderr.splitlines()
+    assert done.returncode == 0 and len(said) == 2 and 'UserWarning: this one is' in said[0], said
