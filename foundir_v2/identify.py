@@ -82,7 +82,7 @@ def veil(
 # %% ../nbs/17_identify.ipynb #17id0016
 class Traces:
     "Traces that mild damage leaves: jpeg_step, veil."
-    name = "traces 1"  # another number when values change: what is cached goes by the name
+    name = "traces"
     measures = ("jpeg_step", "veil")
     minimum = 64  # pixels
 

@@ -64,7 +64,7 @@ def test_the_layout_is_the_published_one(model):
     keys = set(model.state_dict())
     tower = {k.removeprefix("visual.") for k in keys if k.startswith("visual.")}
     assert {f"clip.visual.{k}" for k in tower} <= keys
-    control = {k if "transformer." not in k else k.replace("transformer.", "transformer.transformer.", 1) for k in tower}
+    control = {f"transformer.{k}" if k.startswith("transformer.") else k for k in tower}
     zero = {f"transformer.zero_modules.{i}.{n}" for i in range(3) for n in ("weight", "bias")}
     assert {k.removeprefix("visual_control.") for k in keys if k.startswith("visual_control.")} == control | zero
     assert {k for k in keys if not k.startswith(("clip.", "visual.", "visual_control."))} == {"logit_scale"}
@@ -128,7 +128,8 @@ def test_the_judge_measures_and_its_name_is_that_of_the_weights(weights, tmp_pat
 def test_a_margin_decides_in_the_cleaning(weights, tmp_path):
     import pandas as pd
     judge = DaCLIPJudge(weights, "cpu")
-    for i in range(2): save_image(torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(i)), tmp_path/f"{i}.png")
+    for i in range(2):
+        save_image(torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(i)), tmp_path/f"{i}.png")
     index = pd.DataFrame([dict(photo=str(i), path=f"{i}.png", verdict="", reason="") for i in range(2)])
     table = clean(index, [judge], [], tmp_path)
     worst = table["daclip_hazy"].max()

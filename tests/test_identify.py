@@ -67,10 +67,3 @@ def test_the_dark_channel_is_the_least_of_channels_and_neighbours():
 def test_traces_of_any_size(size):
     found = Traces()(torch.rand(3, *size, generator=torch.Generator().manual_seed(0)))
     assert tuple(found) == Traces.measures and all(math.isfinite(v) for v in found.values()) == (min(size) >= 64)
-
-
-def test_a_judges_name_is_changed_with_its_values():
-    "What is cached goes by the name: whoever changes these numbers gives `Traces` another one."
-    x = apply(torch.linspace(0, 1, 96).expand(3, 80, 96) * torch.tensor([.2, .6, .9])[:, None, None],
-              [Applied("haze", dict(beta=1., airlight=.8, tint=0., seed=0)), Applied("jpeg", dict(quality=60))])
-    assert Traces.name == "traces 1" and Traces()(x) == pytest.approx({"jpeg_step": 10, "veil": 0.294}, abs=2e-3)
