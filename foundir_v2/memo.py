@@ -7,7 +7,7 @@ __all__ = ['T', 'R', 'Memo', 'work_through', 'remembered']
 
 # %% ../nbs/15_memo.ipynb #15me0003
 import json, multiprocessing, sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -46,12 +46,15 @@ class Memo:
     def known(
         self,
         who: str,
-    ) -> dict[str, Any]:  # key -> answer
-        "All answers of one. Raises `FoundIRError` for a damaged file."
+        keys: Iterable[str],
+    ) -> dict[str, Any]:  # key -> answer, where there is one
+        "What one has answered about some keys. Raises `FoundIRError` for a damaged file."
         if not self.path.exists(): return {}
+        query, found = "select answer from memo where who = ? and key = ?", {}
         with self._open() as base:
-            rows = base.execute("select key, answer from memo where who = ?", (who,)).fetchall()
-        return {key: json.loads(answer) for key, answer in rows}
+            for key in keys:
+                if row := base.execute(query, (who, key)).fetchone(): found[key] = json.loads(row[0])
+        return found
 
     def add(
         self,
@@ -118,7 +121,7 @@ def remembered(
     desc: str = "",
 ) -> dict[str, Any]:  # key -> answer, in the order of `items`
     "Answers for all items; what the memo knows isn't asked again."
-    answers = {k: v for k, v in memo.known(who).items() if k in items} if memo else {}
+    answers = memo.known(who, items) if memo else {}
     missing, fresh = [(k, item) for k, item in items.items() if k not in answers], {}
     def keep():
         if memo and fresh: memo.add(who, fresh)
