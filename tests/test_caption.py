@@ -177,37 +177,6 @@ def test_shortening_keeps_words_in_order_and_never_adds(text, drop, keep):
         assert out.split() == words[:len(out.split())] and (out or not words)
 
 
-@pytest.fixture(scope="module")
-def tiny_vlm(tmp_path_factory):
-    "LLaVA's classes with random weights and a vocabulary of two dozen words, saved like a real model."
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig,
-                              LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
-    folder = tmp_path_factory.mktemp("vlm")
-    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>",
-             *(PROMPT + " USER: ASSISTANT: a cat looks at the bowl .").split()]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", bos_token="<s>",
-                                        eos_token="</s>", extra_special_tokens={"image_token": "<image>"})
-    template = ("{% for m in messages %}USER: {% for c in m.content %}"
-                "{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}"
-                "{% endfor %}{% endfor %}ASSISTANT: ")
-    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
-    processor = LlavaProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
-                               num_additional_image_tokens=1, chat_template=template)
-    processor.save_pretrained(folder)
-    torch.manual_seed(0)
-    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    vision = CLIPVisionConfig(image_size=16, patch_size=8, **small)
-    text = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0, bos_token_id=2,
-                       eos_token_id=3, **small)
-    both = LlavaConfig(vision_config=vision, text_config=text, image_seq_length=4, vision_feature_layer=-1,
-                       image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
-    LlavaForConditionalGeneration(both).save_pretrained(folder)
-    return folder, set(words)
-
-
 def config(folder, **changes):
     return VLMConfig(**(dict(model=str(folder), max_new_tokens=10, drop_words=0, temperature=1.0, top_p=1.0) | changes))
 
