@@ -4,20 +4,25 @@
 
 # %% auto #0
 __all__ = ['CAPTION_COLUMNS', 'PROMPT', 'CAPTIONERS', 'Captioner', 'NoCaption', 'SidecarCaptioner', 'read_captions',
-           'CSVCaptioner', 'shipped_captions', 'shorten', 'VLMConfig', 'CaptionerError', 'VLMCaptioner',
-           'CachedCaptioner', 'CaptionerKind', 'captioner_choices', 'parse_captioner', 'make_captioner']
+           'CSVCaptioner', 'shipped_captions', 'shorten', 'VLMConfig', 'CaptionerError', 'SeededChoice', 'VLM',
+           'VLMCaptioner', 'CachedCaptioner', 'describe_all', 'CaptionerKind', 'captioner_choices', 'parse_captioner',
+           'make_captioner']
 
 # %% ../nbs/20_caption.ipynb #7cd3bf9c
 import csv, hashlib, json, re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from fastcore.basics import patch
+from PIL import Image
 
-from .core import FoundIRError, atomic_write, hash_seed, load_image, pick_device, to_pil
+from .core import FoundIRError, hash_seed, load_image, pick_device, to_pil
+from .memo import Memo, remembered, work_through
+from .targets import file_hash
 
 # %% ../nbs/20_caption.ipynb #6d90f9bc
 @runtime_checkable
@@ -124,14 +129,18 @@ def shipped_captions() -> Path:
     return Path(str(files("foundir_v2"))) / "assets" / "captions.csv"
 
 # %% ../nbs/20_caption.ipynb #7cc41d93
+_PICTURE = {"image", "picture", "photo", "photograph", "scene"}  # what an opening is about
+
 def shorten(
     text: str,           # what a model wrote
-    drop_words: int = 3,  # from the start
+    drop_words: int = 3,  # from the start, if they speak of the picture as a picture
     sentences: int = 2,  # kept of the rest
 ) -> str:
     "Drop the standing opening of a description and keep its first sentences."
-    rest = " ".join(text.split()[drop_words:])
-    return " ".join(re.split(r"(?<=[.!?])\s+", rest)[:sentences])
+    words = text.split()
+    opening = {w.strip(",.:;").lower() for w in words[:drop_words]}
+    if opening & _PICTURE and len(words) > drop_words: words = words[drop_words:]
+    return " ".join(re.split(r"(?<=[.!?])\s+", " ".join(words))[:sentences])
 
 # %% ../nbs/20_caption.ipynb #afc7708c
 PROMPT = "describe this image and its style in a very detailed manner"
@@ -150,75 +159,141 @@ class VLMConfig:
 
 # %% ../nbs/20_caption.ipynb #fed27035
 class CaptionerError(FoundIRError):
-    "The captioning model can't be had: no picture will get a caption."
+    "The model can't be had: no picture will get an answer."
 
-def _load(config: VLMConfig, device: torch.device) -> tuple[Any, Any]:
-    "Processor and model. Raises `CaptionerError` if they can't be had or have no chat template."
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    try:
-        processor = AutoProcessor.from_pretrained(config.model)
-        model = AutoModelForImageTextToText.from_pretrained(config.model, dtype="auto").to(device).eval()
-    except (OSError, ValueError) as e:
-        raise CaptionerError(f"can't load the captioning model {config.model} ({str(e).splitlines()[0]}): "
-                             "name a folder or a model of transformers' image-text-to-text family, "
-                             "or choose no captions") from None
-    if not getattr(processor, "chat_template", None):
-        raise CaptionerError(f"{config.model} has no chat template: choose a model that was tuned on conversations")
-    return processor, model
+class SeededChoice:
+    "For transformers' `generate`: draws the next token of every row with the row's own random numbers."
+    def __init__(
+        self,
+        seeds: Sequence[int],  # one per row
+    ): self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,  # (B, L)
+        scores: torch.Tensor,  # (B, V): logits
+    ) -> torch.Tensor:  # (B, V): minus infinity but for the token that was drawn
+        p = scores.float().softmax(-1).cpu()
+        drawn = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, self.generators)])
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None].to(scores.device), 0)
+
+# %% ../nbs/20_caption.ipynb #c20a0001
+class VLM:
+    "A vision-language model of transformers that answers questions about pictures; loaded at the first question."
+    def __init__(
+        self,
+        model: str,  # name on the hub, or folder
+        device: str = "auto",
+    ): self.model, self.device, self._loaded = model, pick_device(device), None
+
+    def _load(self) -> tuple[Any, Any]:
+        "Processor and model. Raises `CaptionerError` if they can't be had or have no chat template."
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        try:
+            processor = AutoProcessor.from_pretrained(self.model)
+            model = AutoModelForImageTextToText.from_pretrained(self.model, dtype="auto").to(self.device).eval()
+        except (OSError, ValueError) as e:
+            raise CaptionerError(f"can't load the captioning model {self.model} ({str(e).splitlines()[0]}): "
+                                 "name a folder or a model of transformers' image-text-to-text family, "
+                                 "or choose no captions") from None
+        if not getattr(processor, "chat_template", None):
+            raise CaptionerError(f"{self.model} has no chat template: choose a model that was tuned on conversations")
+        processor.tokenizer.padding_side = "left"  # answers are written at the right
+        return processor, model
+
+# %% ../nbs/20_caption.ipynb #c20a0002
+@patch
+@torch.no_grad()
+def ask(
+    self: VLM,
+    questions: Sequence[tuple[Image.Image, str]],  # pictures, each with a question
+    max_new_tokens: int = 128,
+    sampling: Sequence[Any] = (),  # warpers of the logits, then a `SeededChoice`; empty: always the likeliest token
+) -> list[str]:  # one answer per question
+    "Answer all questions in one batch. Raises `CaptionerError` as loading does."
+    if self._loaded is None: self._loaded = self._load()
+    processor, model = self._loaded
+    chats = [[{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+             for image, text in questions]
+    inputs = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"padding": True}).to(self.device, model.dtype)
+    tokens = model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None,
+                            max_new_tokens=max_new_tokens, logits_processor=list(sampling))
+    return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 
 # %% ../nbs/20_caption.ipynb #88240243
 class VLMCaptioner:
-    "Asks a vision-language model, once per picture. The model is loaded at the first call."
+    "Asks a vision-language model to describe pictures. The model is loaded at the first call."
 
     def __init__(
         self,
         config: VLMConfig = VLMConfig(),
         device: str = "auto",
     ):
-        self.config, self.device, self._loaded = config, pick_device(device), None
-        self.name = f"vlm {json.dumps(vars(config), sort_keys=True)}"
+        self.config, self.vlm = config, VLM(config.model, device)
+        self.name = f"vlm, a generator per picture {json.dumps(vars(config), sort_keys=True)}"
 
-    @torch.no_grad()
-    def __call__(self, path: str | Path) -> str:
-        c, image = self.config, to_pil(load_image(path))
-        if self._loaded is None: self._loaded = _load(c, self.device)
-        processor, model = self._loaded
-        chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": c.prompt}]}]
-        inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True,
-                                               return_tensors="pt").to(self.device, model.dtype)
-        sampling = (dict(do_sample=True, temperature=c.temperature, top_p=c.top_p) if c.temperature > 0
-                    else dict(do_sample=False))
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(hash_seed(c.seed, hashlib.sha256(image.tobytes()).hexdigest()))
-            tokens = model.generate(**inputs, max_new_tokens=c.max_new_tokens, **sampling)
-        text = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0]
-        return shorten(text, c.drop_words, c.sentences)
+    def describe(
+        self,
+        paths: Sequence[str | Path],  # of pictures: one batch
+    ) -> list[str]:
+        "Describe several pictures at once. Captions are those that each would get alone, but for rounding."
+        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+        c, images = self.config, [to_pil(load_image(path)) for path in paths]
+        sampling = []
+        if c.temperature > 0:
+            seeds = [hash_seed(c.seed, hashlib.sha256(image.tobytes()).hexdigest()) for image in images]
+            sampling = [TemperatureLogitsWarper(c.temperature), TopPLogitsWarper(c.top_p), SeededChoice(seeds)]
+        texts = self.vlm.ask([(image, c.prompt) for image in images], c.max_new_tokens, sampling)
+        return [shorten(text, c.drop_words, c.sentences) for text in texts]
+
+    def __call__(self, path: str | Path) -> str: return self.describe([path])[0]
 
 # %% ../nbs/20_caption.ipynb #d58941ad
 class CachedCaptioner:
-    "Remembers what a captioner said, across runs."
+    "Remembers what a captioner said, across runs, by the content of the picture's file."
 
     def __init__(
         self,
         captioner: Captioner,
-        folder: str | Path,  # of the cache; made when first written
-    ): self.captioner, self.folder, self.name = captioner, Path(folder), captioner.name
+        folder: str | Path,  # of the memo, captions.sqlite; made when first written
+    ): self.captioner, self.memo, self.name = captioner, Memo(Path(folder) / "captions.sqlite"), captioner.name
 
-    def _file(self, path: str | Path) -> Path:
-        key = hashlib.sha256(self.name.encode() + b"\0" + Path(path).read_bytes()).hexdigest()
-        return self.folder/f"{key[:32]}.json"
+    def describe(
+        self,
+        paths: Sequence[str | Path],
+        num_workers: int = 0,  # processes, for captioners that take one picture at a time
+        batch_size: int = 8,  # pictures per call, for those that take several
+    ) -> list[str]:
+        "Describe pictures, in batches if the captioner can; what is known already isn't asked again."
+        keys = [file_hash(p) for p in paths]
+        files = dict(zip(keys, map(str, paths)))
+        if not hasattr(self.captioner, "describe"):
+            found = remembered(self.captioner, files, self.name, self.memo, num_workers, "captions")
+            return [found[k] for k in keys]
+        found = self.memo.known(self.name, files)
+        missing = [k for k in files if k not in found]
+        batches = [missing[i:i + batch_size] for i in range(0, len(missing), batch_size)]
+        ask = lambda batch: self.captioner.describe([files[k] for k in batch])
+        for batch, texts in work_through(ask, batches, desc="captions"):
+            self.memo.add(self.name, dict(zip(batch, texts)))
+            found |= dict(zip(batch, texts))
+        return [found[k] for k in keys]
 
-    def __call__(self, path: str | Path) -> str:
-        kept = self._file(path)
-        try: return json.loads(kept.read_text(encoding="utf-8"))["caption"]
-        except FileNotFoundError: pass
-        except (ValueError, KeyError, TypeError): raise FoundIRError(f"{kept} is damaged: delete it") from None
-        caption = self.captioner(path)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(kept) as temporary:
-            entry = {"caption": caption, "picture": Path(path).name, "captioner": self.name}
-            Path(temporary).write_text(json.dumps(entry, indent=1), encoding="utf-8")
-        return caption
+    def __call__(self, path: str | Path) -> str: return self.describe([path])[0]
+
+# %% ../nbs/20_caption.ipynb #c20a0004
+def describe_all(
+    captioner: Captioner,
+    paths: Sequence[str | Path],  # of pictures
+    num_workers: int = 0,  # processes, for captioners without a model; 0: in this one
+    batch_size: int = 8,  # pictures per call of a model
+) -> list[str]:
+    "Describe pictures, the way that suits the captioner."
+    if isinstance(captioner, CachedCaptioner): return captioner.describe(paths, num_workers, batch_size)
+    found = dict(work_through(captioner, paths, num_workers, "captions"))
+    return [found[p] for p in paths]
 
 # %% ../nbs/20_caption.ipynb #67fa314b
 class CaptionerKind(NamedTuple):

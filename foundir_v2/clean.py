@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LUMINANCE', 'REVIEW', 'detail', 'noise', 'blockiness', 'light', 'Judge', 'Statistics', 'Quality', 'Threshold',
-           'make_thresholds', 'judge', 'read_manual', 'centre', 'clean']
+           'make_thresholds', 'judge', 'read_manual', 'centre', 'Look', 'measure', 'clean']
 
 # %% ../nbs/18_clean.ipynb #a9879434
-import math, sys
+import importlib.metadata, inspect, math, sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -22,6 +22,8 @@ from torch import Tensor
 from .core import FoundIRError, load_image
 from .index import ACCEPTED, REJECTED
 from .iqa import Unscorable, metric, prepare, score
+from .memo import Memo, remembered
+from .targets import file_hash
 
 # %% ../nbs/18_clean.ipynb #a062c311
 LUMINANCE = (0.299, 0.587, 0.114)  # Rec. 601, on encoded values
@@ -85,7 +87,7 @@ def light(
 @runtime_checkable
 class Judge(Protocol):
     "Anything that measures pictures."
-    name: str
+    name: str  # tells settings, too: equal names must mean equal values
     measures: tuple[str, ...]  # what its call returns
 
     def __call__(
@@ -110,14 +112,13 @@ class Statistics:
 class Quality:
     """No-reference metrics of `foundir_v2.iqa`.
     Raises `FoundIRError` when made if one compares with a reference or isn't available."""
-    name = "quality"
-
     def __init__(self, metrics: Sequence[str] = ("piqe", "niqe")):
         if wrong := [m for m in metrics if metric(m).full_reference]:
             raise FoundIRError(f"{', '.join(wrong)} compares with a reference, and a ground truth has none: "
                                "choose no-reference metrics")
         prepare(list(metrics))
         self.measures = tuple(metrics)
+        self.name = f"quality {', '.join(metrics)} (pyiqa {importlib.metadata.version('pyiqa')})"
 
     def __call__(self, image: Tensor) -> dict[str, float]:
         def value(m):
@@ -206,26 +207,62 @@ def centre(image: Tensor, window: int) -> Tensor:
     top, left = (max(0, (n - window) // 2) for n in image.shape[-2:])
     return image[:, top:top + window, left:left + window]
 
+@dataclass(frozen=True)
+class Look:
+    "What one judge says about the middle of a file's picture."
+    judge: Judge
+    window: int  # pixels of a large picture that are looked at
+
+    def __post_init__(self):
+        if self.window < 16: raise FoundIRError(f"window {self.window}: the statistics need at least 16 pixels")
+
+    @property
+    def name(self) -> str:
+        "Judge, window and the code that the judge is made of: what the answer depends on, besides the picture."
+        module = sys.modules[type(self.judge).__module__]
+        code = file_hash(inspect.getsourcefile(module))[:16] if hasattr(module, "__file__") else "of a notebook"
+        return f"{self.judge.name} | window {self.window} | code {code}"
+
+    def __call__(self, path: str | Path) -> dict[str, float]:
+        image = load_image(path, max_pixels=sys.maxsize)  # the index has decided about sizes
+        measures = self.judge(centre(image, self.window))
+        # of the picture, not of the window
+        return measures | ({"short_side": float(min(image.shape[-2:]))} if "short_side" in measures else {})
+
+# %% ../nbs/18_clean.ipynb #94bd6269
+def measure(
+    index: pd.DataFrame,  # column path; sha256, where there is one, saves reading the files for the memo's sake
+    judges: Sequence[Judge],
+    root: str | Path = ".",  # paths are relative to it
+    window: int = 1024,  # pixels of a large picture that are looked at
+    num_workers: int = 0,  # processes; 0: in this one
+    memo: Memo | None = None,  # remembers measures across runs
+) -> pd.DataFrame:  # a row per row of `index`, a column per measure
+    "Have pictures measured by judges. Raises `FoundIRError` for a window too small to measure anything."
+    known = index.sha256 if "sha256" in index else [""] * len(index)
+    keys = [sha or file_hash(Path(root)/path) for sha, path in zip(known, index.path)]
+    files, columns = {key: str(Path(root)/path) for key, path in zip(keys, index.path)}, {}
+    for look in [Look(j, window) for j in judges]:
+        found = remembered(look, files, look.name, memo, num_workers, look.judge.name.split()[0])
+        columns |= {m: [found[k][m] for k in keys] for m in look.judge.measures}
+    return pd.DataFrame(columns, index=index.index)
+
 def clean(
     index: pd.DataFrame,  # columns photo, path, verdict, reason, as `foundir_v2.index.build_manifest` makes it
     judges: Sequence[Judge],
     thresholds: Sequence[Threshold],
-    root: str | Path = ".",  # paths are relative to it
-    window: int = 1024,  # pixels of a large picture that are looked at
+    root: str | Path = ".",  # as for `measure`, with the rest
+    window: int = 1024,
     manual: Mapping[str, tuple[str, str]] | None = None,  # as `read_manual` returns it
+    num_workers: int = 0,
+    memo: Memo | None = None,
 ) -> pd.DataFrame:  # the same rows with verdict and reason filled in, and a column per measure
-    "Judge every picture of an index. Raises `FoundIRError` for a window too small to measure anything."
-    if window < 16: raise FoundIRError(f"window {window}: the statistics need at least 16 pixels")
-    rows = []
-    for row in index.itertuples():
-        measures, verdict, reason = {}, row.verdict, row.reason
-        if verdict != REJECTED:
-            image = load_image(Path(root)/row.path, max_pixels=sys.maxsize)  # the index has decided about sizes
-            measures = {k: v for j in judges for k, v in j(centre(image, window)).items()}
-            # of the picture, not of the window
-            if "short_side" in measures: measures["short_side"] = float(min(image.shape[-2:]))
-            verdict, reason = judge(measures, thresholds)
-            verdict, reason = (manual or {}).get(row.photo, (verdict, reason))
-        rows.append({"verdict": verdict, "reason": reason, **measures})
-    out = index.drop(columns=["verdict", "reason"]).reset_index(drop=True)
-    return out.join(pd.DataFrame(rows, columns=["verdict", "reason", *(m for j in judges for m in j.measures)]))
+    "Judge every picture of an index; what it has rejected already isn't measured. Raises as `measure`."
+    index = index.reset_index(drop=True)
+    usable = index[index.verdict != REJECTED]
+    measures = measure(usable, judges, root, window, num_workers, memo)
+    verdicts = {i: judge(row, thresholds) for i, row in zip(measures.index, measures.to_dict("records"))}
+    verdicts |= {i: manual[photo] for i, photo in usable.photo.items() if manual and photo in manual}
+    pairs = [verdicts.get(i, old) for i, old in zip(index.index, zip(index.verdict, index.reason))]
+    out = index.drop(columns=["verdict", "reason"]).assign(**dict(zip(("verdict", "reason"), zip(*pairs))))
+    return out.join(measures)

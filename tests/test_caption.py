@@ -2,7 +2,6 @@
 a few kilobytes, and the cache."""
 import csv
 import hashlib
-import json
 import re
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from foundir_v2.caption import (
-    CAPTIONERS, PROMPT, CachedCaptioner, Captioner, CSVCaptioner, NoCaption, SidecarCaptioner, VLMCaptioner, VLMConfig,
-    captioner_choices, make_captioner, read_captions, shipped_captions, shorten)
+    CAPTIONERS, PROMPT, CachedCaptioner, Captioner, CSVCaptioner, NoCaption, SeededChoice, SidecarCaptioner,
+    VLMCaptioner, VLMConfig, captioner_choices, describe_all, make_captioner, read_captions, shipped_captions, shorten)
 from foundir_v2.core import FoundIRError, save_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,7 +161,8 @@ def test_a_picture_of_ones_own_has_the_empty_caption_with_the_shipped_captioner(
 @pytest.mark.parametrize("text, expected", [
     ("The image features a dog. It runs! It is fast. End.", "a dog. It runs!"),
     ("The image features a dog", "a dog"),
-    ("One two", ""), ("", ""),
+    ("One two", "One two"), ("", ""), ("A tabby cat sits on a mat.", "A tabby cat sits on a mat."),
+    ("A dog.", "A dog."), ("This image shows Rome. Sunny.", "Rome. Sunny."),
     ("The image shows f/2.8 optics. Is it sharp? Yes.", "f/2.8 optics. Is it sharp?"),
     ("The image\nfeatures  two\tlines. Second\nsentence. Third.", "two lines. Second sentence."),
 ])
@@ -172,40 +172,9 @@ def test_three_words_go_and_two_sentences_stay(text, expected): assert shorten(t
 @settings(max_examples=30, deadline=None)
 @given(st.text(alphabet="ab .!?\n", max_size=80), st.integers(0, 4), st.integers(1, 3))
 def test_shortening_keeps_words_in_order_and_never_adds(text, drop, keep):
-    out = shorten(text, drop, keep)
-    words = text.split()[drop:]
-    assert out.split() == words[:len(out.split())]
-
-
-@pytest.fixture(scope="module")
-def tiny_vlm(tmp_path_factory):
-    "LLaVA's classes with random weights and a vocabulary of two dozen words, saved like a real model."
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig,
-                              LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
-    folder = tmp_path_factory.mktemp("vlm")
-    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>",
-             *(PROMPT + " USER: ASSISTANT: a cat looks at the bowl .").split()]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>", bos_token="<s>",
-                                        eos_token="</s>", extra_special_tokens={"image_token": "<image>"})
-    template = ("{% for m in messages %}USER: {% for c in m.content %}"
-                "{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}"
-                "{% endfor %}{% endfor %}ASSISTANT: ")
-    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
-    processor = LlavaProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
-                               num_additional_image_tokens=1, chat_template=template)
-    processor.save_pretrained(folder)
-    torch.manual_seed(0)
-    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    vision = CLIPVisionConfig(image_size=16, patch_size=8, **small)
-    text = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0, bos_token_id=2,
-                       eos_token_id=3, **small)
-    both = LlavaConfig(vision_config=vision, text_config=text, image_seq_length=4, vision_feature_layer=-1,
-                       image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
-    LlavaForConditionalGeneration(both).save_pretrained(folder)
-    return folder, set(words)
+    for opening, rest in (("", text), ("The photo shows ", " ".join(text.split()) or "nothing")):
+        out, words = shorten(opening + rest, 3 if opening else drop, keep), rest.split()
+        assert out.split() == words[:len(out.split())] and (out or not words)
 
 
 def config(folder, **changes):
@@ -225,7 +194,8 @@ def test_a_vision_language_model_describes_reproducibly(tiny_vlm, pictures):
 def test_the_rule_and_the_budget_apply_to_the_models_answer(tiny_vlm, pictures):
     whole = VLMCaptioner(config(tiny_vlm[0], sentences=99), "cpu")(pictures/"a.png").split()
     assert 0 < len(whole) <= 10
-    assert VLMCaptioner(config(tiny_vlm[0], sentences=99, drop_words=3), "cpu")(pictures/"a.png").split() == whole[3:]
+    assert VLMCaptioner(config(tiny_vlm[0], sentences=99, drop_words=3), "cpu")(pictures/"a.png") == shorten(
+        " ".join(whole), 3, 99)
 
 
 def test_temperature_zero_is_greedy_and_independent_of_the_seed(tiny_vlm, pictures):
@@ -271,13 +241,57 @@ def test_a_damaged_cache_file_is_named_and_a_failure_leaves_none(pictures):
     cached = CachedCaptioner(Counting(), pictures/"cache")
     cached(pictures/"a.png")
     (kept,) = (pictures/"cache").iterdir()
-    assert json.loads(kept.read_text())["caption"] == "counting 1"
-    kept.write_text("{")
+    kept.write_text("no database, and long enough to be looked at")
     with pytest.raises(FoundIRError, match=kept.name): cached(pictures/"a.png")
     def fails(path): raise FoundIRError("no")
     fails.name = "fails"
     with pytest.raises(FoundIRError): CachedCaptioner(fails, pictures/"empty")(pictures/"a.png")
     assert not (pictures/"empty").exists()
+
+
+def test_a_batch_gets_the_captions_that_each_picture_gets_alone(tiny_vlm, pictures):
+    vlm = VLMCaptioner(config(tiny_vlm[0]), "cpu")
+    assert vlm.describe([pictures/f"{n}.png" for n in "bab"]) == [vlm(pictures/f"{n}.png") for n in "bab"]
+
+
+def test_a_row_draws_with_its_own_numbers_whatever_its_neighbours():
+    scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    drawn = lambda rows, seeds: SeededChoice(seeds)(None, scores[rows]).argmax(1).tolist()
+    together = drawn([0, 1, 2], [5, 6, 7])
+    assert [drawn([i], [s])[0] for i, s in enumerate((5, 6, 7))] == together
+    assert len({tuple(drawn([0, 1, 2], [s] * 3)) for s in range(20)}) > 10
+    often = [SeededChoice([s])(None, torch.tensor([[0., 1.]])).argmax().item() for s in range(400)]
+    assert sum(often) / 400 == pytest.approx(torch.tensor([0., 1.]).softmax(0)[1].item(), abs=.08)
+
+
+class Batches:
+    def __init__(self, stops_at=None): self.name, self.batches, self.stops_at = "batches", [], stops_at
+
+    def describe(self, paths):
+        if len(self.batches) == self.stops_at: raise KeyboardInterrupt
+        self.batches.append([str(p) for p in paths])
+        return [f"caption of {p}" for p in paths]
+
+
+def test_batches_are_kept_as_they_come_and_a_stopped_run_goes_on(tmp_path):
+    paths = []
+    for i in range(7):
+        save_image(torch.full((3, 8, 8), i / 10), tmp_path/f"{i}.png")
+        paths.append(tmp_path/f"{i}.png")
+    first = Batches(stops_at=2)
+    with pytest.raises(KeyboardInterrupt): describe_all(CachedCaptioner(first, tmp_path/"cache"), paths, batch_size=2)
+    second = Batches()
+    found = describe_all(CachedCaptioner(second, tmp_path/"cache"), paths, batch_size=2)
+    assert found == [f"caption of {p}" for p in paths]
+    assert second.batches == [[str(p) for p in paths[4:6]], [str(paths[6])]], "the first four are known"
+    assert describe_all(CachedCaptioner(Batches(stops_at=0), tmp_path/"cache"), paths) == found
+
+
+def test_captioners_without_a_model_may_use_processes(pictures):
+    for n in "ab": (pictures/f"{n}.txt").write_text(f"picture {n}")
+    paths = [pictures/f"{n}.png" for n in "ab"]
+    for captioner in (SidecarCaptioner(), CachedCaptioner(SidecarCaptioner(), pictures/"cache")):
+        assert describe_all(captioner, paths, 2) == ["picture a", "picture b"]
 
 
 def test_names_of_models_with_other_settings_differ(tiny_vlm):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from foundir_v2 import attention, caption, degrade, iqa, mixture, objective, optim, restorers, tasks
+from foundir_v2 import attention, caption, degrade, iqa, judges, mixture, objective, optim, restorers, tasks
 from foundir_v2.attention import ConvBlock, GatedFFN, make_expert
 from foundir_v2.caption import CaptionerKind, make_captioner
+from foundir_v2.clean import make_thresholds
 from foundir_v2.degrade import degrade as damage
 from foundir_v2.mixture import FixedMixture, policy_for
+from foundir_v2.params import check_params
 from foundir_v2.restorers import Kind, make_restorer
 from foundir_v2.settings import TrainConfig
 from foundir_v2.tasks import Step, SubTask, Uniform
@@ -67,6 +69,19 @@ def test_a_metric(monkeypatch):
 def test_a_captioner(monkeypatch):
     monkeypatch.setitem(caption.CAPTIONERS, "name", CaptionerKind(("name",), lambda *_: lambda path: path.stem))
     assert make_captioner("name", "unused")(Path("a/red_car.jpg")) == "red_car"
+
+
+def test_a_judge(monkeypatch):
+    class Grey:
+        name, measures = "grey", ("greyness",)
+        def __call__(self, image): return {"greyness": 1 - float((image.amax(0) - image.amin(0)).mean())}
+    monkeypatch.setitem(judges.JUDGES, "grey", judges.JudgeKind("grey", Grey.measures, lambda *_: Grey()))
+    section = dict(limits={"greyness": [.9, .99]}, judges=["grey"], metrics=[], window=64, manual=None, num_workers=0)
+    check_params({"clean": section})
+    (judge,) = judges.make_judges(["grey"])
+    verdict = make_thresholds(section["limits"], [judge])[0].verdict
+    colour, grey = (verdict(judge(x)["greyness"]) for x in (X, X.mean(0).expand(3, -1, -1)))
+    assert (colour, grey) == ("accepted", "rejected")
 
 
 def test_a_compared_system_with_an_argument(monkeypatch):
