@@ -267,11 +267,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from foundir_v2.evaluate import compare, summary
     from foundir_v2.index import load_manifest
     from foundir_v2.restorers import make_restorer
-    from foundir_v2.tasks import SUBTASKS, subtask
+    from foundir_v2.tasks import BENCHMARK, subtask
     named_folders = (part for name in args.restorers for part in name.partition(":")[2].split(",") if part)
     check_targets(wanted(args.csv), [args.manifest, *existing(*named_folders)], args.force)
     reach_hub(name.partition(":")[2] for name in args.restorers if name.startswith(("pipeline:", "vae:")))
-    tasks = [subtask(name) for name in args.task or SUBTASKS]
+    tasks = [subtask(name) for name in args.task or BENCHMARK]
     restorers = {name: make_restorer(name) for name in args.restorers}
     items = reference_items(load_manifest(args.manifest), args.split, tasks, args.items, args.size, args.seed)
     scores = compare(restorers, items, args.metrics.split(","))
@@ -290,7 +290,7 @@ def add_evaluate(sub: Any) -> None:
     p.add_argument("--manifest", default="artifacts/manifest/manifest.parquet", metavar="FILE",
                    help="default: %(default)s")
     p.add_argument("--split", default="test", help="default: %(default)s")
-    p.add_argument("--task", action="append", metavar="NAME", help="a sub-task; may be repeated (default: all)")
+    p.add_argument("--task", action="append", metavar="NAME", help="a sub-task; may be repeated (default: version 1 of the benchmark)")
     p.add_argument("--items", type=argument(Count), default=4, metavar="N",
                    help="items per sub-task (default: %(default)s)")
     p.add_argument("--size", type=argument(Count), default=128, metavar="PX",

@@ -199,8 +199,9 @@ def _union(hint: Any, value: Any, where: str) -> Any:
     members = get_args(hint)
     real = [m for m in members if m is not type(None)]
     if value is None and len(real) < len(members): return None
-    if len(real) == 1 and isinstance(value, (list, tuple, Mapping)):  # its own message says where in it
-        return convert(real[0], value, where)
+    if isinstance(value, (list, tuple, Mapping)):  # the message of the only one that holds values says where in it
+        holding = [m for m in real if expected(m).startswith(("a list", "a mapping"))]
+        if len(holding) == 1: return convert(holding[0], value, where)
     for member in real:
         try: return convert(member, value, where)
         except ConfigError: pass
