@@ -150,7 +150,8 @@ def couple(
     "A recipe of all steps in the order of physics. Raises `FoundIRError` for an operator without a place."
     recipe = list(onto)
     for step in steps:
-        later = [i for i, other in enumerate(recipe) if _place(other.operator) > _place(step.operator)]
+        place = _place(step.operator)
+        later = [i for i, other in enumerate(recipe) if _place(other.operator) > place]
         recipe.insert(later[0] if later else len(recipe), step)
     return tuple(recipe)
 
@@ -195,9 +196,10 @@ _BANKS = _HAZE | {"beta": Uniform(1, 3), "depth": Choice(("patches",))}
 _SMOKE = {"beta": Uniform(0.8, 3), "airlight": Uniform(0.7, 0.9, None), "tint": Uniform(0, 0.03, None),
           "depth": Choice(("wisps",))}
 _CLOUD = {"cover": Uniform(0.1, 0.5), "thickness": LogUniform(0.7, 4), "shadow": Uniform(0.1, 0.5)}
-_BLOWN = {"cover": Uniform(0.08, 0.3), "radius": Uniform(4, 10), "defocus": Uniform(1, 3),
+_BLOWN = {"cover": Uniform(0.1, 0.3), "radius": Uniform(6, 16), "defocus": Uniform(2, 6),
           "stretch": Uniform(1, 2.5, None), "angle": Uniform(0, 180, None)}
-_NIGHT = {"stops": Uniform(2, 5), "share": LogUniform(0.01, 0.1, "low"), "softness": Uniform(0.1, 0.5, None)}
+_NIGHT = {"stops": Uniform(1.5, 4), "a": Uniform(-0.4, -0.25, None), "b": Uniform(0.9, 1.3, None)}
+_NIGHT_RAW = _RAW | {"shot": LogUniform(2e-4, 2e-3)}
 
 # %% ../nbs/10_tasks.ipynb #5b0c100e
 _STANDING = (
@@ -210,7 +212,7 @@ _STANDING = (
     _special("cloud", "weather", Step("cloud", _CLOUD)),
     _special("uav_raindrop", "weather", Step("blown_drops", _BLOWN)),
     _special("surgical_smoke", "weather", Step("fog", _SMOKE)),
-    _special("uhd_low_light", "lowlight", Step("highlights", _NIGHT), Step("camera_noise", _DIM_CAMERA)),
+    _special("uhd_low_light", "lowlight", Step("camera_exposure", _NIGHT), Step("raw_noise", _NIGHT_RAW)),
 )
 
 # %% ../nbs/10_tasks.ipynb #5b0c100f
@@ -252,9 +254,9 @@ def _round(width: float, sigma: float) -> tuple[Step, ...]:
 _CHAT = {"first": Integers(40, 85, "low"), "second": Integers(30, 75, "low"), "scale": Uniform(0.6, 1, "low"),
          "dy": Integers(0, 7, None), "dx": Integers(0, 7, None)}
 _SMALL = (
-    SubTask("sr_x4_real", "sr", _round(1.2, 20) + _round(0.8, 12), "stlpips", 4),
-    _special("face", "sr", _shrunk(4, 0.1, 1), Step("gaussian_noise", {"sigma": Uniform(1, 15)}),
-             Step("jpeg", {"quality": Integers(50, 95, "low")}), scale=4),
+    SubTask("sr_x4_real", "sr", _round(0.9, 20) + _round(0.6, 12), "stlpips", 4),
+    _special("face", "sr", _shrunk(4, 0.1, 0.8), Step("gaussian_noise", {"sigma": Uniform(1, 15)}),
+             Step("jpeg", {"quality": Integers(60, 98, "low")}), scale=4),
     _special("social_media", "sr", _shrunk(2, 0.2, 0.5), Step("phone_denoise", _CONVERTER), Step("resaved", _CHAT),
              scale=2),
 )
