@@ -290,7 +290,8 @@ def add_evaluate(sub: Any) -> None:
     p.add_argument("--manifest", default="artifacts/manifest/manifest.parquet", metavar="FILE",
                    help="default: %(default)s")
     p.add_argument("--split", default="test", help="default: %(default)s")
-    p.add_argument("--task", action="append", metavar="NAME", help="a sub-task; may be repeated (default: version 1 of the benchmark)")
+    p.add_argument("--task", action="append", metavar="NAME",
+                   help="a sub-task; may be repeated (default: version 1 of the benchmark)")
     p.add_argument("--items", type=argument(Count), default=4, metavar="N",
                    help="items per sub-task (default: %(default)s)")
     p.add_argument("--size", type=argument(Count), default=128, metavar="PX",

@@ -23,7 +23,7 @@ from .core import FoundIRError, generator, hash_seed
 from .scene import DEPTHS, blown_drops, camera_exposure, cloud, colour_cast, cracks, depth_map
 from .scene import depth_of_field, fade, film_grain, flaking, fog, haze, highlights, lamps, low_light, rain
 from .scene import raindrop, scatter, scene_depth, scratches, screens, snow, specks, tone
-from .tasks import Choice, Integers, LogUniform, Range, SubTask, Uniform, narrow, subtask
+from .tasks import Choice, Integers, LogUniform, Range, SubTask, Uniform, narrow
 
 # %% ../nbs/12_degrade.ipynb #e6522a6e
 OPERATORS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (

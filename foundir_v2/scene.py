@@ -19,8 +19,8 @@ from torch import Tensor
 
 # %% ../nbs/11_scene.ipynb #11c00006
 from .camera import KERNEL_RADIUS, convolve, defocus_blur, disc_kernel, gaussian_kernel, grid_offsets
-from .camera import guided_filter, impulses, linear_to_srgb, luma, positions, relight, smooth_field, srgb_to_linear
-from .camera import to_unit, top_value
+from .camera import guided_filter, impulses, linear_to_srgb, luma, positions, relight, smooth_field
+from .camera import srgb_to_linear, to_unit, top_value
 from .core import FoundIRError, from_pil, generator
 
 # %% ../nbs/11_scene.ipynb #b4c1177d

@@ -180,7 +180,8 @@ def _with_fewer_pixels(task: SubTask) -> SubTask:
     step, scale = (_QUARTER, 4) if len(task.recipe) == 1 else (_HALF, 2)
     return SubTask(f"sr_x{scale}_{task.name}", "sr", couple(step, onto=task.recipe), "stlpips", scale)
 
-_LOW_RESOLUTION = tuple(_with_fewer_pixels(s) for s in (*_VERSION1, *_COUPLED) if s.name in FOUNDIR and s.name != "jpeg")
+_LOW_RESOLUTION = tuple(_with_fewer_pixels(s) for s in (*_VERSION1, *_COUPLED)
+                        if s.name in FOUNDIR and s.name != "jpeg")
 
 # %% ../nbs/10_tasks.ipynb #5b0c100d
 def _special(name: str, category: str, *steps: Step, scale: int = 1) -> SubTask:
@@ -222,8 +223,8 @@ _REEL = {"loss": Uniform(0.05, 0.25), "uneven": Uniform(0, 0.3, None), "stain": 
          "saturation": Uniform(0.4, 1, "low")}
 _WALL = {"loss": Uniform(0.1, 0.4), "uneven": Uniform(0, 0.2, None), "stain": Uniform(0.05, 0.25),
          "saturation": Uniform(0.4, 0.9, "low")}
-_ANYWHERE = {"count": Integers(3, 16), "length": Uniform(0.15, 0.6), "angle": Uniform(0, 0), "spread": Uniform(180, 180),
-             "width": Uniform(0.6, 1.4), "strength": Uniform(0.5, 0.95)}
+_ANYWHERE = {"count": Integers(3, 16), "length": Uniform(0.15, 0.6), "angle": Uniform(0, 0),
+             "spread": Uniform(180, 180), "width": Uniform(0.6, 1.4), "strength": Uniform(0.5, 0.95)}
 _UPRIGHT = {"count": Integers(1, 8), "length": Uniform(0.5, 1.2), "angle": Uniform(-2, 2, None),
             "spread": Uniform(3, 3), "width": Uniform(0.5, 1.1), "strength": Uniform(0.3, 0.8)}
 _DUST = {"density": LogUniform(2e-4, 2e-3), "radius": Uniform(0.7, 1.5), "strength": Uniform(0.6, 1)}

@@ -140,9 +140,10 @@ def test_severity_is_that_of_a_narrowed_subtask_and_of_its_seed():
 
 ISOLATED = {  # sub-task of one operator -> (measure of foundir_v2.clean, least change in the mean; < 0: it falls)
     "motion_blur": ("detail", -0.25), "defocus_blur": ("detail", -0.25), "heavy_defocus": ("detail", -0.25),
-    "sr_x2": ("detail", -0.25), "sr_x4": ("detail", -0.25), "gaussian_noise": ("noise", 9), "camera_noise": ("noise", 3),
-    "jpeg": ("blockiness", 0.2), "haze": ("black_level", 0.08), "dense_haze": ("black_level", 0.1),
-    "nonhomogeneous_haze": ("black_level", 0.05), "surgical_smoke": ("black_level", 0.02),
+    "sr_x2": ("detail", -0.25), "sr_x4": ("detail", -0.25), "gaussian_noise": ("noise", 9),
+    "camera_noise": ("noise", 3), "jpeg": ("blockiness", 0.2), "haze": ("black_level", 0.08),
+    "dense_haze": ("black_level", 0.1), "nonhomogeneous_haze": ("black_level", 0.05),
+    "surgical_smoke": ("black_level", 0.02),
     "rain": ("brightness", 0.003), "snow": ("brightness", 0.003), "cloud": ("brightness", 0.008),
     "raindrop": ("detail", 0.04), "uav_raindrop": ("detail", 0.04), "low_light": ("brightness", -0.2)}
 
@@ -240,11 +241,11 @@ def test_blur_keeps_light_and_flat_areas():
 def test_noise_has_the_asked_variance():
     grey = torch.full((3, 200, 200), 0.5)
     assert abs((gaussian_noise(grey, 25, 3) - grey).std() * 255 - 25) < 0.4
-    for light in (0.02, 0.2, 0.6):  # Poisson below 16 photons, Gaussian above
-        flat = linear_to_srgb(torch.full((3, 200, 200), light))
-        law = 1e-3 * light + 1e-3**2.18 * 2.718281828**1.2
+    for level in (0.02, 0.2, 0.6):  # Poisson below 16 photons, Gaussian above
+        flat = linear_to_srgb(torch.full((3, 200, 200), level))
+        law = 1e-3 * level + 1e-3**2.18 * 2.718281828**1.2
         noisy = srgb_to_linear(camera_noise(flat, 1e-3, 0, 1))
-        assert abs(noisy.var() / law - 1) < 0.05 and abs(noisy.mean() - light) < 2e-3
+        assert abs(noisy.var() / law - 1) < 0.05 and abs(noisy.mean() - level) < 2e-3
 
 
 def test_haze_follows_koschmieder():
