@@ -102,13 +102,13 @@ def run_degrade(args: argparse.Namespace) -> int:
     "`foundir-v2 degrade`"
     from foundir_v2.core import FoundIRError, load_image, save_image
     from foundir_v2.degrade import degrade
-    from foundir_v2.tasks import SUBTASKS, subtask
+    from foundir_v2.tasks import SUBTASKS, narrow
     if args.list:
         for task in SUBTASKS.values(): print(f"{task.category:10}{task.name}")
         return 0
     if not (args.input and args.output and args.task):
         raise FoundIRError("degrade needs IN, OUT and --task NAME; --list shows the names")
-    task = subtask(args.task)
+    task = narrow(args.task, args.severity)
     pairs = plan_files(args.input, args.output)
     check_targets(results(pairs), [source for source, _ in pairs], args.force)
     def damage(source: Path, target: Path) -> None: save_image(degrade(load_image(source), task, args.seed), target)
@@ -120,6 +120,7 @@ def add_degrade(sub: Any) -> None:
     p.add_argument("input", metavar="IN", nargs="?", help="a picture, or a folder")
     p.add_argument("output", metavar="OUT", nargs="?", help="a file or a folder")
     p.add_argument("--task", metavar="NAME", help="name of a sub-task")
+    p.add_argument("--severity", metavar="NAME", help="mild, typical or severe (default: anything between)")
     p.add_argument("--seed", type=argument(Seed), default=0,
                    help="decides about every random parameter (default: %(default)s)")
     p.add_argument("--force", action="store_true", help="replace files that exist")
