@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KERNEL_RADIUS', 'srgb_to_linear', 'linear_to_srgb', 'relight', 'convolve', 'to_unit', 'smooth_field', 'impulses',
            'grid_offsets', 'positions', 'top_value', 'luma', 'guided_filter', 'motion_kernel', 'motion_blur',
-           'disc_kernel', 'defocus_blur', 'shake', 'moving_object', 'gaussian_noise', 'camera_noise', 'jpeg',
-           'gaussian_kernel', 'coloured_noise', 'phone_denoise', 'resaved', 'crop_to_multiple', 'downscale',
-           'upsample_lq', 'shrink']
+           'long_motion_blur', 'disc_kernel', 'defocus_blur', 'shake', 'moving_object', 'gaussian_noise', 'expose',
+           'camera_noise', 'raw_noise', 'jpeg', 'gaussian_kernel', 'coloured_noise', 'phone_denoise', 'resaved',
+           'crop_to_multiple', 'downscale', 'upsample_lq', 'shrink', 'gaussian_blur']
 
 # %% ../nbs/09_camera.ipynb #09c00004
 import io, math
@@ -126,21 +126,22 @@ def guided_filter(
 KERNEL_RADIUS = 15  # kernels are 31 × 31
 
 def motion_kernel(
-    length: float,  # of the path, px, at most 30
+    length: float,  # of the path, px, at most twice the radius
     angle: float,  # heading at the start, degrees, counter-clockwise from right
     wobble: float,  # total turn of the heading, radians (standard deviation)
     seed: int,  # of the random walk
     points: int = 64,
-) -> Tensor:  # (31, 31), sums to 1
+    radius: int = KERNEL_RADIUS,  # of the kernel
+) -> Tensor:  # (2·radius+1)², 31 × 31 by default; sums to 1
     "Point spread function of a moving camera: constant speed, a randomly turning heading (after Boracchi & Foi 2012)."
-    longest = 2 * KERNEL_RADIUS
+    longest = 2 * radius
     if not 0 <= length <= longest: raise FoundIRError(f"motion blur of {length} px: the kernel holds 0 to {longest}")
     turns = torch.randn(points - 1, generator=generator("motion", seed)) * wobble / math.sqrt(points - 1)
     heading = math.radians(angle) + turns.cumsum(0)
     step = length / (points - 1)
     path_2P = F.pad(torch.stack([-heading.sin(), heading.cos()]).cumsum(1) * step, (1, 0))
     path_2P = path_2P - path_2P.mean(1, keepdim=True)
-    dy, dx = grid_offsets(KERNEL_RADIUS)
+    dy, dx = grid_offsets(radius)
     y_PK, x_PK = (torch.exp(-((d.flatten() - c[:, None]) ** 2)) for d, c in ((dy, path_2P[0]), (dx, path_2P[1])))
     kernel = y_PK.T @ x_PK
     return kernel / kernel.sum()
@@ -148,6 +149,13 @@ def motion_kernel(
 def motion_blur(image: Tensor, length: float, angle: float, wobble: float, seed: int) -> Tensor:
     "Camera shake, in linear light. Parameters as in `motion_kernel`."
     kernel = motion_kernel(length, angle, wobble, seed).to(image.device)
+    return linear_to_srgb(convolve(srgb_to_linear(image), kernel).clamp(0, 1))
+
+# %% ../nbs/09_camera.ipynb #5b0a0902
+def long_motion_blur(image: Tensor, length: float, angle: float, wobble: float, seed: int) -> Tensor:
+    "Camera shake over a path of any length, in linear light. Parameters as in `motion_kernel`."
+    points, radius = max(64, math.ceil(2 * length)), math.ceil(length / 2) + 2
+    kernel = motion_kernel(length, angle, wobble, seed, points, radius).to(image.device)
     return linear_to_srgb(convolve(srgb_to_linear(image), kernel).clamp(0, 1))
 
 # %% ../nbs/09_camera.ipynb #771edd4d
@@ -210,20 +218,48 @@ def gaussian_noise(image: Tensor, sigma: float, seed: int) -> Tensor:
 
 _FEW = 16  # photons, from which on a Gaussian stands in for the Poisson distribution
 
-def camera_noise(
-    image: Tensor,  # (3, H, W)
+def expose(
+    light: Tensor,  # (3, H, W), linear, on the CPU
     shot: float,  # variance per unit of linear light (1 / photons at white)
     read_offset: float,  # natural-log offset of the read variance from Brooks et al.'s line
-    seed: int,
-) -> Tensor:  # (3, H, W)
-    "Shot (Poisson) and read (Gaussian) noise of a sensor, in linear light."
-    g, photons = generator("camera", seed), srgb_to_linear(image).cpu() / shot
+    g: torch.Generator,
+) -> Tensor:  # (3, H, W), linear, not clipped
+    "What a sensor counts: shot (Poisson) and read (Gaussian) noise (Brooks et al., 2019)."
+    photons = light / shot
     read = math.exp(2.18 * math.log(shot) + 1.2 + read_offset)
     count = photons + photons.sqrt() * torch.randn(photons.shape, generator=g)
     few = photons < _FEW
     count[few] = torch.poisson(photons[few], generator=g)
-    noisy = count * shot + torch.randn(photons.shape, generator=g) * math.sqrt(read)
+    return count * shot + torch.randn(photons.shape, generator=g) * math.sqrt(read)
+
+def camera_noise(image: Tensor, shot: float, read_offset: float, seed: int) -> Tensor:
+    "The noise of a sensor, in linear light. Parameters as in `expose`."
+    noisy = expose(srgb_to_linear(image).cpu(), shot, read_offset, generator("camera", seed))
     return linear_to_srgb(noisy.clamp(0, 1)).to(image.device)
+
+# %% ../nbs/09_camera.ipynb #5b0a0912
+def _spread(x: Tensor) -> Tensor:
+    "(3, H, W): every value shared with its eight neighbours, as bilinear interpolation does."
+    near = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]], device=x.device) / 4
+    return F.conv2d(x[:, None], near[None, None], padding=1)[:, 0]
+
+def raw_noise(
+    image: Tensor,  # (3, H, W)
+    shot: float,  # with `read_offset` as in `expose`
+    read_offset: float,
+    red: float,  # gain of the white balance for red, relative to green
+    blue: float,  # the same for blue
+    seed: int,
+) -> Tensor:  # (3, H, W)
+    "Noise of a sensor behind Bayer's mosaic (RGGB), white-balanced and interpolated, in linear light."
+    gain = torch.tensor([red, 1.0, blue])[:, None, None]
+    light = srgb_to_linear(image).cpu() / gain
+    noisy = expose(light, shot, read_offset, generator("raw", seed)) * gain
+    seen = torch.zeros_like(noisy)
+    seen[0, ::2, ::2] = seen[1, ::2, 1::2] = seen[1, 1::2, ::2] = seen[2, 1::2, 1::2] = 1
+    weight = _spread(seen)  # 0 only in pictures of one row or column
+    full = torch.where(weight > 0, _spread(seen * noisy) / weight.clamp(min=0.25), noisy)
+    return linear_to_srgb(full.clamp(0, 1)).to(image.device)
 
 # %% ../nbs/09_camera.ipynb #9ece5f74
 def jpeg(image: Tensor, quality: int) -> Tensor:
@@ -332,3 +368,12 @@ def shrink(
     x = crop_to_multiple(image, scale)
     blurred = convolve(x, gaussian_kernel(width * scale, stretch, angle).to(image.device))
     return F.interpolate(blurred[None], (x.shape[1] // scale, x.shape[2] // scale), mode="bilinear")[0]
+
+# %% ../nbs/09_camera.ipynb #5b0a0922
+def gaussian_blur(
+    image: Tensor,  # (3, H, W)
+    sigma: float,  # px
+) -> Tensor:  # (3, H, W)
+    "Blur by a Gaussian, in linear light."
+    kernel = gaussian_kernel(sigma).to(image.device)
+    return linear_to_srgb(convolve(srgb_to_linear(image), kernel).clamp(0, 1))

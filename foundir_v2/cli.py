@@ -108,13 +108,13 @@ def add_restore(sub: Any) -> None:
 def run_degrade(args: argparse.Namespace) -> int:
     "`foundir-v2 degrade`"
     from foundir_v2.core import FoundIRError, load_image, save_image
-    from foundir_v2.tasks import SUBTASKS, subtask
+    from foundir_v2.tasks import SUBTASKS, narrow
     if args.list:
         for task in SUBTASKS.values(): print(f"{task.category:10}{task.name}")
         return 0
     if not (args.input and args.output and args.task):
         raise FoundIRError("degrade needs IN, OUT and --task NAME; --list shows the names")
-    task = subtask(args.task)
+    task = narrow(args.task, args.severity)
     pairs = plan_files(args.input, args.output)
     check_targets(results(pairs), [source for source, _ in pairs], args.force)
     from foundir_v2.degrade import degrade
@@ -127,6 +127,7 @@ def add_degrade(sub: Any) -> None:
     p.add_argument("input", metavar="IN", nargs="?", help="a picture, or a folder")
     p.add_argument("output", metavar="OUT", nargs="?", help="a file or a folder")
     p.add_argument("--task", metavar="NAME", help="name of a sub-task")
+    p.add_argument("--severity", metavar="NAME", help="mild, typical or severe (default: anything between)")
     p.add_argument("--seed", type=argument(Seed), default=0,
                    help="decides about every random parameter (default: %(default)s)")
     p.add_argument("--force", action="store_true", help="replace files that exist")
@@ -270,8 +271,8 @@ def add_train(sub: Any) -> None:
 def run_evaluate(args: argparse.Namespace) -> int:
     "`foundir-v2 evaluate`"
     from foundir_v2.iqa import metric
-    from foundir_v2.tasks import SUBTASKS, subtask
-    tasks, metrics = [subtask(name) for name in args.task or SUBTASKS], args.metrics.split(",")
+    from foundir_v2.tasks import BENCHMARK, subtask
+    tasks, metrics = [subtask(name) for name in args.task or BENCHMARK], args.metrics.split(",")
     for name in metrics: metric(name)
     quiet_libraries()
     from foundir_v2.core import atomic_write
@@ -300,7 +301,8 @@ def add_evaluate(sub: Any) -> None:
     p.add_argument("--manifest", default="artifacts/manifest/manifest.parquet", metavar="FILE",
                    help="default: %(default)s")
     p.add_argument("--split", default="test", help="default: %(default)s")
-    p.add_argument("--task", action="append", metavar="NAME", help="a sub-task; may be repeated (default: all)")
+    p.add_argument("--task", action="append", metavar="NAME",
+                   help="a sub-task; may be repeated (default: version 1 of the benchmark)")
     p.add_argument("--items", type=argument(Count), default=4, metavar="N",
                    help="items per sub-task (default: %(default)s)")
     p.add_argument("--size", type=argument(Count), default=128, metavar="PX",

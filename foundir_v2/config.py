@@ -226,8 +226,9 @@ def _union(hint: Any, value: Any, where: str) -> Any:
     members = get_args(hint)
     real = [m for m in members if m is not type(None)]
     if value is None and len(real) < len(members): return None
-    if len(real) == 1 and isinstance(value, (list, tuple, Mapping)):  # its own message says where in it
-        return convert(real[0], value, where)
+    words = "a mapping" if isinstance(value, Mapping) else "a list" if isinstance(value, (list, tuple)) else None
+    holding = [m for m in real if words and expected(m).startswith(words)]
+    if len(holding) == 1: return convert(holding[0], value, where)  # its own message says where in it
     for member in real:
         try: return convert(member, value, where)
         except ConfigError: pass

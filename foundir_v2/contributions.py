@@ -32,7 +32,7 @@ from .outside import outside_items
 from .params import STAGES, MetricName, check_params
 from .restorers import make_restorers, parse_restorer
 from .settings import PARTS, Seed, TrainConfig, parameters
-from .tasks import CATEGORIES, SUBTASKS
+from .tasks import CATEGORIES, subtask_names
 from .train import build_unet, run_folder, train
 from .trainlog import COURSE, TrainResult, read_log
 from .unet import FoundIRUNet, encoder_state
@@ -190,7 +190,7 @@ def benchmarks(
 ) -> dict[str, list[Item]]:  # "in", and "out" if there is one
     "The items that every variant is measured on."
     options = [evaluate[k] for k in ("per_subtask", "size", "seed")]
-    made = {"in": reference_items(manifest, evaluate["split"], evaluate["subtasks"] or list(SUBTASKS), *options, root)}
+    made = {"in": reference_items(manifest, evaluate["split"], subtask_names(evaluate["subtasks"]), *options, root)}
     if outside := evaluate["out_of_distribution"]:
         items = outside_items(manifest, root, split=evaluate["split"], **outside | {"clean": 0})
         made["out"] = [i for i in items if i.subtask.group in CATEGORIES]

@@ -16,19 +16,22 @@ from torch import Tensor
 
 # %% ../nbs/12_degrade.ipynb #7b6562eb
 from .camera import camera_noise, coloured_noise, convolve, crop_to_multiple, defocus_blur, disc_kernel
-from .camera import downscale, gaussian_kernel, gaussian_noise, guided_filter, jpeg, linear_to_srgb, luma
-from .camera import motion_blur, motion_kernel, moving_object, phone_denoise, relight, resaved, shake
-from .camera import shrink, srgb_to_linear, upsample_lq
+from .camera import downscale, gaussian_blur, gaussian_kernel, gaussian_noise, guided_filter, jpeg
+from .camera import linear_to_srgb, long_motion_blur, luma, motion_blur, motion_kernel, moving_object
+from .camera import phone_denoise, raw_noise, relight, resaved, shake, shrink, srgb_to_linear, upsample_lq
 from .core import FoundIRError, generator, hash_seed
-from .scene import DEPTHS, camera_exposure, colour_cast, depth_map, depth_of_field, fog, haze, highlights
-from .scene import lamps, low_light, rain, raindrop, scatter, scene_depth, screens, snow, tone
-from .tasks import Choice, Integers, LogUniform, Range, SubTask, Uniform, subtask
+from .scene import DEPTHS, blown_drops, camera_exposure, cloud, colour_cast, cracks, depth_map
+from .scene import depth_of_field, fade, film_grain, flaking, fog, haze, highlights, lamps, low_light, rain
+from .scene import raindrop, scatter, scene_depth, scratches, screens, snow, specks, tone
+from .tasks import Choice, Integers, LogUniform, Range, SubTask, Uniform, narrow
 
 # %% ../nbs/12_degrade.ipynb #e6522a6e
 OPERATORS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (
     motion_blur, defocus_blur, gaussian_noise, camera_noise, jpeg, haze, rain, snow, raindrop, low_light, downscale,
     shake, moving_object, depth_of_field, coloured_noise, phone_denoise, resaved, fog,
-    lamps, screens, highlights, camera_exposure, tone, colour_cast, shrink)}
+    lamps, screens, highlights, camera_exposure, tone, colour_cast, shrink,
+    long_motion_blur, gaussian_blur, raw_noise, cloud, blown_drops,
+    film_grain, fade, scratches, specks, cracks, flaking)}
 
 class Applied(NamedTuple):
     "One operator with the parameters that were drawn for it."
@@ -48,9 +51,10 @@ def _draw(r: Range, u: float) -> float | int | str:
 def draw_parameters(
     task: SubTask | str,
     seed: int,
+    severity: str | None = None,  # mild, typical or severe, as in `foundir_v2.tasks.narrow`; None: anything between
 ) -> list[Applied]:  # JSON-serialisable parameters
-    "Draw a recipe's parameters: a pure function. Raises `FoundIRError` for an unknown sub-task or operator."
-    task, applied = subtask(task), []
+    "Draw a recipe's parameters: a pure function. Raises `FoundIRError` for an unknown sub-task, severity or operator."
+    task, applied = narrow(task, severity), []
     g = generator("degrade", task.name, seed)
     for i, (operator, ranges) in enumerate(task.recipe):
         if operator not in OPERATORS:
@@ -101,6 +105,7 @@ def degrade(
     image: Tensor,  # GT, (3, H, W) in [0, 1]
     subtask: SubTask | str,  # a name of `foundir_v2.tasks.SUBTASKS`, of a variant, or a sub-task of your own
     seed: int,
+    severity: str | None = None,  # mild, typical or severe; None: anything between
 ) -> Tensor:  # LQ, (3, H, W), or (3, H // scale, W // scale) for super-resolution
-    "Damage a picture: a pure function of its arguments. Raises `FoundIRError` for an unknown sub-task or a bad image."
-    return apply(image, draw_parameters(subtask, seed))
+    "Damage a picture: a pure function of its arguments. Raises `FoundIRError` for an unknown name or a bad image."
+    return apply(image, draw_parameters(subtask, seed, severity))

@@ -397,6 +397,9 @@ def test_degrade_is_the_librarys(tmp_path, capsys):
     assert run('degrade', '--list') == 0 and 'haze' in capsys.readouterr().out
     assert run('degrade', src, tmp_path / 'c.png') == 2
     assert run('degrade', src, tmp_path / 'c.png', '--task', 'fog') == 2
+    assert run('degrade', src, tmp_path / 'd.png', '--task', 'haze', '--severity', 'severe') == 0
+    assert torch.allclose(load_image(tmp_path / 'd.png'), degrade(load_image(src), 'haze', 0, 'severe'), atol=0.6 / 255)
+    assert run('degrade', src, tmp_path / 'c.png', '--task', 'haze', '--severity', 'awful') == 2
     assert not (tmp_path / 'c.png').exists()
 
 

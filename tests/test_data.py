@@ -12,7 +12,7 @@ from foundir_v2.data import (RestorationDataset, View, aligned, collate, draw_vi
                              reference_items, size_conditions, stored_pair)
 from foundir_v2.degrade import crop_to_multiple, degrade, upsample_lq
 from foundir_v2.reading import Photos, cut, halve
-from foundir_v2.tasks import SUBTASKS, VARIANTS, by_category, subtask
+from foundir_v2.tasks import BENCHMARK, SUBTASKS, VARIANTS, by_category, narrow, subtask
 
 TASKS = {"denoise": ["gaussian_noise", "jpeg"], "weather": ["haze"], "sr": ["sr_x2", "sr_x4"]}
 SIZES = dict(a=(70, 90), b=(120, 64), c=(66, 66), d=(80, 100))
@@ -334,7 +334,7 @@ def test_impossible_reference_items_are_refused(manifest, root):
 
 def test_the_default_tasks_work(manifest, root):
     ds = RestorationDataset(manifest, "train", by_category(), crop=32, root=root)
-    assert {ds[t, 0, s]["subtask"] for t in ds.tasks for s in range(40)} == set(SUBTASKS)
+    assert {ds[t, 0, s]["subtask"] for t in ds.tasks for s in range(40)} == set(BENCHMARK)
     assert all(subtask(n).category == t for t in ds.tasks for n in ds.tasks[t])
 
 
@@ -434,6 +434,17 @@ def test_pairs_and_photographs_share_a_task(manifest, root):
     assert names <= {"clean", "haze:depths", "haze:phone"} and len(names) > 1
     batch = collate([stored[0], made[0]])
     assert batch["lq"].shape == (2, 3, 32, 32)
+
+
+def test_samples_and_items_may_be_of_one_severity(manifest, root):
+    def stays(severity):
+        one = narrow("low_light", severity)
+        ds = RestorationDataset(manifest, "train", {"lowlight": [one]}, crop=32, root=root)
+        items = reference_items(manifest, "reference", [one], 2, 48, 0, root=root)
+        samples = [ds["lowlight", 0, seed] for seed in range(5)]
+        assert {s["subtask"] for s in samples} == {"low_light"}
+        return [float(x.mean()) for x in (*(s["lq"] for s in samples), *(i.lq for i in items))]
+    for mild, severe in zip(stays("mild"), stays("severe")): assert mild > 1.1 * severe
 
 
 def test_no_pair_may_also_be_nan(manifest, root, dataset):

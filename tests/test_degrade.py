@@ -3,10 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foundir_v2.camera import gaussian_blur, long_motion_blur, raw_noise
+from foundir_v2.clean import blockiness, detail, light, noise
 from foundir_v2.core import FoundIRError, generator, repo_root
 from foundir_v2.degrade import (DEPTHS, OPERATORS, Applied, apply, camera_exposure, camera_noise, coloured_noise,
                                 colour_cast, convolve, crop_to_multiple, defocus_blur, degrade, depth_map,
@@ -14,7 +17,9 @@ from foundir_v2.degrade import (DEPTHS, OPERATORS, Applied, apply, camera_exposu
                                 gaussian_noise, guided_filter, haze, highlights, lamps, linear_to_srgb, low_light,
                                 luma, motion_blur, motion_kernel, moving_object, phone_denoise, rain, resaved,
                                 scatter, scene_depth, screens, shake, shrink, snow, srgb_to_linear, tone, upsample_lq)
-from foundir_v2.tasks import SUBTASKS, VARIANTS, Choice, Integers, LogUniform, Step, SubTask, Uniform
+from foundir_v2.scene import blown_drops, cloud, cracks, fade, film_grain, flaking, raindrop, scratches, specks
+from foundir_v2.tasks import (BENCHMARK, SEVERITIES, SUBTASKS, VARIANTS, Choice, Integers, LogUniform, Step, SubTask,
+                              Uniform, narrow)
 
 EVERY_VARIANT = [v for several in VARIANTS.values() for v in several]
 
@@ -61,12 +66,12 @@ def test_variants_hold_to_the_contract_and_are_damage(task):
 def test_version_1_of_the_benchmark_never_changes():
     "Parameters exactly; pixels up to a rounding that another CPU may do otherwise."
     plain = lambda step: (step.operator, {k: v if k == "seed" else f"{v:.9g}" for k, v in step.parameters.items()})
-    drawn = [(n, [plain(step) for step in draw_parameters(n, s)]) for n in SUBTASKS for s in range(20)]
+    drawn = [(n, [plain(step) for step in draw_parameters(n, s)]) for n in BENCHMARK for s in range(20)]
     digest = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
     assert digest == "ef24a7485cbd6b404c6bbebdd016e66d3aee17e883106e6102d3cd86b5b01bbf"
     stored = np.load(Path(__file__).parent / "data/version1.npz")
-    assert stored.files == list(SUBTASKS)
-    for name in SUBTASKS:
+    assert stored.files == list(BENCHMARK)
+    for name in BENCHMARK:
         changed = np.abs((degrade(picture(24, 28), name, 7) * 255).round().numpy() - stored[name].astype(float))
         assert changed.max() <= 1 and (changed > 0).mean() < 0.01, name
 
@@ -101,6 +106,66 @@ def test_any_size_works_or_is_refused_in_one_line(name, h, w, seed):
         return
     y = degrade(x, name, seed)
     assert y.shape == (3, h // k, w // k) and y.isfinite().all()
+
+
+def photographs(size):
+    "Four that scikit-image ships: a person, an animal, a still life, a night."
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        x = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1) / 255
+        top, left = ((n - size) // 2 for n in x.shape[1:])
+        yield x[:, top:top + size, left:left + size].contiguous()
+
+
+def test_severity_is_monotone_in_psnr():
+    for name, task in SUBTASKS.items():
+        mean = {}
+        for severity in SEVERITIES:
+            lqs = [upsample_lq(degrade(x, task, s, severity), (128, 128)) for s, x in enumerate(photographs(128))]
+            mean[severity] = sum(psnr(lq, x) for lq, x in zip(lqs, photographs(128)))
+        order = [mean[severity] for severity in ("mild", "typical", "severe")]
+        assert order == sorted(order, reverse=True), name
+        assert name in ("sr_x2", "sr_x4") or len(set(order)) == 3, name
+
+
+def test_severity_is_that_of_a_narrowed_subtask_and_of_its_seed():
+    x = picture()
+    for name in ("haze", "low_light:lamps", "mural"):
+        mild, severe = (degrade(x, name, 3, severity) for severity in ("mild", "severe"))
+        assert torch.equal(mild, degrade(x, narrow(name, "mild"), 3)) and not torch.equal(mild, severe)
+        assert torch.equal(degrade(x, name, 3, None), degrade(x, name, 3))
+    fields = [[step.parameters.get("seed") for step in draw_parameters("mural", 3, s)] for s in (None, *SEVERITIES)]
+    assert fields.count(fields[0]) == 4
+    with pytest.raises(FoundIRError, match="'medium'; choose one of mild"): degrade(x, "haze", 0, "medium")
+
+
+ISOLATED = {  # sub-task of one operator -> (measure of foundir_v2.clean, least change in the mean; < 0: it falls)
+    "motion_blur": ("detail", -0.25), "defocus_blur": ("detail", -0.25), "heavy_defocus": ("detail", -0.25),
+    "sr_x2": ("detail", -0.25), "sr_x4": ("detail", -0.25), "gaussian_noise": ("noise", 9),
+    "camera_noise": ("noise", 3), "jpeg": ("blockiness", 0.2), "haze": ("black_level", 0.08),
+    "dense_haze": ("black_level", 0.1), "nonhomogeneous_haze": ("black_level", 0.05),
+    "surgical_smoke": ("black_level", 0.02),
+    "rain": ("brightness", 0.003), "snow": ("brightness", 0.003), "cloud": ("brightness", 0.008),
+    "raindrop": ("detail", 0.04), "uav_raindrop": ("detail", 0.04), "low_light": ("brightness", -0.2)}
+
+
+def measures(x): return {"detail": detail(x), "noise": noise(x), "blockiness": blockiness(x), **light(x)}
+
+
+def test_every_isolated_degradation_has_a_measure():
+    assert set(ISOLATED) == {name for name, task in SUBTASKS.items() if len(task.recipe) == 1}
+
+
+@pytest.mark.parametrize("name", ISOLATED)
+def test_a_mild_isolated_degradation_is_seen_by_its_measure(name):
+    measure, least = ISOLATED[name]
+    changes = []
+    for x in photographs(192):
+        for seed in range(3):
+            lq = upsample_lq(degrade(x, name, seed, "mild"), (192, 192))
+            assert psnr(lq, x) < 40
+            changes.append(measures(lq)[measure] - measures(x)[measure])
+    mean = sum(changes) / len(changes)
+    assert mean < least if least < 0 else mean > least
 
 
 @pytest.mark.parametrize("bad, match", [
@@ -176,11 +241,11 @@ def test_blur_keeps_light_and_flat_areas():
 def test_noise_has_the_asked_variance():
     grey = torch.full((3, 200, 200), 0.5)
     assert abs((gaussian_noise(grey, 25, 3) - grey).std() * 255 - 25) < 0.4
-    for light in (0.02, 0.2, 0.6):  # Poisson below 16 photons, Gaussian above
-        flat = linear_to_srgb(torch.full((3, 200, 200), light))
-        law = 1e-3 * light + 1e-3**2.18 * 2.718281828**1.2
+    for level in (0.02, 0.2, 0.6):  # Poisson below 16 photons, Gaussian above
+        flat = linear_to_srgb(torch.full((3, 200, 200), level))
+        law = 1e-3 * level + 1e-3**2.18 * 2.718281828**1.2
         noisy = srgb_to_linear(camera_noise(flat, 1e-3, 0, 1))
-        assert abs(noisy.var() / law - 1) < 0.05 and abs(noisy.mean() - light) < 2e-3
+        assert abs(noisy.var() / law - 1) < 0.05 and abs(noisy.mean() - level) < 2e-3
 
 
 def test_haze_follows_koschmieder():
@@ -384,3 +449,84 @@ def test_other_kernels_are_aligned_and_range_from_aliased_to_soft():
     assert abs((k.sum(1) * at**2).sum() - 1) < 0.05
     for sigma, stretch in ((0, 1), (1, 0.5)):
         with pytest.raises(FoundIRError, match="Gaussian kernel"): gaussian_kernel(sigma, stretch)
+
+
+def test_a_long_path_is_as_long_as_asked_and_keeps_light():
+    dot = torch.zeros(3, 121, 121)
+    dot[:, 60, 60] = 1
+    seen = srgb_to_linear(long_motion_blur(dot, 80, 0, 0, 1))[0]
+    at = torch.arange(121.0) - 60
+    assert abs(seen.sum() - 1) < 0.05 and abs((seen.sum(0) * at).sum()) < 0.5
+    assert abs((seen.sum(0) * at**2).sum() - 80**2 / 12) < 40 and (seen.sum(1) * at**2).sum() < 2
+    with pytest.raises(FoundIRError, match="holds 0 to 30"): motion_kernel(31, 0, 0, 1)
+
+
+def test_noise_behind_a_mosaic_is_shared_by_neighbours_and_stronger_in_red_and_blue():
+    grey = torch.full((3, 200, 200), 0.5)
+    noise = raw_noise(grey, 5e-3, 0, 2.2, 1.8, 1) - grey
+    shared = (noise[..., 1:] * noise[..., :-1]).mean() / noise.square().mean()
+    assert shared > 0.3 and noise[0].std() > noise[1].std() < noise[2].std() and noise.mean().abs() < 0.01
+    for size in ((1, 1), (1, 9), (9, 1)): assert raw_noise(picture(*size), 1e-6, 0, 2, 2, 1).isfinite().all()
+
+
+def test_a_gaussian_blur_has_its_width():
+    dot = torch.zeros(3, 41, 41)
+    dot[:, 20, 20] = 1
+    seen, at = srgb_to_linear(gaussian_blur(dot, 3))[0], torch.arange(41.0) - 20
+    assert abs((seen.sum(0) * at**2).sum() / seen.sum() - 9) < 0.3
+
+
+@pytest.mark.parametrize("cover", [0.1, 0.3, 0.5])
+def test_clouds_cover_what_they_should_and_cast_shadows(cover):
+    black, grey = torch.zeros(3, 160, 160), torch.full((3, 160, 160), 0.5)
+    above = cloud(black, cover, 4, 0, 3)[0]
+    assert abs((above > 0.02).float().mean() - cover) < 0.15 and above.max() > 0.75
+    dark = cloud(grey, cover, 4, 0.5, 3) < 0.47
+    assert dark.any() and not (dark[0] & (above > 0.5)).any()
+
+
+def test_drops_in_the_wind_are_longer_along_it():
+    x = torch.linspace(0, 1, 128).expand(3, 128, 128).clone()
+    assert torch.equal(raindrop(x, 0.2, 8, 2, 1), raindrop(x, 0.2, 8, 2, 1))
+    hit = (blown_drops(x, 0.1, 6, 1, 3, 0, 2) - x).abs().amax(0) > 0.03
+    assert 0.01 < hit.float().mean() < 0.4
+    changes = [(hit.float().diff(dim=d)).abs().sum() for d in (0, 1)]
+    assert changes[0] < 0.7 * changes[1], "upright drops change less from row to row"
+
+
+def test_grain_is_strongest_in_the_mid_tones_and_grey():
+    deviation = {u: (film_grain(torch.full((3, 96, 96), u), 20, 0.6, 1) - u).std().item() for u in (0.02, 0.5, 0.98)}
+    assert abs(deviation[0.5] * 255 - 20) < 2 and max(deviation[0.02], deviation[0.98]) < 0.4 * deviation[0.5]
+    change = film_grain(picture(), 20, 0.6, 1) - picture()
+    assert torch.allclose(change[0], change[1], atol=1e-6)
+
+
+def test_fading_takes_density():
+    assert torch.allclose(fade(picture(), 0, 0, 0, 1), picture(), atol=2e-2)
+    white, black, grey = (torch.full((3, 4, 4), v) for v in (1.0, 0.0, 0.5))
+    assert torch.allclose(fade(white, 0.6, 0, 0, 1), white, atol=1e-4) and fade(black, 0.4, 0, 0, 1).min() > 0.1
+    assert fade(grey, 0.5, 0, 0, 1).mean() > 0.55
+    red, _, blue = fade(grey, 0.4, 0.3, 0, 1)[:, 0, 0]
+    assert red > blue, "cyan fades first"
+    paper = fade(white, 0, 0, 0.3, 1)[:, 0, 0]
+    assert paper[0] > paper[1] > paper[2]
+
+
+def test_scratches_and_specks_hide_little_and_more_with_their_number():
+    grey = torch.full((3, 128, 128), 0.5)
+    hit = lambda y: ((y - grey).abs().amax(0) > 0.05).float().mean().item()
+    few, many = (hit(scratches(grey, n, 0.4, 0, 180, 1, 0.9, 1)) for n in (3, 15))
+    assert 0 < few < many < 0.3 and torch.equal(scratches(grey, 0, 0.4, 0, 180, 1, 0.9, 1), grey)
+    few, many = (hit(specks(grey, d, 1, 0.9, 1)) for d in (5e-4, 5e-3))
+    assert 0 < few < many < 0.2
+    upright = scratches(grey, 8, 1, 0, 3, 1, 0.9, 2)[0]
+    assert upright.diff(dim=0).abs().mean() < 0.5 * upright.diff(dim=1).abs().mean()
+
+
+def test_cracks_are_thin_and_flakes_cover_their_share():
+    grey = torch.full((3, 160, 160), 0.3)
+    darker = ((grey - cracks(grey, 6, 0.8, 1, 0.8, 1)).amax(0) > 0.05).float().mean()
+    assert 0.02 < darker < 0.25
+    for cover in (0.05, 0.25):
+        bare = ((flaking(grey, cover, 0.5, 1) - grey).abs().amax(0) > 0.15).float().mean()
+        assert abs(bare - cover) < 0.05

@@ -1,18 +1,19 @@
-import pickle
+import math, pickle
 
 import pytest
 
 from foundir_v2.core import FoundIRError
 from foundir_v2.degrade import OPERATORS
-from foundir_v2.tasks import (CATEGORIES, SUBTASKS, VARIANTS, Choice, Integers, LogUniform, Step, SubTask, Uniform,
-                              by_category, subtask)
+from foundir_v2.tasks import (BENCHMARK, CATEGORIES, COUPLED, FOUNDIR, PLACES, SETS, SEVERITIES, SUBTASKS, VARIANTS,
+                              Choice, Integers, LogUniform, Step, SubTask, Uniform, by_category, couple, narrow,
+                              subtask, subtask_names)
 
 REQUIRED = """motion_blur defocus_blur gaussian_noise camera_noise jpeg haze rain snow raindrop low_light
 low_light_noise sr_x2 sr_x4 blur_noise noise_jpeg rain_haze""".split()
 
 
 def test_catalogue_has_the_required_subtasks_and_five_categories():
-    assert set(REQUIRED) <= set(SUBTASKS) and len(SUBTASKS) >= 16
+    assert set(REQUIRED) <= set(SUBTASKS) and len(SUBTASKS) >= 56
     assert CATEGORIES == ("deblur", "denoise", "weather", "lowlight", "sr")
     assert all(name == s.name for name, s in SUBTASKS.items())
 
@@ -25,18 +26,66 @@ def test_a_coupled_subtask_belongs_to_its_first_word(name, category):
 
 
 def test_categories_partition_the_catalogue_and_are_balanced():
-    table = by_category()
-    assert tuple(table) == CATEGORIES and sorted(sum(table.values(), [])) == sorted(SUBTASKS)
-    assert min(map(len, table.values())) >= 3 and max(map(len, table.values())) <= 2.5 * min(map(len, table.values()))
+    for chosen, names in (("version1", BENCHMARK), ("all", SUBTASKS)):
+        table = by_category(chosen)
+        assert tuple(table) == CATEGORIES and sorted(sum(table.values(), [])) == sorted(names)
+    assert by_category() == by_category("version1")
+    sizes = [len(names) for names in by_category().values()]
+    assert min(sizes) >= 3 and max(sizes) <= 2.5 * min(sizes)
+
+
+def test_a_set_stands_for_names():
+    assert subtask_names("version1") == list(BENCHMARK) == list(SUBTASKS)[:22] and len(subtask_names("all")) >= 56
+    assert subtask_names(["haze", "rain"]) == ["haze", "rain"]
+    for names in SETS.values(): assert set(names) <= set(SUBTASKS) and len(set(names)) == len(names)
+    assert set().union(*(SETS[name] for name in SETS if name != "all")) == set(SUBTASKS)
+    assert by_category("low_resolution") == {"sr": list(SETS["low_resolution"])}, "an empty category"
+    with pytest.raises(FoundIRError, match="'haze'; choose one of version1, foundir"): subtask_names("haze")
+
+
+def test_the_20_of_foundir_are_there_and_each_with_fewer_pixels():
+    assert len(FOUNDIR) == len(SETS["low_resolution"]) == 20 and set(COUPLED) < set(FOUNDIR) < set(SUBTASKS)
+    small = {name.split("_", 2)[2]: SUBTASKS[name] for name in SETS["low_resolution"]}
+    assert set(small) == set(FOUNDIR)
+    for name, task in small.items():
+        rest = [step.operator for step in task.recipe if step.operator != "downscale"]
+        assert rest == [step.operator for step in SUBTASKS[name].recipe] and task.is_sr
+
+
+def stations(recipe):
+    names = list(PLACES)
+    return [next(names.index(p) for p, operators in PLACES.items() if step.operator in operators) for step in recipe]
+
+
+def test_recipes_stand_in_the_order_of_physics():
+    out_of_order = {s.name for s in SUBTASKS.values() if stations(s.recipe) != sorted(stations(s.recipe))}
+    assert out_of_order == {"night_rain", "sr_x2_night_rain", "sr_x4_real"}
+    assert sorted(o for operators in PLACES.values() for o in operators) == sorted(OPERATORS)
+
+
+@pytest.mark.parametrize("name", ["blur_noise_jpeg", "low_light_blur_noise", "sr_x2_low_light_noise_jpeg", "old_photo"])
+def test_parts_may_come_in_any_order(name):
+    recipe = SUBTASKS[name].recipe
+    for k in range(len(recipe)):
+        mixed = recipe[k:] + recipe[:k]
+        assert sorted(stations(couple(*mixed))) == stations(couple(*mixed))
+    assert couple(*recipe) == recipe == couple(*recipe[1:], onto=recipe[:1])
+
+
+def test_coupling_refuses_an_operator_without_a_place(monkeypatch):
+    sand = Step("sandstorm", {})
+    with pytest.raises(FoundIRError, match="'sandstorm' has no place.*air"): couple(SUBTASKS["jpeg"].recipe[0], sand)
+    monkeypatch.setitem(PLACES, "air", (*PLACES["air"], "sandstorm"))
+    assert couple(SUBTASKS["jpeg"].recipe[0], sand)[0] == sand
 
 
 EVERY_VARIANT = [v for several in VARIANTS.values() for v in several]
 
 
 def proper(r):
-    if isinstance(r, Choice): return len(r.options) > 1 and all(isinstance(o, str) for o in r.options)
+    if isinstance(r, Choice): return r.options and all(isinstance(o, str) for o in r.options)
     if isinstance(r, LogUniform) and r.low <= 0: return False
-    return isinstance(r, (Uniform, LogUniform, Integers)) and r.low <= r.high
+    return isinstance(r, (Uniform, LogUniform, Integers)) and r.low <= r.high and r.worse in ("low", "high", None)
 
 
 @pytest.mark.parametrize("s", [*SUBTASKS.values(), *EVERY_VARIANT], ids=lambda s: s.name)
@@ -49,7 +98,7 @@ def test_recipes_name_real_operators_and_their_parameters(s):
 
 
 def test_every_subtask_has_variants_of_its_own_kind():
-    assert list(VARIANTS) == list(SUBTASKS) and len({v.name for v in EVERY_VARIANT}) == len(EVERY_VARIANT) >= 30
+    assert tuple(VARIANTS) == BENCHMARK and len({v.name for v in EVERY_VARIANT}) == len(EVERY_VARIANT) >= 30
     for parent, several in VARIANTS.items():
         for v in several:
             one = SUBTASKS[parent]
@@ -68,7 +117,8 @@ def test_a_variant_is_found_by_its_name_and_is_no_task_of_the_benchmark():
 def test_super_resolution_is_what_changes_the_size():
     for s in (*SUBTASKS.values(), *EVERY_VARIANT):
         scales = [r["scale"] for operator, r in s.recipe if operator in ("downscale", "shrink")]
-        assert s.is_sr == bool(scales) == (s.scale > 1) and all(r == Integers(s.scale, s.scale) for r in scales)
+        assert s.is_sr == bool(scales) == (s.scale > 1) == (s.category == "sr") == (s.metric == "stlpips")
+        assert math.prod(r.low for r in scales) == math.prod(r.high for r in scales) == s.scale
 
 
 def test_unknown_names_list_the_choices():
@@ -86,3 +136,23 @@ def test_subtasks_are_plain_values():
     for s in (*SUBTASKS.values(), *EVERY_VARIANT):
         assert pickle.loads(pickle.dumps(s)) == s and hash(s) == hash(pickle.loads(pickle.dumps(s)))
         with pytest.raises(AttributeError): s.name = "other"
+
+
+def test_a_severity_is_a_third_of_every_range_from_its_mild_end():
+    ranges = dict(a=Uniform(1, 4), b=LogUniform(0.001, 1), c=Integers(10, 40, "low"), d=Uniform(-3, 3, None),
+                  e=Choice(("x", "y")), f=Integers(2, 2))
+    task = SubTask("x", "weather", (Step("jpeg", ranges),))
+    mild, typical, severe = (narrow(task, severity).recipe[0].ranges for severity in SEVERITIES)
+    assert [(round(m["a"].low, 9), round(m["a"].high, 9)) for m in (mild, typical, severe)] == [(1, 2), (2, 3), (3, 4)]
+    assert [(round(m["b"].low, 9), round(m["b"].high, 9)) for m in (mild, typical, severe)] == [
+        (0.001, 0.01), (0.01, 0.1), (0.1, 1)]
+    assert [m["c"] for m in (mild, typical, severe)] == [
+        Integers(30, 40, "low"), Integers(20, 30, "low"), Integers(10, 20, "low")]
+    for m in (mild, typical, severe): assert all(m[k] == ranges[k] for k in "def")
+    assert narrow(task, None) is task and narrow(task, "mild").name == "x"
+    with pytest.raises(FoundIRError, match="'medium'; choose one of mild, typical, severe"): narrow(task, "medium")
+
+
+def test_every_subtask_can_be_narrowed_but_plain_bicubic():
+    same = {s.name for s in (*SUBTASKS.values(), *EVERY_VARIANT) if narrow(s, "mild") == narrow(s, "severe")}
+    assert same == {"sr_x2", "sr_x4", "sr_x2:kernel", "sr_x4:kernel"}
