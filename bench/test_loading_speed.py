@@ -74,8 +74,8 @@ def test_crops_per_second_and_core(pool, name):
     ours, unaided, fast = (ratio("plain", run) for run in ("exact", "bare", "draft"))
     near = db((a["gt"], b["gt"]) for a, b in zip(samples["exact"], samples["draft"]))
     rate, kept = DRAWS / statistics.median(seconds["exact"]), exact.photos.held / bytes_of_all
-    print(f"\n{kind}, {name}: {rate:.0f} crops per second and core, {ours:.1f} x the plain way's, with {kept:.0%} of the "
-          f"pool kept; with nothing kept {unaided:.1f} x, and in draft mode {fast:.1f} x"
+    print(f"\n{kind}, {name}: {rate:.0f} crops per second and core, {ours:.1f} x the plain way's, with {kept:.0%} of "
+          f"the pool kept; with nothing kept {unaided:.1f} x, and in draft mode {fast:.1f} x"
           + (f" at {near:.0f} dB" if near < 120 else ", the same samples"))
     assert exact.photos.held <= exact.photos.cache < bytes_of_all / 3
     assert all(torch.equal(a[key], b[key]) for a, b in zip(samples["exact"], samples["bare"]) for key in ("lq", "gt"))

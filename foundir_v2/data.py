@@ -357,18 +357,18 @@ class Item:
 
 def _reference_item(row: dict[str, Any], photos: Photos, task: SubTask, size: int, seed: int) -> Item:
     "One item, from a stored pair or a photograph."
-    gt, g = photos(row["path"]), generator("reference", seed)
+    photo, g, whole = partial(photos.window, row["path"]), generator("reference", seed), (row["height"], row["width"])
     if row.get("lq"):
-        lq, k = photos(row["lq"]), task.scale
-        factor, size_of_both = aligned(gt.shape[1:], lq.shape[1:])
-        if factor != k:
+        try: factor, of_both = aligned(whole, size_of(photos.root/row["lq"]))
+        except FoundIRError as e: raise FoundIRError(f"the pair {row['photo']}: {e}") from None
+        if factor != (k := task.scale):
             raise FoundIRError(f"the pair {row['photo']} is not a pair of {task.name}, "
                                f"which needs a GT {k} times the size of the LQ: correct its task")
-        view = draw_view(*size_of_both, size, (1, 1), k, g)
-        lq = look(lq, View(view.top // k, view.left // k, size // k, size // k, view.flip))
-        gt = look(gt, view)
+        view = draw_view(*of_both, size, (1, 1), k, g)
+        small = View(view.top // k, view.left // k, size // k, size // k, view.flip)
+        lq, gt = look_at(partial(photos.window, row["lq"]), small), look_at(photo, view)
     else:
-        gt = look(gt, draw_view(*gt.shape[1:], size, (0.5, 1.0), 1, g))
+        gt = look_at(photo, draw_view(*whole, size, (0.5, 1.0), 1, g))
         lq = degrade(gt, task, seed)
     caption = row["caption"] if isinstance(row.get("caption"), str) else ""
     return Item(lq, gt, task, row["photo"], seed, upsample_lq(lq, gt.shape[1:]), caption)

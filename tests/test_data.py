@@ -407,6 +407,8 @@ def test_a_pair_that_is_none_is_named_when_it_is_drawn(manifest, root):
     row = manifest.to_dict("records")[0] | dict(lq="other.png", task="haze")
     ds = RestorationDataset(pd.DataFrame([row]), "train", {"weather": ["haze"]}, crop=32, root=root)
     with pytest.raises(FoundIRError, match="the pair a: LQ is 50x31, GT 90x70"): ds["weather", 0, 0]
+    with pytest.raises(FoundIRError, match="the pair a: LQ is 50x31, GT 90x70"):
+        reference_items(pd.DataFrame([row]), "train", ["haze"], 1, 32, 0, root=root)
     save_image(torch.rand(3, 17, 22), root / "other.png")
     ds = RestorationDataset(pd.DataFrame([row]), "train", {"weather": ["haze"]}, crop=69, root=root)
     with pytest.raises(FoundIRError, match="the pair a: both show 88x68 pixels.*crops of 69"): ds["weather", 0, 0]
