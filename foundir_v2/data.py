@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, default_collate
 # %% ../nbs/22_data.ipynb #a2e3e0bc
 from .core import FoundIRError, generator, hash_seed, load_image
 from .degrade import Applied, apply, crop_to_multiple, degrade, upsample_lq
+from .index import fit_pair
 from .tasks import SUBTASKS, VARIANTS, SubTask, subtask
 
 # %% ../nbs/22_data.ipynb #b3998716
@@ -153,7 +154,7 @@ def stored_pair(
 ) -> tuple[Tensor, Tensor]:  # LQ and GT, (3, S, S)
     """Cut a stored pair; a smaller LQ is enlarged by a random interpolation, with a margin so that the crop's rim
     sees its neighbours."""
-    k = gt.shape[1] // lq.shape[1]
+    k, *_ = fit_pair(gt.shape[1:], lq.shape[1:])
     if k == 1: return look(lq, view), look(gt, view)
     margin = 4
     top, left = max(view.top // k - margin, 0), max(view.left // k - margin, 0)
@@ -213,8 +214,9 @@ def rows_by_task(
         if r.task not in owner:
             raise FoundIRError(f"the pair {r.photo} is for the task {r.task!r}, which is not among {', '.join(owner)}: "
                                "add it to the tasks or drop the row")
-    table = {task: [i for i, r in enumerate(rows.itertuples()) if not paired[i] or owner[r.task] == task]
-             for task in tasks}
+    often = rows["weight"] if "weight" in rows else pd.Series(1, index=rows.index)  # of the pool's data set
+    table = {task: [i for i, r in enumerate(rows.itertuples()) if not paired[i] or owner[r.task] == task
+                    for _ in range(often[i])] for task in tasks}
     for task, found in table.items():
         if not found:
             raise FoundIRError(f"task {task!r} has neither photographs nor pairs in this split: "
@@ -250,7 +252,8 @@ def from_photograph(
 
 def from_pair(gt: Tensor, lq: Tensor, crop: int, seed: int) -> tuple[Tensor, Tensor, View]:
     "Cut a stored pair at full resolution, at a place drawn from the seed."
-    view = draw_view(*gt.shape[1:], crop, (1, 1), gt.shape[1] // lq.shape[1], generator("pair", seed))
+    k, h, w = fit_pair(gt.shape[1:], lq.shape[1:])
+    view = draw_view(h * k, w * k, crop, (1, 1), k, generator("pair", seed))
     return *stored_pair(gt, lq, view, seed), view
 
 # %% ../nbs/22_data.ipynb #c64a5a4a
@@ -343,11 +346,12 @@ def _reference_item(row: dict[str, Any], photos: Photos, task: SubTask, size: in
     "One item, from a stored pair or a photograph."
     gt, g = photos(row["path"]), generator("reference", seed)
     if row.get("lq"):
-        lq, k = photos(row["lq"]), task.scale
-        if gt.shape[1] != lq.shape[1] * k:
+        lq = photos(row["lq"])
+        k, h, w = fit_pair(gt.shape[1:], lq.shape[1:])
+        if k != task.scale:
             raise FoundIRError(f"the pair {row['photo']} is not a pair of {task.name}, "
                                f"which needs a GT {k} times the size of the LQ: correct its task")
-        view = draw_view(*gt.shape[1:], size, (1, 1), k, g)
+        view = draw_view(h * k, w * k, size, (1, 1), k, g)
         lq = look(lq, View(view.top // k, view.left // k, size // k, size // k, view.flip))
         gt = look(gt, view)
     else:

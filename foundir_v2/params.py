@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Text', 'MetricName', 'SubTaskName', 'STAGES', 'SECTIONS', 'OPTIONAL', 'IngestConfig', 'CleanConfig', 'ManifestConfig',
            'OutsideConfig', 'EvaluateConfig', 'ReportConfig', 'section_problems', 'indivisible', 'stage_problems',
-           'training_problems', 'restorer_problems', 'evaluation_problems', 'Measures', 'cleaning_problems',
-           'captioner_problems', 'check_params', 'keys_read', 'dvc_params']
+           'training_problems', 'restorer_problems', 'evaluation_problems', 'Measures', 'ingestion_problems',
+           'cleaning_problems', 'captioner_problems', 'check_params', 'keys_read', 'dvc_params']
 
 # %% ../nbs/82_params.ipynb #fcb21d01
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +22,12 @@ from .clean import Statistics, make_thresholds
 from .config import ConfigError, OneOf, declarations, from_dict, shown
 from .core import FoundIRError
 from .iqa import METRICS
+from .layouts import LAYOUTS, DataSet
 from .outside import RECIPES
+from .pool import read_config
 from .restorers import parse_restorer
 from .settings import PARTS, Count, Seed, Side, StageConfig, TrainConfig, build_mixture, fields_read
-from .tasks import SUBTASKS
+from .tasks import CATEGORIES, SUBTASKS
 
 # %% ../nbs/82_params.ipynb #02b19d80
 Text = Annotated[str, MinLen(1)]
@@ -36,8 +38,11 @@ SubTaskName = Annotated[str, OneOf(SUBTASKS)]
 class IngestConfig:
     "Section `ingest`."
     data_dir: Text  # the data set, relative to the repository
+    datasets: Annotated[list[DataSet], MinLen(1)] | None  # a pool in its place
     max_pixels: Annotated[int, Interval(ge=1, le=10**10)]  # larger pictures are rejected
+    min_side: Count  # pixels; pictures with a shorter side are rejected
     near_bits: Annotated[int, Interval(ge=0, le=256)]  # pictures of two splits that differ less are one photograph
+    workers: Annotated[int, Interval(ge=0, le=256)]  # processes that measure pictures; 0: none besides the notebook's
 
 @dataclass(frozen=True, kw_only=True)
 class CleanConfig:
@@ -176,6 +181,23 @@ class Measures:
     "The names of measures, as a judge has them."
     measures: tuple[str, ...]
 
+def ingestion_problems(
+    ingest: IngestConfig,
+    tasks: Mapping[str, Sequence[str]] | None,  # `mixture.tasks`
+) -> Iterator[str]:
+    "What is wrong with the data sets of a pool."
+    if ingest.datasets is None: return
+    try: datasets = read_config(ingest.datasets)
+    except ConfigError as e:
+        yield str(e)
+        return
+    known = [*CATEGORIES, *SUBTASKS] if tasks is None else [n for task, names in tasks.items() for n in (task, *names)]
+    for d in datasets:
+        named = d.task.values() if isinstance(d.task, Mapping) else [d.task or LAYOUTS[d.layout].task]
+        if bad := [t for t in named if t and t not in known]:
+            yield (f"ingest.datasets: the pairs of {d.name} are for {', '.join(bad)}, which is not trained: "
+                   f"write task: with one of {', '.join(known)}, or add it to mixture.tasks")
+
 def cleaning_problems(clean: CleanConfig) -> Iterator[str]:
     "What is wrong with the limits."
     if bad := [m for m in clean.metrics if METRICS[m].full_reference]:
@@ -200,6 +222,7 @@ def check_params(
     if not problems:
         made = {s: from_dict(SECTIONS[s], params[s], s) for s in known}
         if {*PARTS, *STAGES} <= set(known): problems += training_problems(params, Path(root))
+        if "ingest" in made: problems += ingestion_problems(made["ingest"], params.get("mixture", {}).get("tasks"))
         if "manifest" in made: problems += captioner_problems(made["manifest"])
         if "clean" in made: problems += cleaning_problems(made["clean"])
         if "evaluate" in made: problems += evaluation_problems(made["evaluate"], made.get("report"))
