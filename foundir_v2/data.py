@@ -210,13 +210,14 @@ def rows_by_task(
     Raises `FoundIRError` for a task without rows or a pair without a task."""
     paired = rows["lq"].ne("") if "lq" in rows else pd.Series(False, index=rows.index)
     owner = {name: task for task, names in tasks.items() for name in (task, *names)}
-    for r in rows[paired].itertuples():
-        if r.task not in owner:
-            raise FoundIRError(f"the pair {r.photo} is for the task {r.task!r}, which is not among {', '.join(owner)}: "
-                               "add it to the tasks or drop the row")
-    often = rows["weight"] if "weight" in rows else pd.Series(1, index=rows.index)  # of the pool's data set
-    table = {task: [i for i, r in enumerate(rows.itertuples()) if not paired[i] or owner[r.task] == task
-                    for _ in range(often[i])] for task in tasks}
+    for r in rows[paired & ~rows["task"].isin(owner)].itertuples():
+        raise FoundIRError(f"the pair {r.photo} is for the task {r.task!r}, which is not among {', '.join(owner)}: "
+                           "add it to the tasks or drop the row")
+    serves = rows["task"].map(owner).where(paired) if "task" in rows else pd.Series(None, index=rows.index)
+    often = rows["weight"] if "weight" in rows else pd.Series(1, index=rows.index)  # of the row's data set
+    positions = pd.Series(range(len(rows)), index=rows.index)
+    table = {task: positions[~paired | (serves == task)].repeat(often[~paired | (serves == task)]).tolist()
+             for task in tasks}
     for task, found in table.items():
         if not found:
             raise FoundIRError(f"task {task!r} has neither photographs nor pairs in this split: "

@@ -14,7 +14,6 @@ __all__ = ['DEGRADED', 'NEAR_BITS', 'ACCEPTED', 'REJECTED', 'SHIFT_GAIN', 'SHIFT
 import hashlib, json, multiprocessing, os, re, sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +28,7 @@ from .fetch import SPLITS, read_sources
 from .targets import READABLE
 
 # %% ../nbs/14_index.ipynb #2014ab1a
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     "What a layout says about one row, before any file was opened."
     photo: str
     path: str  # the GT
@@ -58,7 +56,7 @@ def list_pictures(folder: str | Path) -> Listing:
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         found += [relative(here, n) for n in names
                   if not n.startswith(".") and os.path.splitext(n)[1].lower() in READABLE]
-    return Listing(sorted(found, key=lambda p: p.split("/")), problems)
+    return Listing(sorted(found, key=lambda p: p.replace("/", "\0")), problems)  # folder by folder
 
 # %% ../nbs/14_index.ipynb #1cb6d074
 DEGRADED = frozenset("""lq lr input inputs degraded distorted corrupted lowres bicubic x2 x3 x4 x8 blur blurred blurry
@@ -107,7 +105,7 @@ def unique_names(entries: Iterable[Entry]) -> list[Entry]:
         name, first = e.photo, seen.get(e.photo)
         while name in seen: name += "~"
         why = f"duplicate name: {Path(e.path).name} and {Path(first.path).name} are both {e.photo}" if first else ""
-        seen[name] = replace(e, photo=name, reason=e.reason or why) if first else e
+        seen[name] = e._replace(photo=name, reason=e.reason or why) if first else e
     return list(seen.values())
 
 # %% ../nbs/14_index.ipynb #a019afa8
@@ -196,7 +194,7 @@ def near_copies(
 ) -> Iterator[tuple[int, int, int]]:  # index in `a`, index in `b`, differing bits
     "All pairs that look alike, upright or mirrored; half of the bits tells nearly every other pair apart."
     pack = lambda x: np.packbits(x.reshape(len(x), -1), axis=1).view(np.uint64)
-    bits, words = _bits(b), np.ascontiguousarray(pack(_bits(a)).T)
+    bits, words = _bits(b), np.ascontiguousarray(np.frombuffer(bytes.fromhex("".join(a)), np.uint64).reshape(-1, 4).T)
     for j, both in enumerate(zip(pack(bits), pack(~bits[:, :, ::-1]))):
         found: dict[int, int] = {}
         for y_4 in both:
@@ -211,7 +209,8 @@ def leaks(
     near_bits: int = NEAR_BITS,  # as in `near_copies`; -1: none
 ) -> pd.DataFrame:  # columns photo, split, other, other_split, bits, same_file
     "Photographs that are in two splits, by their bytes or by their looks."
-    ok, found = manifest[manifest.sha256 != ""].drop_duplicates(["path", "split"]), []
+    columns = ["photo", "path", "split", "sha256", "dhash"]
+    ok, found = manifest.loc[manifest.sha256 != "", columns].drop_duplicates(["path", "split"]), []
     for i, split in enumerate(SPLITS):
         a, b = ok[ok.split == split], ok[ok.split.isin(SPLITS[i + 1:])]
         if a.empty or b.empty or near_bits < 0: continue
@@ -328,7 +327,7 @@ def measure(
 def _unmeasured(entry: Entry, root: Path) -> dict[str, str | int]:
     "The row of an entry of which nothing is known yet."
     relative = lambda p: Path(p).relative_to(root).as_posix() if p and Path(p).is_relative_to(root) else p
-    return asdict(entry) | dict(path=relative(entry.path), lq=relative(entry.lq), width=0, height=0, sha256="",
+    return entry._asdict() | dict(path=relative(entry.path), lq=relative(entry.lq), width=0, height=0, sha256="",
                                 dhash="", scale=1, lq_sha256="", verdict=ACCEPTED, caption="")
 
 def inspect(

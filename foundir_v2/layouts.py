@@ -9,8 +9,9 @@ __all__ = ['WORDS', 'PAIRED', 'PAPER', 'PHOTOGRAPHS', 'Text', 'MANY', 'LAYOUTS',
 
 # %% ../nbs/15_layouts.ipynb #b528482f
 import hashlib, os, re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -155,10 +156,12 @@ def _seen(files: Iterable[str], most: int = 6) -> str:
     told = ", ".join(f"{d}/ ({n})" for d, n in list(counts.items())[:most]) or "no pictures"
     return told + (f" and {len(counts) - most} more folders" if len(counts) > most else "")
 
-def _groups(files: Iterable[str], pattern: re.Pattern) -> Iterator[tuple[str, dict[str, str]]]:
-    "(relative path, what its pieces are) of the files that fit."
+def _fitting(files: Iterable[str], pattern: re.Pattern, names: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    "(relative path, its pieces of these names) of the files that fit."
+    several = len(names) > 1
     for p in files:
-        if found := pattern.fullmatch(os.path.splitext(p)[0]): yield p, found.groupdict()
+        found = pattern.fullmatch(os.path.splitext(p)[0])
+        if found: yield p, found.group(*names) if several else found.group(*names) and (found.group(*names),)
 
 def fitting_layouts(
     files: list[str],  # relative paths
@@ -166,8 +169,8 @@ def fitting_layouts(
     "Layouts by whose patterns some of the files are pairs."
     def pairs(layout: Layout) -> bool:
         sides = [compile_pattern(p, layout.splits) for p in (layout.gt, layout.lq)]
-        names = sides[0].groupindex.keys() & sides[1].groupindex.keys()
-        keys = [{tuple(g[n] for n in sorted(names)) for _, g in _groups(files, side)} for side in sides]
+        names = sorted(sides[0].groupindex.keys() & sides[1].groupindex.keys())
+        keys = [{key for _, key in _fitting(files, side, names)} for side in sides]
         return bool(keys[0] & keys[1])
     return [n for n, layout in LAYOUTS.items() if layout.gt and layout.lq and not layout.read and pairs(layout)]
 
@@ -208,11 +211,12 @@ def _matches(data: DataSet, layout: Layout, files: list[str]) -> Iterator[tuple[
     gt, lq, names = _pattern_pair(data, layout)
     def by_key(side: re.Pattern) -> dict[tuple[str, ...], list[str]]:
         found: dict[tuple[str, ...], list[str]] = {}
-        for p, g in _groups(files, side): found.setdefault(tuple(g[n] for n in names), []).append(p)
+        for p, key in _fitting(files, side, names): found.setdefault(key, []).append(p)
         return found
     gts = by_key(gt)
     if lq is None:
-        free = [g.get("folders", "") + g.get("path", p.rpartition("/")[2]) for p, g in _groups(files, gt)]
+        wild = [n for n in ("folders", "path") if n in gt.groupindex]
+        free = ["".join(key) + ("" if "path" in wild else p.rpartition("/")[2]) for p, key in _fitting(files, gt, wild)]
         if data.layout == "photographs": free += [f"{Path(data.root).name}/{p}" for p in files]
         if seen := degraded_folders(free):
             refuse(data, files, f"may hold degraded pictures, by the name of {next(iter(seen))}/, and none must "
@@ -220,7 +224,10 @@ def _matches(data: DataSet, layout: Layout, files: list[str]) -> Iterator[tuple[
         check_photographs(f"data set {data.name} ({data.root})", sorted(p for several in gts.values() for p in several))
         yield from ((Match(key, p, ""), dict(zip(names, key))) for key, several in gts.items() for p in several)
         return
-    for m in pair_up(gts, by_key(lq)): yield m, dict(zip(names, m.key))
+    pieces: dict[str, str] = {}
+    for m in pair_up(gts, by_key(lq)):
+        if tuple(pieces.values()) != m.key: pieces = dict(zip(names, m.key))
+        yield m, pieces
 
 # %% ../nbs/15_layouts.ipynb #5ccb0bf8
 def hold_out(
@@ -261,23 +268,22 @@ def read_patterns(data: DataSet, layout: Layout, root: Path) -> Reading:
     if not parts and data.split is None:
         raise FoundIRError(f"data set {data.name}: layout {data.layout} has no parts: write split: train, reference, "
                            "test, or numbers to hold out, such as {reference: 10}")
-    found, used = [], set()
+    paired, entries, units, used = bool(data.lq or layout.lq), [], [], set()
+    path = lru_cache(1)(lambda p: f"{root}/{p}" if p else "")
     for m, pieces in _matches(data, layout, files):
-        used |= {m.gt, m.lq}
+        used.update((m.gt, m.lq))
         split = words[pieces["split"]] if parts else "train" if isinstance(data.split, Mapping) else data.split
         if isinstance(data.split, str) and split != data.split: continue
-        found.append((m, pieces, split))
-    paired = bool(data.lq or layout.lq)
-    if not any(m.gt and (m.lq or not paired) for m, _, _ in found):
+        units.append(pieces.get("folders", "") + pieces["scene"] if "scene" in pieces else m.gt or m.lq)
+        entries.append(Entry(os.path.splitext(m.lq or m.gt)[0], path(m.gt), split, m.lq and f"{root}/{m.lq}",
+                             _task(data, layout, pieces, paired), m.reason))
+    if not any(e.path and (e.lq or not paired) for e in entries):
         refuse(data, files, f"does not lie as layout {data.layout} expects: nothing is like {data.gt or layout.gt}"
                             + (f" with {data.lq or layout.lq}" if paired else "")
                             + (f" in the split {data.split}" if isinstance(data.split, str) else ""))
-    unit = lambda m, g: g.get("folders", "") + g["scene"] if "scene" in g else m.gt or m.lq
-    wanted = data.split if isinstance(data.split, Mapping) else {}
-    held = hold_out((unit(m, g) for m, g, s in found if s == "train"), wanted, data.name) if wanted else {}
-    path = lambda p: f"{root}/{p}" if p else ""
-    entries = [Entry(os.path.splitext(m.lq or m.gt)[0], path(m.gt), held.get(unit(m, g), s) if s == "train" else s,
-                     path(m.lq), _task(data, layout, g, paired), m.reason) for m, g, s in found]
+    if isinstance(data.split, Mapping):
+        held = hold_out((u for u, e in zip(units, entries) if e.split == "train"), data.split, data.name)
+        entries = [e._replace(split=held[u]) if e.split == "train" and u in held else e for u, e in zip(units, entries)]
     entries += [Entry(p, path(p), "train", reason=why) for p, why in problems]
     ignored: dict[str, int] = {}
     for p in files:
@@ -292,9 +298,9 @@ def read_splits(data: DataSet, layout: Layout, root: Path) -> Reading:
     if isinstance(data.split, str): entries = [e for e in entries if e.split == data.split]
     if isinstance(data.split, Mapping):
         held = hold_out((e.path for e in entries if e.split == "train"), data.split, data.name)
-        entries = [replace(e, split=held.get(e.path, e.split)) for e in entries]
+        entries = [e._replace(split=held.get(e.path, e.split)) for e in entries]
     task = lambda e: _task(data, layout, dict(task=e.task), bool(e.lq))
-    return Reading([replace(e, task=task(e)) for e in entries], {})
+    return Reading([e._replace(task=task(e)) for e in entries], {})
 
 def read_table(data: DataSet, layout: Layout, root: Path) -> Reading:
     "A CSV or Parquet file. Raises `FoundIRError` for a file or a split that can't be used."

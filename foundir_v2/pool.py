@@ -9,11 +9,11 @@ __all__ = ['CLEAN', 'POOL_COLUMNS', 'read_config', 'data_roots', 'check_tracked'
 # %% ../nbs/17_pool.ipynb #3bc5363b
 import os, re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, pyarrow as pa
+from pyarrow.compute import is_in
 
 from .config import ConfigError, from_dict, load_yaml
 from .core import MAX_PIXELS, FoundIRError
@@ -79,11 +79,13 @@ def degraded_ground_truths(
     near_bits: int = NEAR_BITS,  # versions of a scene differ in up to twice as many bits
 ) -> pd.DataFrame:  # columns photo, other, why
     "Ground truths that are, or may be, degraded pictures."
-    ok, found = manifest[manifest.sha256 != ""], []
-    inputs = dict(zip(ok.lq_sha256, ok.photo))
-    found += [(r.photo, inputs[r.sha256], "is the input of")
-              for r in ok[ok.sha256.isin(set(inputs) - {""})].itertuples()]
-    photos = ok[ok.lq == ""]
+    m, columns = manifest, ["photo", "path", "sha256", "dhash", *(["dataset"] if "dataset" in manifest else [])]
+    # pandas would make a Python string of every hash
+    as_input = is_in(pa.array(m.sha256), pa.array(m.lq_sha256)).to_numpy(False)
+    gts = m.loc[as_input & (m.sha256 != ""), ["photo", "sha256"]]
+    inputs = m.loc[m.lq_sha256.isin(set(gts.sha256))].drop_duplicates("lq_sha256").set_index("lq_sha256").photo
+    found = [(r.photo, inputs[r.sha256], "is the input of") for r in gts.itertuples()]
+    photos = m.loc[(m.sha256 != "") & (m.lq == ""), columns]
     keys = [photos.path.map(scene_name)] + ([photos.dataset] if "dataset" in photos else [])
     several = photos[pd.concat(keys, axis=1).duplicated(keep=False)]
     for _, group in several.groupby([k[several.index] for k in keys]):
@@ -115,7 +117,7 @@ def _read_all(datasets: Sequence[DataSet], root: Path) -> tuple[list[Entry], lis
         try: reading = read_dataset(d, root)
         except (FoundIRError, FileNotFoundError) as e: problems.append(str(e))
         else:
-            entries += [replace(e, photo=f"{d.name}/{e.photo}") for e in reading.entries]
+            entries += [e._replace(photo=f"{d.name}/{e.photo}") for e in reading.entries]
             owners += [d] * len(reading.entries)
             ignored += [(d.name, folder, n) for folder, n in reading.ignored.items()]
     if problems: raise FoundIRError(" | ".join(problems))
@@ -160,9 +162,10 @@ def counts(
 ) -> pd.DataFrame:  # rows, pairs, ground_truths, rejected per dataset, task and split
     "How much there is of what. Photographs serve every task."
     by = [c for c in ("dataset", "task", "split") if c in manifest]
-    table = manifest.assign(task=manifest.task.where(manifest.lq != "", "(photographs)"), pair=manifest.lq != "",
-                            bad=manifest.verdict == REJECTED)
-    return table.groupby(by, sort=False).agg(rows=("photo", "size"), pairs=("pair", "sum"),
+    pair = manifest.lq != ""
+    table = manifest[[*by, "path"]].assign(task=manifest.task.where(pair, "(photographs)"), pair=pair,
+                                           bad=manifest.verdict == REJECTED)
+    return table.groupby(by, sort=False).agg(rows=("pair", "size"), pairs=("pair", "sum"),
                                              ground_truths=("path", "nunique"), rejected=("bad", "sum"))
 
 def rejections(
