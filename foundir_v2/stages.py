@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'GENERATED', 'PARAMETERS', 'imported_modules', 'notebook_source', 'import_closure', 'runner_arguments',
-           'code_deps', 'library_notebooks', 'modules', 'read_by', 'expected_stage', 'pipelines', 'differences',
-           'update', 'main']
+           'code_deps', 'library_notebooks', 'modules', 'read_by', 'ingested', 'expected_stage', 'pipelines',
+           'differences', 'update', 'main']
 
 # %% ../nbs/07_stages.ipynb #6d9737f6
 import argparse, ast, importlib, json, re, shlex, sys
@@ -103,6 +103,13 @@ def read_by(
     return (importlib.import_module(PARAMETERS).dvc_params(sections, load_params(path)) if path.is_file()
             else list(sections))
 
+def ingested(
+    root: str | Path,  # repository root
+) -> list[str]:  # folders, as params.yaml writes them
+    "What the stage of ingestion reads: a picture added there makes it run again."
+    ingest = load_params(Path(root)/"params.yaml")["ingest"]
+    return importlib.import_module(f"{PACKAGE}.pool").data_roots(ingest["data_dir"], ingest["datasets"])
+
 def expected_stage(
     name: str,  # of the stage
     stage: dict[str, Any],  # as in dvc.yaml
@@ -116,7 +123,7 @@ def expected_stage(
     notebook, sections = arguments
     params = read_by(sections, root)
     code = lambda d: d == notebook or d.startswith((PACKAGE + "/", "nbs/")) and d.endswith((".py", ".ipynb"))
-    data = [d for d in stage.get("deps", []) if not code(d)]
+    data = ingested(root) if sections == ["ingest"] else [d for d in stage.get("deps", []) if not code(d)]
     return dict(deps=data + code_deps(notebook, root)) | (dict(params=params) if params else {})
 
 # %% ../nbs/07_stages.ipynb #87bacde9

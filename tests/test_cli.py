@@ -539,6 +539,18 @@ def test_as_a_program(tmp_path):
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'foundir-v2 restore --help' in done.stderr
 
 
+def test_data_fetch_leaves_pictures_of_ones_own(tmp_path, capsys, monkeypatch):
+    import foundir_v2.fetch as fetch
+    fetched = []
+    monkeypatch.setattr(fetch, 'fetch', lambda folder, cache_dir, sources: fetched.append(sources) or Path(folder))
+    (tmp_path / 'data/train').mkdir(parents=True)
+    (tmp_path / 'data/train/a.png').write_text('mine')
+    assert run('data', 'fetch', '--data-dir', tmp_path / 'data') == 0
+    said = capsys.readouterr().out
+    assert 'pictures of your own' in said and '.cache/fetched/weights' in said and fetched == [fetch.WEIGHTS]
+    assert [p.name for p in (tmp_path / 'data').rglob('*')] == ['train', 'a.png']
+
+
 def test_data_fetch_reports_what_is_there(tmp_path, capsys, monkeypatch):
     import foundir_v2.fetch as fetch
     def three_files(data_dir, cache_dir):

@@ -1,4 +1,5 @@
 "From folders to a manifest: bad rows are kept with reasons, leaks stop everything."
+import os
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
@@ -7,8 +8,9 @@ from PIL import Image
 
 from foundir_v2.core import FoundIRError, generator, repo_root, save_image, to_pil
 from foundir_v2.fetch import Source, sources_csv
-from foundir_v2.index import (ACCEPTED, COLUMNS, NEAR_BITS, REJECTED, add_captions, build_manifest, check_splits, dhash,
-                              load_manifest, look_alike, save_manifest, scan, select, thumbnails)
+from foundir_v2.index import (ACCEPTED, COLUMNS, NEAR_BITS, REJECTED, Misfit, RowCache, add_captions, build_manifest,
+                              check_splits, dhash, fit_pair, inspect_all, leaks, load_manifest, look_alike,
+                              near_copies, save_manifest, scan, select, thumbnails)
 
 ROOT = repo_root(Path(__file__).parent)
 
@@ -20,6 +22,9 @@ def picture(seed, h=24, w=32):
 
 
 def put(path, seed, **kw): return save_image(picture(seed, **kw), path)
+
+
+def put_lq(path, seed, **kw): return save_image(picture(seed, **kw) * 0.9, path)
 
 
 @pytest.fixture
@@ -69,12 +74,12 @@ def test_pairs_and_what_is_wrong_with_them(tmp_path):
     for i, (name, h) in enumerate([("same", 24), ("sr", 24), ("odd", 24), ("alone", 24), ("cut", 24), ("larger", 24)]):
         put(d / f"GT/{name}.png", i, h=h)
     put(d / "LQ/same.jpg", 0)
-    put(d / "LQ/sr.png", 1, h=6, w=8)
+    put_lq(d / "LQ/sr.png", 1, h=6, w=8)
     put(d / "LQ/odd.png", 2, h=12, w=8)
     put(d / "LQ/orphan.png", 3)
     put(d / "LQ/larger.png", 3, h=48, w=64)
     (d / "LQ/cut.png").write_bytes((d / "LQ/same.jpg").read_bytes()[:100])
-    put(tmp_path / "set/test/GT/sub/t.png", 77); put(tmp_path / "set/test/LQ/sub/t.png", 77)
+    put(tmp_path / "set/test/GT/sub/t.png", 77); put_lq(tmp_path / "set/test/LQ/sub/t.png", 77)
     m = build_manifest("set", root=tmp_path)
     good = m[m.verdict == ACCEPTED]
     assert list(good.photo) == ["train/rain/same", "train/rain/sr", "test/sub/t"]
@@ -83,8 +88,9 @@ def test_pairs_and_what_is_wrong_with_them(tmp_path):
     bad = rejected(m)
     assert set(bad) == {f"train/rain/{n}" for n in ("odd", "alone", "cut", "orphan", "larger")}
     assert "8x12" in bad["train/rain/odd"] and "64x48" in bad["train/rain/larger"]
-    assert "LQ/alone" in bad["train/rain/alone"] and "GT/orphan" in bad["train/rain/orphan"]
-    assert "LQ/cut.png" in bad["train/rain/cut"]
+    assert bad["train/rain/alone"] == "no partner: no input belongs to rain/GT/alone.png"
+    assert bad["train/rain/orphan"] == "no partner: no ground truth belongs to rain/LQ/orphan.png"
+    assert "LQ/cut.png" in bad["train/rain/cut"] and bad["train/rain/cut"].startswith("unreadable: ")
     unusable = m[m.verdict == REJECTED]
     assert (unusable.width == 0).all() and (unusable.sha256 == "").all()
 
@@ -106,8 +112,92 @@ def test_layouts_that_are_refused(tmp_path):
     with pytest.raises(FoundIRError, match="no pictures"): scan(tmp_path / "empty")
     put(tmp_path / "val/train/a.png", 0); put(tmp_path / "val/valid/b.png", 1)
     with pytest.raises(FoundIRError, match="valid.*reference"): scan(tmp_path / "val")
-    put(tmp_path / "twice/train/a.png", 0); put(tmp_path / "twice/train/a.jpg", 1)
-    with pytest.raises(FoundIRError, match="share the name train/a"): scan(tmp_path / "twice")
+
+
+def test_pairs_and_photographs_mix_in_a_split(tmp_path):
+    put(tmp_path / "set/train/rain/GT/a.png", 0); put_lq(tmp_path / "set/train/rain/LQ/a.png", 0)
+    put(tmp_path / "set/train/mine/b.png", 1); put(tmp_path / "set/train/c.png", 2)
+    m = build_manifest("set", root=tmp_path)
+    assert list(m.photo) == ["train/rain/a", "train/c", "train/mine/b"] and list(m.lq != "") == [True, False, False]
+    assert (m.verdict == ACCEPTED).all()
+
+
+@pytest.mark.parametrize("inside", ["hazy", "input", "lq", "LR_bicubic/X4", "Rain/a", "synthetic", "NOISY"])
+def test_a_degraded_folder_is_no_ground_truth(tmp_path, inside):
+    "{hazy,clear}, {input,target}, lower-case gt/lq, and LR folders in a tree of photographs."
+    put(tmp_path / "set/train/clear/a.png", 0); put_lq(tmp_path / "set/train" / inside / "a.png", 0)
+    with pytest.raises(FoundIRError) as e: scan(tmp_path / "set")
+    assert inside in str(e.value) and "GT/" in str(e.value) and "\n" not in str(e.value)
+    (tmp_path / "set/train" / inside / "a.png").unlink()
+    assert [x.photo for x in scan(tmp_path / "set")] == ["train/clear/a"]
+
+
+def test_names_and_links_that_make_trouble(tmp_path):
+    d = tmp_path / "set/train"
+    put(d / "two words/Füße 雪.png", 0); put(d / "twice.png", 1); put(d / "twice.jpg", 2)
+    (d / "round").symlink_to(tmp_path / "set/train"); (d / "gone.png").symlink_to(tmp_path / "nothing.png")
+    os.mkfifo(d / "pipe.png")
+    (d / "folder.png").mkdir()
+    bad = rejected(m := build_manifest("set", root=tmp_path))
+    assert list(m[m.verdict == ACCEPTED].photo) == ["train/twice", "train/two words/Füße 雪"]
+    assert {k: v.partition(":")[0] for k, v in bad.items()} == {
+        "train/twice~": "duplicate name", "train/round": "link", "train/gone": "missing", "train/pipe": "unreadable"}
+    save_manifest(m, tmp_path / "m.parquet"); assert load_manifest(tmp_path / "m.parquet").equals(m)
+
+
+def test_two_ground_truths_of_one_name_are_ambiguous(tmp_path):
+    d = tmp_path / "set/train"
+    put(d / "GT/a.png", 0); put(d / "GT/a.jpg", 1); put_lq(d / "LQ/a.png", 0); put(d / "b.png", 3)
+    m = build_manifest("set", root=tmp_path)
+    assert list(m[m.verdict == ACCEPTED].photo) == ["train/b"]
+    assert "a.jpg, a.png" in rejected(m)["train/a"]
+
+
+def test_sizes_that_fit_but_for_a_remainder(tmp_path):
+    d = tmp_path / "set/train"
+    for name, size in [("floor", (49, 74)), ("ceil", (50, 75)), ("wrong", (49, 70))]:
+        put(d / f"GT/{name}.png", 5, h=199, w=298); put(d / f"LQ/{name}.png", 5, h=size[0], w=size[1])
+    m = build_manifest("set", root=tmp_path).set_index("photo")
+    good = m[m.verdict == ACCEPTED]
+    assert set(good.index) == {"train/floor", "train/ceil"} and set(zip(good.width, good.height)) == {(296, 196)}
+    assert m.reason["train/wrong"].startswith("sizes: LQ is 70x49, GT 298x199")
+    assert fit_pair((24, 32), (24, 32)) == (1, 24, 32)
+    for lq in [(23, 32), (24, 31), (25, 32), (0, 8)]:
+        with pytest.raises((Misfit, ZeroDivisionError)): fit_pair((24, 32), lq)
+
+
+def test_a_pair_that_is_off_is_left_out(tmp_path):
+    x = torch.nn.functional.interpolate(torch.rand(1, 3, 30, 40, generator=generator(1)), (240, 320), mode="bicubic")[0]
+    for name, cut in [("on", 0), ("off", 12)]:
+        save_image(x[:, :240 - cut, :320 - cut], tmp_path / f"set/train/GT/{name}.png")
+        save_image(x[:, cut:, cut:] * 0.5, tmp_path / f"set/train/LQ/{name}.png")
+    m = build_manifest("set", root=tmp_path).set_index("photo")
+    assert m.verdict["train/on"] == ACCEPTED and m.reason["train/off"].startswith("misaligned: ")
+
+
+def test_an_input_that_is_its_ground_truth(tmp_path):
+    put(tmp_path / "set/train/GT/a.png", 0); put(tmp_path / "set/train/LQ/a.png", 0)
+    assert rejected(build_manifest("set", root=tmp_path))["train/a"].startswith("same file: ")
+
+
+def test_pictures_are_measured_once(gts, tmp_path):
+    entries, cache = scan(gts / "set"), RowCache(tmp_path / "cache/rows.sqlite")
+    rows = inspect_all(entries, gts, min_side=20, cache=cache)
+    (gts / "set/train/0.png").chmod(0o600)
+    before = (gts / "set/train/1.png").stat()
+    put(gts / "set/train/1.png", 77)
+    os.utime(gts / "set/train/1.png", ns=(0, before.st_mtime_ns + 1))
+    again = inspect_all(entries, gts, min_side=20, cache=RowCache(tmp_path / "cache/rows.sqlite"))
+    assert [a == b for a, b in zip(rows, again)] == [True, False, True, True]
+    assert inspect_all(entries, gts, min_side=25, cache=cache)[0]["reason"].startswith("small: 32x24")
+    (tmp_path / "bad.sqlite").write_text("no data base, but long enough to be read as one" * 30)
+    with pytest.raises(FoundIRError, match="bad.sqlite.*delete it"): RowCache(tmp_path / "bad.sqlite")
+
+
+def test_several_processes_give_the_same_rows(gts):
+    (gts / "set/train/bad.png").touch()
+    entries = scan(gts / "set")
+    assert inspect_all(entries, gts, workers=2) == inspect_all(entries, gts)
 
 
 CHANGES = {"same bytes": lambda x: x,
@@ -129,6 +219,30 @@ def test_a_photograph_in_two_splits_is_an_error(tmp_path, change, splits):
     assert all(w in str(e.value) for w in (f"{splits[0]}/original", f"{splits[1]}/copy",
                                            "is" if change == "same bytes" else "looks like"))
     assert len(build_manifest("set", root=tmp_path, near_bits=-1)) == 2
+
+
+def test_all_leaks_are_listed(gts):
+    for i in range(3): put(gts / f"set/test/copy{i}.png", 0)
+    m = build_manifest("set", root=gts, near_bits=-1)
+    found = leaks(m)
+    assert list(found.other) == ["test/copy0", "test/copy1", "test/copy2"] and found.same_file.all()
+    with pytest.raises(FoundIRError, match=r"train/0 .*is test/copy0.*copy2.*\(3 such pairs\)"): check_splits(m)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6))
+def test_near_copies_finds_what_the_whole_table_shows(seed):
+    r = np.random.default_rng(seed)
+    a = r.integers(0, 256, (40, 32), dtype=np.uint8)
+    b = np.concatenate([a[:6], r.integers(0, 256, (6, 32), dtype=np.uint8)])
+    for row in b[:6]: row[r.integers(0, 32, 5)] ^= np.uint8(1 << r.integers(0, 8))
+    mirrored = ~np.packbits(np.unpackbits(b, axis=1).reshape(-1, 16, 16)[:, :, ::-1].reshape(-1, 256), axis=1)
+    b[3:6] = mirrored[3:6]
+    a, b = [x.tobytes().hex() for x in a], [x.tobytes().hex() for x in b]
+    table = look_alike(a, b)
+    assert {(i, j): d for i, j, d in near_copies(a, b)} == {
+        (int(i), int(j)): int(table[i, j]) for i, j in np.argwhere(table <= NEAR_BITS)}
+    assert {j for _, j, _ in near_copies(a, b)} >= set(range(6))
 
 
 def test_copies_within_a_split_are_no_leak(gts):

@@ -34,6 +34,12 @@ def test_the_file_is_fine(): check_params(PARAMS, ROOT)
 
 @pytest.mark.parametrize("settings, words", [
     (dict(ingest__max_pixels=0), "ingest.max_pixels: expected a whole number from 1"),
+    (dict(ingest__datasets=[]), "ingest.datasets: expected"),
+    (dict(ingest__datasets=[dict(name="a", root="b", layout="resid")]), r"ingest.datasets.*layout.*reside.*'resid'"),
+    (dict(ingest__datasets=[dict(name="a", root="b", wieght=2)]), r"ingest.datasets\[0\]: unknown wieght"),
+    (dict(ingest__datasets=[dict(name="a", root="b", layout="pairs", task="fog")]), "pairs of a are for fog"),
+    (dict(ingest__datasets=[dict(name="a", root="b", layout="reside")], mixture__tasks=dict(sr=["sr_x4"])),
+     "pairs of a are for haze, which is not trained"),
     (dict(clean__limits=dict(sharpness=[1, 2])), "clean.limits: unknown measure sharpness"),
     (dict(manifest__captioner="shiped"), "manifest.captioner: unknown captioner 'shiped': choose none, shipped"),
     (dict(clean__limits__piqe=[70]), "clean.limits.piqe: expected 2 values"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from foundir_v2 import attention, caption, degrade, iqa, judges, mixture, objective, optim, restorers, tasks
+from foundir_v2 import attention, caption, degrade, iqa, judges, layouts, mixture, objective, optim, restorers, tasks
 from foundir_v2.attention import ConvBlock, GatedFFN, make_expert
 from foundir_v2.caption import CaptionerKind, make_captioner
 from foundir_v2.clean import make_thresholds
@@ -64,6 +64,14 @@ def test_a_metric(monkeypatch):
     monkeypatch.setitem(iqa.METRICS, "mad", iqa.Metric("mad", "mad", True, False, (0, 1)))
     c = config(score=dict.fromkeys(config().task_table, "mad"), policy="des", update_every=1)
     assert set(c.score.values()) == {"mad"} and iqa.oriented("mad", 0.5) == -0.5
+
+
+def test_a_layout(monkeypatch, tmp_path):
+    monkeypatch.setitem(layouts.LAYOUTS, "twins", layouts.Layout("{key}_after", "{key}_before", task="rain"))
+    for name in ("1_after", "1_before"): (tmp_path / f"{name}.png").touch()
+    data = layouts.DataSet(name="mine", root=str(tmp_path), layout="twins", split="train")
+    (entry,) = layouts.read_dataset(data).entries
+    assert entry.path.endswith("1_after.png") and entry.lq.endswith("1_before.png") and entry.task == "rain"
 
 
 def test_a_captioner(monkeypatch):
