@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import FoundIRError, load_image
+from .core import FoundIRError, ImageError, load_image
 from .index import ACCEPTED, REJECTED
 from .iqa import Unscorable, metric, prepare, score
 from .memo import Memo, remembered
@@ -223,8 +223,9 @@ class Look:
         code = file_hash(inspect.getsourcefile(module))[:16] if hasattr(module, "__file__") else "of a notebook"
         return f"{self.judge.name} | window {self.window} | code {code}"
 
-    def __call__(self, path: str | Path) -> dict[str, float]:
-        image = load_image(path, max_pixels=sys.maxsize)  # the index has decided about sizes
+    def __call__(self, path: str | Path) -> dict[str, Any]:  # measures, or why there are none: `unreadable`
+        try: image = load_image(path, max_pixels=sys.maxsize)  # the index has decided about sizes
+        except (ImageError, OSError) as e: return {"unreadable": str(e)}
         measures = self.judge(centre(image, self.window))
         # of the picture, not of the window
         return measures | ({"short_side": float(min(image.shape[-2:]))} if "short_side" in measures else {})
@@ -237,15 +238,18 @@ def measure(
     window: int = 1024,  # pixels of a large picture that are looked at
     num_workers: int = 0,  # processes; 0: in this one
     memo: Memo | None = None,  # remembers measures across runs
-) -> pd.DataFrame:  # a row per row of `index`, a column per measure
+) -> pd.DataFrame:  # a row per row of `index`, a column per measure, and `unreadable`: why nothing was measured, or ""
     "Have pictures measured by judges. Raises `FoundIRError` for a window too small to measure anything."
+    paths = [str(Path(root)/path) for path in index.path]
     known = index.sha256 if "sha256" in index else [""] * len(index)
-    keys = [sha or file_hash(Path(root)/path) for sha, path in zip(known, index.path)]
-    files, columns = {key: str(Path(root)/path) for key, path in zip(keys, index.path)}, {}
+    keys = [sha or (file_hash(path) if Path(path).is_file() else path) for sha, path in zip(known, paths)]
+    files, columns, unreadable = dict(zip(keys, paths)), {}, {}
     for look in [Look(j, window) for j in judges]:
-        found = remembered(look, files, look.name, memo, num_workers, look.judge.name.split()[0])
-        columns |= {m: [found[k][m] for k in keys] for m in look.judge.measures}
-    return pd.DataFrame(columns, index=index.index)
+        found = remembered(look, files, look.name, memo, num_workers, look.judge.name.split()[0],
+                           keep=lambda answer: "unreadable" not in answer)
+        unreadable |= {key: answer["unreadable"] for key, answer in found.items() if "unreadable" in answer}
+        columns |= {m: [found[k].get(m, math.nan) for k in keys] for m in look.judge.measures}
+    return pd.DataFrame(columns | {"unreadable": [unreadable.get(k, "") for k in keys]}, index=index.index)
 
 def clean(
     index: pd.DataFrame,  # columns photo, path, verdict, reason, as `foundir_v2.index.build_manifest` makes it
@@ -261,8 +265,10 @@ def clean(
     index = index.reset_index(drop=True)
     usable = index[index.verdict != REJECTED]
     measures = measure(usable, judges, root, window, num_workers, memo)
+    unreadable = measures.pop("unreadable")
     verdicts = {i: judge(row, thresholds) for i, row in zip(measures.index, measures.to_dict("records"))}
     verdicts |= {i: manual[photo] for i, photo in usable.photo.items() if manual and photo in manual}
+    verdicts |= {i: (REJECTED, why.replace(f"{root}/", "")) for i, why in unreadable.items() if why}
     pairs = [verdicts.get(i, old) for i, old in zip(index.index, zip(index.verdict, index.reason))]
     out = index.drop(columns=["verdict", "reason"]).assign(**dict(zip(("verdict", "reason"), zip(*pairs))))
     return out.join(measures)

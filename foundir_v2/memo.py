@@ -119,17 +119,18 @@ def remembered(
     memo: Memo | None = None,  # None: nothing is kept
     num_workers: int = 0,
     desc: str = "",
+    keep: Callable[[Any], bool] = lambda answer: True,  # whether an answer is one for the memo
 ) -> dict[str, Any]:  # key -> answer, in the order of `items`
     "Answers for all items; what the memo knows isn't asked again."
     answers = memo.known(who, items) if memo else {}
     missing, fresh = [(k, item) for k, item in items.items() if k not in answers], {}
-    def keep():
-        if memo and fresh: memo.add(who, fresh)
+    def save():
+        if memo: memo.add(who, {k: answer for k, answer in fresh.items() if keep(answer)})
         answers.update(fresh)
         fresh.clear()
     try:
         for (key, _), answer in work_through(partial(_on_item, work), missing, num_workers, desc):
             fresh[key] = answer
-            if len(fresh) >= _SAVE_EVERY: keep()
-    finally: keep()
+            if len(fresh) >= _SAVE_EVERY: save()
+    finally: save()
     return {k: answers[k] for k in items}

@@ -212,3 +212,23 @@ def test_what_the_index_admitted_is_read_whatever_its_size(tmp_path, monkeypatch
     index = pd.DataFrame([dict(photo="a", path="a.png", verdict="", reason="")])
     assert clean(index, [Statistics()], [], tmp_path).verdict.tolist() == [ACCEPTED]
     assert Photos(tmp_path)("a.png").shape == (3, 40, 40)
+
+
+def test_a_file_that_became_unreadable_is_rejected_and_the_others_go_on(index, tmp_path):
+    from foundir_v2.memo import Memo
+    from foundir_v2.targets import file_hash
+    hashes = [file_hash(p) if (p := tmp_path/path).exists() else "" for path in index.path]
+    whole = (tmp_path/"blurred.png").read_bytes()
+    (tmp_path/"noisy.png").unlink()
+    (tmp_path/"blurred.png").write_bytes(whole[:300])
+    memo, judges = Memo(tmp_path/"memo"), [Statistics()]
+    for columns in ({"sha256": hashes}, {}):
+        table = clean(index.assign(**columns), judges, [], tmp_path, manual={"noisy": (ACCEPTED, "manual: fine")},
+                      memo=memo).set_index("photo")
+        assert table.verdict.to_dict() == {"good": ACCEPTED, "blurred": REJECTED, "dark": ACCEPTED, "noisy": REJECTED,
+                                           "broken": REJECTED}
+        assert "noisy.png" in table.reason["noisy"] and str(tmp_path) not in "".join(table.reason)
+        assert table.loc["noisy", list(Statistics.measures)].isna().all() and "unreadable" not in table
+    (tmp_path/"blurred.png").write_bytes(whole)
+    table = clean(index.assign(sha256=hashes), judges, [], tmp_path, memo=memo).set_index("photo")
+    assert table.verdict["blurred"] == ACCEPTED and table.detail["blurred"] > 0, "its failure wasn't kept"
