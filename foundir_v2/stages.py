@@ -86,7 +86,7 @@ def code_deps(
 # %% ../nbs/07_stages.ipynb #b8172401
 def library_notebooks(root: str | Path) -> list[str]:
     "Paths of the notebooks that export a module, relative to `root`."
-    return sorted(p.relative_to(root).as_posix() for p in (Path(root)/"nbs").glob("[0-9][0-9]_*.ipynb"))
+    return sorted(p.relative_to(root).as_posix() for p in (Path(root)/"nbs").glob("[0-9][0-9]*_*.ipynb"))
 
 def modules(root: str | Path) -> list[str]:
     "Paths of all files of the package that nbdev writes, relative to `root`."
