@@ -221,7 +221,4 @@ def window(
 ) -> Tensor:  # (3, height, width) uint8
     "A window of a photograph, read from the disk only where that is needed. Raises as `read` does."
     if path in self._kept[halved] or halved > self._full: return cut(self(path, halved), window)
-    for level in range(halved - 1, -1, -1):
-        if (larger := self._kept[level].get(path)) is None or self.draft: continue
-        return halved_window(partial(cut, larger), larger.shape[1:], window, halved - level)
     return read(self.root / path, window, halved, self.draft)

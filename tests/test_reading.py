@@ -140,6 +140,8 @@ def test_pictures_stored_in_passes_are_read_whole(tmp_path):
     whole = torch.from_numpy(pixels).permute(2, 0, 1)
     assert torch.equal(read(tmp_path / "a.png"), whole)
     assert torch.equal(read(tmp_path / "a.png", Window(3, 5, 9, 7)), cut(whole, Window(3, 5, 9, 7)))
+    shorten(data := bytearray(interlaced_png(pixels)), 12)
+    assert data == interlaced_png(pixels)
 
 
 def test_shortening_touches_only_what_it_knows(files):
@@ -216,6 +218,10 @@ def test_full_is_full(pool, monkeypatch):
     monkeypatch.setattr(reading, "read", lambda *args: asked.append(args[1]) or real(*args))
     for i in range(60): photos.window(NAMES[i % 24], Window(0, 0, 5, 5))
     assert asked.count(None) == 2 and len(asked) >= 50
+    asked.clear()
+    drafted = Photos(pool, 55_000, draft=True)
+    for i, k in enumerate((0, 2, 0, 0)): drafted.window(NAMES[i], Window(0, 0, 5, 5), k)
+    assert [w is None for w in asked] == [True, True, False, False], "a whole photograph pushed out comes back"
 
 
 class Held:
