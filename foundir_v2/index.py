@@ -56,6 +56,9 @@ def list_pictures(folder: str | Path) -> Listing:
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         found += [relative(here, n) for n in names
                   if not n.startswith(".") and os.path.splitext(n)[1].lower() in READABLE]
+    for p in [p for p in found if re.search("[\udc80-\udcff]", p)]:  # how Python writes bytes that are no UTF-8
+        found.remove(p)
+        problems.append((ascii(p)[1:-1], "unreadable name: it is not UTF-8, rename the file"))
     return Listing(sorted(found, key=lambda p: p.replace("/", "\0")), problems)  # folder by folder
 
 # %% ../nbs/14_index.ipynb #1cb6d074

@@ -138,10 +138,12 @@ def test_names_and_links_that_make_trouble(tmp_path):
     (d / "round").symlink_to(tmp_path / "set/train"); (d / "gone.png").symlink_to(tmp_path / "nothing.png")
     os.mkfifo(d / "pipe.png")
     (d / "folder.png").mkdir()
+    put(d / "c.png", 3).rename(os.fsdecode(os.fsencode(d) + b"/caf\xe9.png"))
     bad = rejected(m := build_manifest("set", root=tmp_path))
     assert list(m[m.verdict == ACCEPTED].photo) == ["train/twice", "train/two words/Füße 雪"]
     assert {k: v.partition(":")[0] for k, v in bad.items()} == {
-        "train/twice~": "duplicate name", "train/round": "link", "train/gone": "missing", "train/pipe": "unreadable"}
+        "train/twice~": "duplicate name", "train/round": "link", "train/gone": "missing", "train/pipe": "unreadable",
+        "train/caf\\udce9.png": "unreadable name"}
     save_manifest(m, tmp_path / "m.parquet"); assert load_manifest(tmp_path / "m.parquet").equals(m)
 
 
