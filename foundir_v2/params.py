@@ -37,7 +37,7 @@ class IngestConfig:
     max_pixels: Annotated[int, Interval(ge=1, le=10**10)]  # larger pictures are rejected
     min_side: Count  # pixels; pictures with a shorter side are rejected
     near_bits: Annotated[int, Interval(ge=0, le=256)]  # pictures of two splits that differ less are one photograph
-    workers: Annotated[int, Interval(ge=0, le=256)]  # processes that measure pictures; 0: none besides the notebook's
+    num_workers: Workers  # processes that measure; 0: none
 
 @dataclass(frozen=True, kw_only=True)
 class CleanConfig:

@@ -17,9 +17,10 @@ from pyarrow.compute import is_in
 
 from .config import ConfigError, from_dict, load_yaml
 from .core import MAX_PIXELS, FoundIRError
-from .index import (ACCEPTED, COLUMNS, DEGRADED, NEAR_BITS, REJECTED, Entry, RowCache, inspect_all,
+from .index import (ACCEPTED, COLUMNS, DEGRADED, NEAR_BITS, REJECTED, Entry, inspect_all,
                               look_alike, scan, words_of)
 from .layouts import LAYOUTS, DataSet, check_photographs, read_dataset
+from .memo import Memo
 from .tasks import SUBTASKS
 
 # %% ../nbs/17_pool.ipynb #00e7a17b
@@ -139,8 +140,8 @@ def build_pool(
     root: str | Path,  # the repository: paths are relative to it
     max_pixels: int = MAX_PIXELS,  # larger pictures are rejected
     min_side: int = 1,  # so are pictures with a shorter side
-    workers: int = 0,  # processes; 0: this one
-    cache: RowCache | None = None,  # of rows measured before
+    num_workers: int = 0,  # processes; 0: this one
+    memo: Memo | None = None,  # of what was measured before
 ) -> Pool:
     "Read and measure everything. Raises `FoundIRError` for folders that can't be read, `refuse_degraded` besides."
     root, configs = Path(os.path.abspath(root)), None if datasets is None else read_config(datasets)
@@ -148,7 +149,7 @@ def build_pool(
         entries, owners, ignored = scan(root / data_dir), [], []
         check_photographs(str(data_dir), [e.path for e in entries if not e.lq])
     else: entries, owners, ignored = _read_all(configs, root)
-    manifest = pd.DataFrame(inspect_all(entries, root, max_pixels, min_side, workers, cache))
+    manifest = pd.DataFrame(inspect_all(entries, root, max_pixels, min_side, num_workers, memo))
     if configs is not None:
         manifest = manifest.assign(dataset=[o.name for o in owners], weight=[o.weight for o in owners])
         manifest = _reject_other_scales(manifest, owners)

@@ -8,9 +8,10 @@ from PIL import Image
 
 from foundir_v2.core import FoundIRError, generator, repo_root, save_image, to_pil
 from foundir_v2.fetch import Source, sources_csv
-from foundir_v2.index import (ACCEPTED, COLUMNS, NEAR_BITS, REJECTED, Misfit, RowCache, add_captions, build_manifest,
+from foundir_v2.index import (ACCEPTED, COLUMNS, NEAR_BITS, REJECTED, Misfit, add_captions, build_manifest,
                               check_splits, dhash, fit_pair, inspect_all, leaks, load_manifest, look_alike,
                               near_copies, save_manifest, scan, select, thumbnails)
+from foundir_v2.memo import Memo
 
 ROOT = repo_root(Path(__file__).parent)
 
@@ -183,23 +184,24 @@ def test_an_input_that_is_its_ground_truth(tmp_path):
 
 
 def test_pictures_are_measured_once(gts, tmp_path):
-    entries, cache = scan(gts / "set"), RowCache(tmp_path / "cache/rows.sqlite")
-    rows = inspect_all(entries, gts, min_side=20, cache=cache)
+    entries, memo = scan(gts / "set"), Memo(tmp_path / "memo/rows.sqlite")
+    rows = inspect_all(entries, gts, min_side=20, memo=memo)
     (gts / "set/train/0.png").chmod(0o600)
     before = (gts / "set/train/1.png").stat()
     put(gts / "set/train/1.png", 77)
     os.utime(gts / "set/train/1.png", ns=(0, before.st_mtime_ns + 1))
-    again = inspect_all(entries, gts, min_side=20, cache=RowCache(tmp_path / "cache/rows.sqlite"))
+    again = inspect_all(entries, gts, min_side=20, memo=Memo(tmp_path / "memo/rows.sqlite"))
     assert [a == b for a, b in zip(rows, again)] == [True, False, True, True]
-    assert inspect_all(entries, gts, min_side=25, cache=cache)[0]["reason"].startswith("small: 32x24")
+    assert inspect_all(entries, gts, min_side=25, memo=memo)[0]["reason"].startswith("small: 32x24")
     (tmp_path / "bad.sqlite").write_text("no data base, but long enough to be read as one" * 30)
-    with pytest.raises(FoundIRError, match="bad.sqlite.*delete it"): RowCache(tmp_path / "bad.sqlite")
+    with pytest.raises(FoundIRError, match="bad.sqlite.*delete it"):
+        inspect_all(entries, gts, memo=Memo(tmp_path / "bad.sqlite"))
 
 
 def test_several_processes_give_the_same_rows(gts):
     (gts / "set/train/bad.png").touch()
     entries = scan(gts / "set")
-    assert inspect_all(entries, gts, workers=2) == inspect_all(entries, gts)
+    assert inspect_all(entries, gts, num_workers=2) == inspect_all(entries, gts)
 
 
 CHANGES = {"same bytes": lambda x: x,

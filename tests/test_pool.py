@@ -12,8 +12,9 @@ from foundir_v2.config import ConfigError
 from foundir_v2.core import FoundIRError, generator, save_image
 from foundir_v2.data import RestorationDataset, reference_items
 from foundir_v2.degrade import degrade
-from foundir_v2.index import (ACCEPTED, COLUMNS, REJECTED, RowCache, add_captions, leaks, load_manifest, refuse_leaks,
+from foundir_v2.index import (ACCEPTED, COLUMNS, REJECTED, add_captions, leaks, load_manifest, refuse_leaks,
                               refuse_unusable, save_manifest, select)
+from foundir_v2.memo import Memo
 from foundir_v2.pool import (POOL_COLUMNS, build_pool, check_tracked, counts, data_roots, read_config, rejections,
                              scene_name)
 
@@ -196,16 +197,16 @@ def test_dvc_sees_the_roots(disks, tmp_path):
 def test_only_new_pictures_are_measured(disks, monkeypatch):
     from foundir_v2 import index as module
     repo, disk = disks
-    first = build_pool("data", sets(disk), repo, cache=RowCache(repo / ".cache/rows.sqlite")).manifest
+    first = build_pool("data", sets(disk), repo, memo=Memo(repo / ".cache/rows.sqlite")).manifest
     seen = []
     measure = module.measure
     monkeypatch.setattr(module, "measure", lambda entry, *a: seen.append(entry.photo) or measure(entry, *a))
     save_image(picture(40), repo / "sets/mine/40.png")
     os.utime(repo / "sets/mine/21.png", ns=(1, 1))
-    again = build_pool("data", sets(disk), repo, cache=RowCache(repo / ".cache/rows.sqlite")).manifest
+    again = build_pool("data", sets(disk), repo, memo=Memo(repo / ".cache/rows.sqlite")).manifest
     assert sorted(seen) == ["mine/21", "mine/40"]
     common = again[again.photo.isin(first.photo)].reset_index(drop=True)
     pd.testing.assert_frame_equal(common.drop(columns="split"), first.drop(columns="split"))
     build_pool("data", [s | dict(name="other_" + s["name"]) for s in sets(disk)], repo,
-               cache=RowCache(repo / ".cache/rows.sqlite"))
+               memo=Memo(repo / ".cache/rows.sqlite"))
     assert len(seen) == 2
