@@ -205,6 +205,7 @@ def near_copies(
                 if d <= near_bits: found[int(i)] = min(int(d), found.get(int(i), 256))
         yield from ((i, j, d) for i, d in sorted(found.items()))
 
+# %% ../nbs/14_index.ipynb #f4f1d1ed
 def leaks(
     manifest: pd.DataFrame,  # columns photo, path, split, sha256, dhash
     near_bits: int = NEAR_BITS,  # as in `near_copies`; -1: none

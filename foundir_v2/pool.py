@@ -134,6 +134,7 @@ def _reject_other_scales(manifest: pd.DataFrame, owners: Sequence[DataSet]) -> p
                            width=manifest.width.mask(bad, 0), height=manifest.height.mask(bad, 0),
                            sha256=manifest.sha256.mask(bad, ""), dhash=manifest.dhash.mask(bad, ""))
 
+# %% ../nbs/17_pool.ipynb #5b985524
 def build_pool(
     data_dir: str | Path,  # one folder in the project's own layout
     datasets: Sequence[Mapping[str, Any] | DataSet] | None,  # a pool in its place
