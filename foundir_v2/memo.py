@@ -62,6 +62,7 @@ class Memo:
         answers: Mapping[str, Any],  # key -> answer
     ) -> None:
         "Keep answers; of two for one key the later stays. All of them are written or none."
+        if not answers: return
         with self._open() as base:
             rows = [(who, key, json.dumps(answer)) for key, answer in answers.items()]
             base.executemany("insert or replace into memo values (?, ?, ?)", rows)

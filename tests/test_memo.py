@@ -10,6 +10,8 @@ from foundir_v2.memo import Memo, remembered, work_through
 def test_answers_come_back_as_they_were_and_by_who(tmp_path):
     memo = Memo(tmp_path/"new folder"/"memo.sqlite")
     assert memo.known("a", ["k1"]) == {} and not memo.path.exists(), "looking makes no file"
+    memo.add("a", {})
+    assert not memo.path.exists(), "nor does nothing"
     answers = {"k1": {"x": 0.1 + 0.2, "n": None}, "k2": "ünïcode 'quotes'; drop table memo", "k3": [1, math.inf]}
     memo.add("a", answers)
     memo.add("b", {"k1": 7})
