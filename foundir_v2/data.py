@@ -29,7 +29,7 @@ from .core import FoundIRError, generator, hash_seed
 from .degrade import Applied, apply, crop_to_multiple, degrade, upsample_lq
 from .index import fit_pair
 from .reading import CACHE, Photos, Window, size_of
-from .tasks import SUBTASKS, VARIANTS, SubTask, subtask
+from .tasks import VARIANTS, SubTask, subtask
 
 # %% ../nbs/22_data.ipynb #b3998716
 class View(NamedTuple):
@@ -173,8 +173,8 @@ def _check_tasks(tasks: Mapping[str, Sequence[str]]) -> None:
     if not tasks: raise FoundIRError("no tasks: give at least one, such as {'denoise': ['gaussian_noise']}")
     for task, names in tasks.items():
         if isinstance(names, str) or names is None:
-            raise FoundIRError(f"task {task!r}: expected a list of sub-tasks, empty for pairs alone, got {names!r}; "
-                               f"choose from {', '.join(SUBTASKS)}")
+            raise FoundIRError(f"task {task!r}: expected a list of sub-tasks, empty for pairs alone, "
+                               f"got {names!r}")
         for name in names: subtask(name)
 
 def _check_sampling(crop: int, scale_range: tuple[float, float], **shares: float) -> None:

@@ -15,23 +15,18 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/12_degrade.ipynb #7b6562eb
-from .camera import camera_noise, coloured_noise, convolve, crop_to_multiple, defocus_blur, disc_kernel
-from .camera import downscale, gaussian_blur, gaussian_kernel, gaussian_noise, guided_filter, jpeg
-from .camera import linear_to_srgb, long_motion_blur, luma, motion_blur, motion_kernel, moving_object
-from .camera import phone_denoise, raw_noise, relight, resaved, shake, shrink, srgb_to_linear, upsample_lq
+from .camera import CAMERA, camera_noise, coloured_noise, convolve, crop_to_multiple, defocus_blur
+from .camera import disc_kernel, downscale, gaussian_kernel, gaussian_noise, guided_filter, jpeg
+from .camera import linear_to_srgb, luma, motion_blur, motion_kernel, moving_object, phone_denoise
+from .camera import relight, resaved, shake, shrink, srgb_to_linear, upsample_lq
 from .core import FoundIRError, generator, hash_seed
-from .scene import DEPTHS, blown_drops, camera_exposure, cloud, colour_cast, cracks, depth_map
-from .scene import depth_of_field, fade, film_grain, flaking, fog, haze, highlights, lamps, low_light, rain
-from .scene import raindrop, scatter, scene_depth, scratches, screens, snow, specks, tone
+from .scene import DEPTHS, SCENE, camera_exposure, colour_cast, depth_map, depth_of_field, fog
+from .scene import haze, highlights, lamps, low_light, rain, raindrop, scatter, scene_depth
+from .scene import screens, snow, tone
 from .tasks import Choice, Integers, LogUniform, Range, SubTask, Uniform, narrow
 
 # %% ../nbs/12_degrade.ipynb #e6522a6e
-OPERATORS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (
-    motion_blur, defocus_blur, gaussian_noise, camera_noise, jpeg, haze, rain, snow, raindrop, low_light, downscale,
-    shake, moving_object, depth_of_field, coloured_noise, phone_denoise, resaved, fog,
-    lamps, screens, highlights, camera_exposure, tone, colour_cast, shrink,
-    long_motion_blur, gaussian_blur, raw_noise, cloud, blown_drops,
-    film_grain, fade, scratches, specks, cracks, flaking)}
+OPERATORS: dict[str, Callable[..., Tensor]] = CAMERA | SCENE  # a copy: additions from outside go here
 
 class Applied(NamedTuple):
     "One operator with the parameters that were drawn for it."

@@ -10,6 +10,7 @@ __all__ = ['Range', 'CATEGORIES', 'BENCHMARK', 'PLACES', 'PARTS', 'COUPLED', 'FO
 # %% ../nbs/10_tasks.ipynb #9dba48fb
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Literal, NamedTuple
 
 from .core import FoundIRError
@@ -357,13 +358,17 @@ VARIANTS: dict[str, tuple[SubTask, ...]] = {v[0].name.split(":")[0]: v for v in 
 def subtask(
     name: "str | SubTask",  # a name of `SUBTASKS`, of a variant, or a sub-task of your own, which is returned as it is
 ) -> SubTask:
-    "The sub-task called `name`; raises `FoundIRError` naming the choices."
+    "The sub-task called `name`; raises `FoundIRError` that names close ones."
     if isinstance(name, SubTask): return name
     parent = str(name).partition(":")[0]
     known = (SUBTASKS[parent], *VARIANTS.get(parent, ())) if parent in SUBTASKS else tuple(SUBTASKS.values())
     for one in known:
         if one.name == name: return one
-    raise FoundIRError(f"unknown sub-task {name!r}; choose one of {', '.join(s.name for s in known)}")
+    if parent in SUBTASKS: hint = f"choose one of {', '.join(s.name for s in known)}"
+    else:
+        near = " or ".join(get_close_matches(parent, SUBTASKS))
+        hint = (f"did you mean {near}? " if near else "") + "`foundir-v2 degrade --list` shows all"
+    raise FoundIRError(f"unknown sub-task {name!r}; {hint}")
 
 def by_category(
     chosen: str | Sequence[str] = "version1",  # a key of `SETS`, or names of sub-tasks

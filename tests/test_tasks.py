@@ -121,9 +121,10 @@ def test_super_resolution_is_what_changes_the_size():
         assert math.prod(r.low for r in scales) == math.prod(r.high for r in scales) == s.scale
 
 
-def test_unknown_names_list_the_choices():
-    for wrong in ("fog", "", None, ["haze"]):
-        with pytest.raises(FoundIRError, match="haze.*sr_x4") as e: subtask(wrong)
+def test_unknown_names_lead_to_known_ones():
+    for wrong, hint in (("hase", "did you mean haze"), ("sr_x3", "did you mean sr_x"), ("", "--list"),
+                        ("haze:fog", "one of haze, haze:"), (None, "--list"), (["haze"], "--list")):
+        with pytest.raises(FoundIRError, match=f"unknown sub-task.*{hint}") as e: subtask(wrong)
         assert "\n" not in str(e.value)
 
 
