@@ -10,7 +10,7 @@ __all__ = ['Photo', 'LOG', 'View', 'draw_view', 'look', 'halvings', 'look_at', '
 # %% ../nbs/22_data.ipynb #116dcee1
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from .core import FoundIRError, generator, hash_seed
 from .degrade import Applied, apply, crop_to_multiple, degrade, upsample_lq
 from .index import fit_pair
 from .reading import CACHE, Photos, Window, size_of
-from .tasks import VARIANTS, SubTask, subtask
+from .tasks import SUBTASKS, VARIANTS, SubTask, paired_task, subtask
 
 # %% ../nbs/22_data.ipynb #b3998716
 class View(NamedTuple):
@@ -347,15 +347,23 @@ class Item:
     input: Tensor  # (3, H, W): the LQ at the GT's size, by bicubic for SR
     caption: str = ""  # of the photograph
 
+def _check_divides(size: int, task: SubTask) -> None:
+    "A crop of super-resolution is a multiple of the scale."
+    if size % task.scale:
+        raise FoundIRError(f"size {size} is not a multiple of {task.name}'s scale {task.scale}: "
+                           f"choose {size // task.scale * task.scale or task.scale}")
+
 def _reference_item(row: dict[str, Any], photos: Photos, task: SubTask, size: int, seed: int) -> Item:
-    "One item, from a stored pair or a photograph."
+    "One item, from a stored pair or a photograph; without a recipe, of the pair's own scale."
     photo, g, whole = partial(photos.window, row["path"]), generator("reference", seed), (row["height"], row["width"])
     if row.get("lq"):
         try: factor, *shown = fit_pair(whole, size_of(photos.root/row["lq"]))
         except FoundIRError as e: raise FoundIRError(f"the pair {row['photo']}: {e}") from None
+        if not task.recipe: task = replace(task, scale=factor)
         if factor != (k := task.scale):
             raise FoundIRError(f"the pair {row['photo']} is not a pair of {task.name}, "
                                f"which needs a GT {k} times the size of the LQ: correct its task")
+        _check_divides(size, task)
         view = draw_view(*(n * k for n in shown), size, (1, 1), k, g)
         small = View(view.top // k, view.left // k, size // k, size // k, view.flip)
         lq, gt = look_at(partial(photos.window, row["lq"]), small), look_at(photo, view)
@@ -366,34 +374,40 @@ def _reference_item(row: dict[str, Any], photos: Photos, task: SubTask, size: in
     return Item(lq, gt, task, row["photo"], seed, upsample_lq(lq, gt.shape[1:]), caption)
 
 # %% ../nbs/22_data.ipynb #babf0db5
+def _as_subtasks(names: Sequence[str | SubTask], manifest: pd.DataFrame) -> list[SubTask]:
+    "Sub-tasks by name; the task of some stored pairs may be one."
+    paired = set(manifest["task"][manifest["lq"].fillna("").ne("")]) if "lq" in manifest else set()
+    alone = lambda name: isinstance(name, str) and name in paired and name not in SUBTASKS
+    return [paired_task(name) if alone(name) else subtask(name) for name in names]
+
 def reference_items(
     manifest: pd.DataFrame,
     split: str,  # "reference" for the mixture's scores, "test" for the benchmark
-    subtasks: Sequence[str | SubTask],
+    subtasks: Sequence[str | SubTask],  # a name that is none stands for stored pairs of that task
     per_subtask: int,  # items each
     size: int,  # side of the GT crops, px; a multiple of every SR scale
     seed: int,
     root: str | Path = ".",  # the manifest's paths are relative to it
 ) -> list[Item]:
     """Fixed items, sub-task by sub-task.
-    Stored pairs of a sub-task are used where the split has them, else photographs. Raises `FoundIRError`."""
+    Stored pairs of a sub-task are used where the split has them, else photographs, if it has a recipe.
+    Raises `FoundIRError`."""
     rows, photos, items = split_rows(manifest, split, size), Photos(root), []
-    categories = {subtask(name).category for name in subtasks}
+    asked = _as_subtasks(subtasks, manifest)
+    categories = {task.category for task in asked} - {task.name for task in asked}
     for r in rows[rows["lq"].ne("")].itertuples() if "lq" in rows else ():
         if r.task in categories:
             raise FoundIRError(f"the pair {r.photo} of split {split!r} is for the category {r.task!r}: "
                                "name its sub-task, so that it can be scored as one")
     if per_subtask < 1: raise FoundIRError(f"per_subtask must be at least 1, got {per_subtask}")
-    for task in map(subtask, subtasks):
-        if size % task.scale:
-            raise FoundIRError(f"size {size} is not a multiple of {task.name}'s scale {task.scale}: "
-                               f"choose {size // task.scale * task.scale or task.scale}")
+    for task in asked:
+        _check_divides(size, task)
         records = rows.to_dict("records")
         pairs = [r for r in records if r.get("lq") and r["task"] == task.name]
-        found = pairs or [r for r in records if not r.get("lq")]
+        found = pairs or [r for r in records if task.recipe and not r.get("lq")]
         if not found:
-            raise FoundIRError(f"split {split!r} has neither photographs nor pairs for {task.name}: "
-                               "add some or leave it out")
+            lacks = "neither photographs nor pairs" if task.recipe else "no pairs"
+            raise FoundIRError(f"split {split!r} has {lacks} for {task.name}: add some or leave it out")
         order = torch.randperm(len(found), generator=generator("order", task.name, seed)).tolist()
         for i in range(per_subtask):
             row = found[order[i % len(found)]]

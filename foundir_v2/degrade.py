@@ -50,6 +50,7 @@ def draw_parameters(
 ) -> list[Applied]:  # JSON-serialisable parameters
     "Draw a recipe's parameters: a pure function. Raises `FoundIRError` for an unknown sub-task, severity or operator."
     task, applied = narrow(task, severity), []
+    if not task.recipe: raise FoundIRError(f"{task.name} has no recipe: only its stored pairs show it")
     g = generator("degrade", task.name, seed)
     for i, (operator, ranges) in enumerate(task.recipe):
         if operator not in OPERATORS:

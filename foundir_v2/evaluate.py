@@ -130,9 +130,9 @@ def compare(
 def summary(
     scores: pd.DataFrame,  # as `compare` returns it
 ) -> pd.DataFrame:  # index: category, then "mean"; columns: (metric, restorer)
-    "Mean value per category, and the mean of the categories."
+    "Mean value per category, those of stored pairs alone last, and the mean of the categories."
     means = scores.pivot_table("value", "category", ["metric", "restorer"], sort=False, dropna=False)
-    means = means.reindex([c for c in CATEGORIES if c in means.index])
+    means = means.reindex(sorted(means.index, key=lambda c: (*CATEGORIES, c).index(c)))
     means.loc["mean"] = means.mean()
     return means
 

@@ -23,7 +23,7 @@ from .config import parse_json, read_json
 from .core import FoundIRError
 from .iqa import metric as lookup
 from .moe import MoEScheduler
-from .tasks import SUBTASKS
+from .tasks import SUBTASKS, category_of
 from .viz import grid, plot_mixture, save_figure
 
 # %% ../nbs/80_report.ipynb #540d7020
@@ -137,15 +137,16 @@ def control_table(
 # %% ../nbs/80_report.ipynb #abd39718
 def before_after(
     pictures: Mapping[str, Mapping[str, Tensor]],  # sub-task -> system -> (3, H, W), as `load_pictures` returns it
-    category: str,  # one of `foundir_v2.tasks.CATEGORIES`
+    category: str,  # one of `foundir_v2.tasks.CATEGORIES`, or a task of stored pairs alone
     systems: Sequence[str],  # columns
     width: float = 1.5,  # of a panel, inches
 ) -> Figure:
     "All sub-tasks of a category, one row each. Raises `FoundIRError` if there is none, or if a system is missing."
-    rows = {name: pictures[name] for name, s in SUBTASKS.items() if s.category == category and name in pictures}
+    rows = {name: pictures[name] for name in dict.fromkeys((*SUBTASKS, category))
+            if category_of(name) == category and name in pictures}
     if not rows:
         raise FoundIRError(f"no pictures of {category!r}: there are some of "
-                           f"{', '.join(sorted({SUBTASKS[n].category for n in pictures}))}")
+                           f"{', '.join(sorted({category_of(n) for n in pictures}))}")
     for name, shown in rows.items():
         if lacking := [s for s in systems if s not in shown]:
             raise FoundIRError(f"no picture of {', '.join(lacking)} for {name}: choose from {', '.join(shown)}")

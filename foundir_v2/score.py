@@ -19,18 +19,19 @@ from torch.nn.functional import pad
 from .core import FoundIRError, generator
 from .data import Item, reference_items
 from .iqa import metric as find_metric, oriented, score
+from .tasks import SubTask, paired_task
 from .vae import features_to_latents, vae_scale_factor
 
 # %% ../nbs/58_score.ipynb #ede3e813
 def drawn_subtasks(
     task: str,
-    names: Sequence[str],  # its sub-tasks
+    names: Sequence[str],  # its sub-tasks; none: it lives on stored pairs alone
     per_task: int,  # items
     seed: int,
-) -> list[str]:  # at most `per_task` of them, in their order
+) -> list[str | SubTask]:  # at most `per_task` of them, in their order
     "The sub-tasks that a reference set shows: all, or as many as it has items, drawn from the seed."
-    if not names: raise FoundIRError(f"task {task} has no sub-tasks: name at least one in mixture.tasks")
     if per_task < 1: raise FoundIRError(f"reference_per_task={per_task}: choose at least 1")
+    if not names: return [paired_task(task)]
     order = torch.randperm(len(names), generator=generator("reference sub-tasks", task, seed)).tolist()
     return [names[i] for i in sorted(order[:per_task])] if len(names) > per_task else list(names)
 
@@ -43,7 +44,8 @@ def reference_set(
     split: str = "reference",  # of the manifest
     root: str = ".",  # folder that the manifest's paths are relative to
 ) -> dict[str, list[Item]]:  # task -> items
-    "The fixed pictures that decide about the proportions. Raises `FoundIRError` for unknown or missing sub-tasks."
+    """The fixed pictures that decide about the proportions.
+    Raises `FoundIRError` for unknown sub-tasks, and where the split has nothing for one."""
     sets = {}
     for task, names in tasks.items():
         shown = drawn_subtasks(task, names, per_task, seed)

@@ -25,7 +25,7 @@ from .iqa import METRICS
 from .mixture import POLICIES, FixedMixture, Mixture, MixtureError, check_weights, policy_for, policy_options
 from .objective import LOSSES
 from .optim import OPTIMIZERS
-from .tasks import SETS, SUBTASKS, by_category
+from .tasks import SETS, SUBTASKS, task_table
 
 # %% ../nbs/61_settings.ipynb #0c216ee8
 Share = Annotated[float, Interval(ge=0, le=1)]  # of samples, or a proportion
@@ -36,7 +36,7 @@ Rate = Annotated[float, Interval(gt=0, le=1)]  # of learning
 Decay = Annotated[float, Interval(ge=0, lt=1)]
 Experts = Annotated[tuple[Annotated[str, OneOf("foundir_v2.attention:EXPERTS")], ...], MinLen(1)]
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
-SubTasks = Annotated[list[Annotated[str, OneOf(SUBTASKS)]], MinLen(1)]
+SubTasks = list[Annotated[str, OneOf(SUBTASKS)]]  # none: the task lives on stored pairs alone
 SubTaskSet = Annotated[str, OneOf(SETS)]
 Loss = Annotated[str, OneOf(LOSSES)]  # rmse, psnr: root or logarithm of the error that the decoder makes of it
 
@@ -98,7 +98,12 @@ class MixtureConfig(Section):
     @property
     def task_table(self) -> dict[str, list[str]]:
         "Task -> its sub-tasks."
-        return by_category(self.tasks) if isinstance(self.tasks, str) else dict(self.tasks)
+        return task_table(self.tasks)
+
+    @property
+    def score_metrics(self) -> dict[str, str]:
+        "Task -> metric; PSNR for stored pairs alone unless `score` says otherwise."
+        return {task: "psnr" for task, names in self.task_table.items() if not names} | self.score
 
 # %% ../nbs/61_settings.ipynb #9bd42e00
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +175,7 @@ def misfits(
         yield "conditioning_init: identity would undo what stage 1 has taught: choose zero where stage 2 starts from it"
     low, high = config.scale_range
     if low > high: yield f"scale_range={config.scale_range}: expected low <= high"
-    if config.update_every and (missing := [t for t in tasks if t not in config.score]):
+    if config.update_every and (missing := [t for t in tasks if t not in config.score_metrics]):
         yield f"no score metric for {', '.join(missing)}: add it to mixture.score"
     for name in ("proportions", "start"):
         try: getattr(config, name) and check_weights(getattr(config, name), tuple(tasks), name)

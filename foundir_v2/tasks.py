@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Range', 'CATEGORIES', 'BENCHMARK', 'PLACES', 'PARTS', 'COUPLED', 'FOUNDIR', 'SUBTASKS', 'SETS', 'VARIANTS',
            'SEVERITIES', 'Uniform', 'LogUniform', 'Integers', 'Choice', 'Step', 'SubTask', 'couple', 'subtask_names',
-           'subtask', 'by_category', 'narrow']
+           'subtask', 'by_category', 'paired_task', 'category_of', 'task_table', 'narrow']
 
 # %% ../nbs/10_tasks.ipynb #9dba48fb
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -52,16 +52,18 @@ CATEGORIES: tuple[str, ...] = ("deblur", "denoise", "weather", "lowlight", "sr")
 class SubTask:
     "One kind of damage: how it is made, and how its removal is scored."
     name: str
-    category: str  # one of `CATEGORIES`
-    recipe: tuple[Step, ...] = field(hash=False)
+    category: str  # one of `CATEGORIES`; without a recipe, its own name
+    recipe: tuple[Step, ...] = field(hash=False)  # empty: only stored pairs show it
     metric: str = "psnr"  # default score metric, a key of `foundir_v2.iqa.METRICS`
     scale: int = 1  # LQ side = GT side // scale
 
     def __post_init__(self):
-        if self.category not in CATEGORIES:
+        if not self.recipe and self.category != self.name:
+            raise FoundIRError(f"sub-task {self.name!r}: the recipe is empty; give at least one Step, or stored pairs "
+                               "by `paired_task`")
+        if self.recipe and self.category not in CATEGORIES:
             raise FoundIRError(f"sub-task {self.name!r}: unknown category {self.category!r}; "
                                f"choose one of {', '.join(CATEGORIES)}")
-        if not self.recipe: raise FoundIRError(f"sub-task {self.name!r}: the recipe is empty; give at least one Step")
 
     @property
     def is_sr(self) -> bool:
@@ -377,6 +379,26 @@ def by_category(
     names = subtask_names(chosen)
     table = {c: [name for name in names if subtask(name).category == c] for c in CATEGORIES}
     return {c: some for c, some in table.items() if some}
+
+# %% ../nbs/10_tasks.ipynb #d3d86d46
+def paired_task(
+    task: str,  # a name that its pairs carry
+    scale: int = 1,  # GT side / LQ side
+) -> SubTask:  # without a recipe
+    "What stored pairs alone show."
+    return SubTask(task, task, (), scale=scale)
+
+def category_of(
+    name: str,  # of a sub-task, or of a task of stored pairs alone
+) -> str:
+    "Where it stands in tables: in its sub-task's category, or for itself."
+    return SUBTASKS[name].category if name in SUBTASKS else name
+
+def task_table(
+    tasks: str | Mapping[str, Sequence[str]],  # `mixture.tasks`: a key of `SETS`, or task -> its sub-tasks
+) -> dict[str, list[str]]:  # task -> its sub-tasks; none: stored pairs alone
+    "What is trained."
+    return by_category(tasks) if isinstance(tasks, str) else dict(tasks)
 
 # %% ../nbs/10_tasks.ipynb #5b0c1031
 SEVERITIES: dict[str, tuple[float, float]] = {  # name -> part of every range, from its mild end (0) to the worse (1)

@@ -88,7 +88,7 @@ class Feed:
     def rebalance(self, restore_fn) -> dict[str, Any]:
         "Score the reference set, update the mixture: weights from now on, and scores, rounded as the rule saw them."
         ranks = dict(rank=self.rank, world_size=self.world_size, gather=gather_object)
-        scores = round_scores(score_items(restore_fn, self.items, self.config.score, **ranks))
+        scores = round_scores(score_items(restore_fn, self.items, self.config.score_metrics, **ranks))
         return dict(weights=self.mixture.update(scores, self.step), scores=scores)
 
 # %% ../nbs/62_train.ipynb #ebc83e23
@@ -415,7 +415,7 @@ def reference_pictures(
     "The first reference item of every task, restored by the weights in `config.output`."
     learner = Learner(replace(config, init=config.output, conditioning_init="zero"), make_accelerator(config))
     size = config.reference_size if config.update_every else config.crop  # what a stage without updates knows
-    most = max(map(len, config.task_table.values()))  # as many as sub-tasks; the first is the same whatever the number
+    most = max(1, *map(len, config.task_table.values()))  # the first is the same whatever the number
     manifest = load_manifest(config.manifest)
     found = reference_set(manifest, config.task_table, most, size, config.reference_seed, root=config.root)
     items = {t: some[0] for t, some in found.items()}

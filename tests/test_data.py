@@ -13,7 +13,7 @@ from foundir_v2.data import (RestorationDataset, View, collate, draw_view, halvi
 from foundir_v2.degrade import crop_to_multiple, degrade, upsample_lq
 from foundir_v2.index import fit_pair
 from foundir_v2.reading import Photos, cut, halve
-from foundir_v2.tasks import BENCHMARK, SUBTASKS, VARIANTS, by_category, narrow, subtask
+from foundir_v2.tasks import BENCHMARK, SUBTASKS, VARIANTS, by_category, narrow, paired_task, subtask
 
 TASKS = {"denoise": ["gaussian_noise", "jpeg"], "weather": ["haze"], "sr": ["sr_x2", "sr_x4"]}
 SIZES = dict(a=(70, 90), b=(120, 64), c=(66, 66), d=(80, 100))
@@ -463,3 +463,27 @@ def test_a_reference_pair_of_a_whole_category_is_refused(manifest, root):
     # a pair nobody asks for
     assert len(reference_items(pd.concat([manifest, pair.assign(task="underwater")]), "reference", ["haze"], 1, 32, 0,
                                root)) == 1
+
+
+def test_reference_items_of_stored_pairs_alone_are_pairs_of_their_own_scale(manifest, root):
+    "Photographs of the split are no items of a task that has no recipe."
+    table = with_pairs(manifest, root)
+    far = [manifest.iloc[3].to_dict() | dict(photo=p, lq=lq, task="underwater", split="reference")
+           for p, lq in (("u", "d.png"), ("v", "d_small.png"))]
+    table = pd.concat([table, manifest.iloc[[2]].assign(split="reference"), pd.DataFrame(far)])
+    items = reference_items(table, "reference", ["underwater", "haze"], 4, 48, 0, root=root)
+    own, hazy = items[:4], items[4:]
+    assert {i.photo for i in own} == {"u", "v"} and "u" not in {i.photo for i in hazy}
+    assert {i.photo: (i.subtask.scale, tuple(i.lq.shape)) for i in own} == {
+        "u": (1, (3, 48, 48)), "v": (4, (3, 12, 12))}
+    assert all(i.subtask.name == i.subtask.category == "underwater" and i.gt.shape == (3, 48, 48) for i in own)
+    same = reference_items(table, "reference", [paired_task("underwater")], 4, 48, 0, root=root)
+    assert all(torch.equal(a.lq, b.lq) and a.seed == b.seed for a, b in zip(own, same))
+    with pytest.raises(FoundIRError, match="size 50 is not a multiple of underwater's scale 4"):
+        reference_items(table, "reference", ["underwater"], 4, 50, 0, root=root)
+    with pytest.raises(FoundIRError, match="'train' has no pairs for underwater"):
+        reference_items(table, "train", ["underwater"], 1, 32, 0, root=root)
+    with pytest.raises(FoundIRError, match="unknown sub-task 'underwatr'"):
+        reference_items(table, "reference", ["underwatr"], 1, 32, 0, root=root)
+    with pytest.raises(FoundIRError, match="no pairs for haze"):  # a recipe of that name doesn't count
+        reference_items(table, "reference", [paired_task("haze")], 1, 32, 0, root=root)

@@ -14,7 +14,7 @@ from foundir_v2.degrade import degrade, upsample_lq
 from foundir_v2.evaluate import (OFFLINE, SHUFFLED, Pictures, compare, evaluate, gains, intervals, load_pictures,
                                  metrics_tree, restore, shuffled, summary, write_metrics)
 from foundir_v2.iqa import score
-from foundir_v2.tasks import CATEGORIES, SUBTASKS
+from foundir_v2.tasks import CATEGORIES, SUBTASKS, paired_task
 
 
 def photograph(seed, side=48):
@@ -186,6 +186,15 @@ def test_the_mean_is_the_mean_of_categories_not_of_items():
 
 def test_categories_come_in_the_catalogues_order(items):
     assert list(summary(evaluate(Input(), items[::-1], ["psnr"])).index) == [*CATEGORIES, "mean"]
+
+
+def test_stored_pairs_alone_are_scored_under_their_tasks_name_after_the_catalogue(items):
+    murky = [SimpleNamespace(**vars(i) | dict(subtask=paired_task("murky"), lq=i.gt / 2)) for i in items[:10:5]]
+    scores = compare({"input": Input(), "oracle": Oracle()}, [*murky, *items], ["psnr"], control="input")
+    tree = metrics_tree(scores, "input")
+    assert list(tree["categories"]) == [*CATEGORIES, "murky"] and tree["mean"]["input"]["psnr"] == pytest.approx(
+        np.mean([c["input"]["psnr"] for c in tree["categories"].values()]), abs=1e-3)
+    assert tree["gain"]["murky"]["oracle"]["psnr"][0] > 0 and "murky" in tree["shuffled"]["categories"]
 
 
 def test_intervals_resample_photographs_not_items():

@@ -71,7 +71,12 @@ def test_the_file_is_fine(): check_params(PARAMS, ROOT)
     (dict(inference__tile_overlap=1), "inference.tile_overlap: expected"),
     (dict(mixture__reference_options=dict(steps=1)), "mixture.reference_options: unknown steps"),
     (dict(evaluate__control="nobody"), "evaluate.control"),
-    (dict(evaluate__subtasks=["haz"]), "evaluate.subtasks.0.: expected one of motion_blur"),
+    (dict(evaluate__subtasks=["haz"]), "evaluate.subtasks: unknown sub-task 'haz'; did you mean haze"),
+    (dict(evaluate__subtasks=[]), "evaluate.subtasks: expected"),
+    (dict(mixture__tasks=dict(underwater=[]), mixture__score={}, evaluate__subtasks=["underwater"],
+          report__gate_subtasks=["underwater"],
+          ingest__datasets=[dict(name="a", root="b", layout="pairs", task="underwater")]), None),
+    (dict(evaluate__subtasks=["underwater"]), "evaluate.subtasks: unknown sub-task 'underwater'.*underwater: .."),
     (dict(evaluate__subtasks="foundir"), "report.gate_subtasks: sr_x4 is not in the evaluation"),
     (dict(evaluate__subtasks=["haze"]), "report.gate_subtasks: motion_blur, gaussian_noise"),
     (dict(evaluate__size=1001), "evaluate.size: .* multiple of 8"),
@@ -115,3 +120,10 @@ def test_a_stage_that_keeps_its_proportions_does_not_read_the_policy():
     check_params(params, ROOT)
     assert dvc_params(sections, PARAMS) == sections
     assert keys_read(sections, params)["mixture"] == ["tasks", "start"]
+
+
+def test_ingestion_knows_what_will_be_asked_of_the_data():
+    sections = ["ingest", "mixture", "evaluate"]
+    assert keys_read(sections, PARAMS)["mixture"] == ["tasks"]
+    assert dvc_params(sections, PARAMS) == ["ingest", "mixture.tasks", "evaluate.subtasks", "evaluate.split"]
+    assert dvc_params(["evaluate"], PARAMS) == ["evaluate"]

@@ -15,8 +15,8 @@ from foundir_v2.degrade import degrade
 from foundir_v2.index import (ACCEPTED, COLUMNS, REJECTED, add_captions, leaks, load_manifest, refuse_leaks,
                               refuse_unusable, save_manifest, select)
 from foundir_v2.memo import Memo
-from foundir_v2.pool import (POOL_COLUMNS, build_pool, check_tracked, counts, data_roots, read_config, rejections,
-                             scene_name)
+from foundir_v2.pool import (POOL_COLUMNS, build_pool, check_tracked, counts, data_roots, lacking, read_config,
+                             refuse_lacking, rejections, scene_name)
 
 
 def picture(seed, h=160, w=192):
@@ -210,3 +210,23 @@ def test_only_new_pictures_are_measured(disks, monkeypatch):
     build_pool("data", [s | dict(name="other_" + s["name"]) for s in sets(disk)], repo,
                memo=Memo(repo / ".cache/rows.sqlite"))
     assert len(seen) == 2
+
+
+def test_what_a_split_has_nothing_for_is_told_at_once(disks):
+    repo, disk = disks
+    index, _ = build_pool("data", sets(disk), repo)
+    assert lacking(index, {"weather": ["haze"], "sr": ["sr_x4"]}, ["haze", "sr_x4"]) == {}
+    tasks, asked = {"weather": ["rain"], "fog": [], "haze": []}, ["haze", "murky"]
+    found = lacking(index, tasks, asked)
+    assert found == {"train": ["fog"], "reference": ["fog", "haze", "murky"], "test": ["murky"]}
+    with pytest.raises(FoundIRError, match="train has nothing for fog; reference .*haze, murky; test .*murky: add") as e:
+        refuse_lacking(found)
+    assert "\n" not in str(e.value)
+    refuse_lacking({})
+    # pairs of the task, of a sub-task, and photographs for what has a recipe
+    alone = index[index.dataset == "reside"]
+    assert lacking(alone, {"weather": ["haze", "rain"]}, []) == {"reference": ["haze", "rain"]}
+    assert lacking(alone, {"haze": []}, ["haze"]) == {"reference": ["haze"]}
+    assert lacking(alone[alone.split != "train"], {"weather": ["haze"]}, [])["train"] == ["weather"]
+    rejected = index.assign(verdict=index.verdict.mask(index.split == "test", REJECTED))
+    assert lacking(rejected, {}, ["haze"]) == {"test": ["haze"]}

@@ -109,6 +109,8 @@ def test_before_and_after_has_a_row_per_sub_task_in_the_columns_asked_for(run):
     figure = before_after(pictures, "weather", ["photograph", "input", "restored"])
     assert {"photograph", "input", "restored", "haze"} <= set(texts(figure)) and "sr_x2" not in texts(figure)
     with pytest.raises(FoundIRError, match="deblur"): before_after(pictures, "denoise", ["input"])
+    murky = before_after(pictures | {"murky": pictures["haze"]}, "murky", ["input", "restored"])
+    assert "murky" in texts(murky) and "haze" not in texts(murky)
     with pytest.raises(FoundIRError, match="ours.*haze"): before_after(pictures, "weather", ["ours"])
 
 

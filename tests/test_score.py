@@ -23,7 +23,8 @@ def items(tmp_path_factory):
                                                        size=(80, 80), mode="bicubic")[0].clamp(0, 1),
                        folder / f"{split}/{split}{i}.png")
     manifest = build_manifest(folder, root=folder)
-    return lambda **k: sc.reference_set(manifest, TASKS, **(dict(per_task=3, size=64, seed=0, root=folder) | k))
+    return lambda tasks=TASKS, **k: sc.reference_set(manifest, tasks,
+                                                     **(dict(per_task=3, size=64, seed=0, root=folder) | k))
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +152,17 @@ def test_scores_of_one_rank_alone_are_no_mean(items):
                        world_size=2)
 
 
-def test_a_task_without_sub_tasks_is_refused(tmp_path):
-    with pytest.raises(FoundIRError, match="no sub-tasks"): sc.reference_set(None, {"denoise": []})
+def test_a_task_without_sub_tasks_is_scored_on_its_pairs(items, tmp_path):
+    with pytest.raises(FoundIRError, match="'reference' has no pairs for denoise"): items(tasks={"denoise": []})
+    for split, n in (("train", 1), ("reference", 2)):
+        for i in range(n):
+            gt = torch.rand(3, 80, 80, generator=generator(split, i))
+            for kind, x in (("GT", gt), ("LQ", gt / 2)): save_image(x, tmp_path / f"{split}/murky/{kind}/{i}.png")
+    manifest = build_manifest(tmp_path, root=tmp_path)
+    found = sc.reference_set(manifest, {"murky": []}, per_task=3, size=64, root=tmp_path)["murky"]
+    assert len(found) == 3 and {i.photo for i in found} == set(manifest.photo[manifest.split == "reference"])
+    assert all(torch.allclose(i.lq, i.gt / 2, atol=.01) and i.subtask.name == "murky" for i in found)
+    assert len(sc.score_items(lambda some: [i.input for i in some], {"murky": found}, {"murky": "psnr"})["murky"]) == 3
 
 
 def test_missing_metric_or_items_are_refused(items):

@@ -30,7 +30,7 @@ def config(**changes):
     dict(loss="l3"), dict(moe="sotf"), dict(mixed_precision="fp8"), dict(conditioning_init="identiy"),
     dict(moe_experts=["spatail"]), dict(moe_experts=[]), dict(reference_options=dict(num_inference_steps=0)),
     dict(reference_options=dict(steps=1)), dict(inference=dict(start="lp")), dict(stage=True), dict(base=""),
-    dict(policy="dse"), dict(score=dict(denoise="pnsr", sr="psnr")), dict(tasks=dict(sr=[])),
+    dict(policy="dse"), dict(score=dict(denoise="pnsr", sr="psnr")), dict(tasks=dict(sr="sr_x2")),
     dict(start=dict(denoise=.5)), dict(proportions=dict(denoise=.9, sr=.9))], ids=str)
 def test_impossible_values_are_refused_by_name_in_one_line(changes):
     with pytest.raises(FoundIRError, match=next(iter(changes))) as caught: config(**changes)

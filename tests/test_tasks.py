@@ -3,10 +3,10 @@ import math, pickle
 import pytest
 
 from foundir_v2.core import FoundIRError
-from foundir_v2.degrade import OPERATORS
+from foundir_v2.degrade import OPERATORS, draw_parameters
 from foundir_v2.tasks import (BENCHMARK, CATEGORIES, COUPLED, FOUNDIR, PLACES, SETS, SEVERITIES, SUBTASKS, VARIANTS,
-                              Choice, Integers, LogUniform, Step, SubTask, Uniform, by_category, couple, narrow,
-                              subtask, subtask_names)
+                              Choice, Integers, LogUniform, Step, SubTask, Uniform, by_category, category_of, couple,
+                              narrow, paired_task, subtask, subtask_names, task_table)
 
 REQUIRED = """motion_blur defocus_blur gaussian_noise camera_noise jpeg haze rain snow raindrop low_light
 low_light_noise sr_x2 sr_x4 blur_noise noise_jpeg rain_haze""".split()
@@ -157,3 +157,12 @@ def test_a_severity_is_a_third_of_every_range_from_its_mild_end():
 def test_every_subtask_can_be_narrowed_but_plain_bicubic():
     same = {s.name for s in (*SUBTASKS.values(), *EVERY_VARIANT) if narrow(s, "mild") == narrow(s, "severe")}
     assert same == {"sr_x2", "sr_x4", "sr_x2:kernel", "sr_x4:kernel"}
+
+
+def test_stored_pairs_alone_are_a_category_of_their_own():
+    one = paired_task("underwater", 4)
+    assert one.category == category_of("underwater") == "underwater" and not one.recipe and one.is_sr
+    assert category_of("haze") == "weather" and task_table(dict(a=[])) == dict(a=[])
+    assert task_table("version1") == by_category("version1")
+    with pytest.raises(FoundIRError, match="no recipe"): draw_parameters(one, 0)
+    with pytest.raises(FoundIRError, match="recipe is empty.*paired_task"): SubTask("underwater", "weather", ())
