@@ -10,6 +10,7 @@ __all__ = ['LUMINANCE', 'REVIEW', 'detail', 'noise', 'blockiness', 'light', 'Jud
 import importlib.metadata, inspect, math, sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +23,7 @@ from torch import Tensor
 from .core import FoundIRError, ImageError, load_image
 from .index import ACCEPTED, REJECTED
 from .iqa import Unscorable, metric, prepare, score
-from .memo import Memo, remembered
+from .memo import Memo, all_remembered
 from .targets import file_hash
 
 # %% ../nbs/18_clean.ipynb #a062c311
@@ -209,26 +210,30 @@ def centre(image: Tensor, window: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Look:
-    "What one judge says about the middle of a file's picture."
-    judge: Judge
+    "What judges say about the middle of a file's picture, which is read once for all of them."
+    judges: Sequence[Judge]
     window: int  # pixels of a large picture that are looked at
 
     def __post_init__(self):
         if self.window < 16: raise FoundIRError(f"window {self.window}: the statistics need at least 16 pixels")
 
-    @property
-    def name(self) -> str:
+    def names(self) -> list[str]:
         "Judge, window and the code that the judge is made of: what the answer depends on, besides the picture."
-        module = sys.modules[type(self.judge).__module__]
-        code = file_hash(inspect.getsourcefile(module))[:16] if hasattr(module, "__file__") else "of a notebook"
-        return f"{self.judge.name} | window {self.window} | code {code}"
+        def code(judge):
+            module = sys.modules[type(judge).__module__]
+            return file_hash(inspect.getsourcefile(module))[:16] if hasattr(module, "__file__") else "of a notebook"
+        return [f"{j.name} | window {self.window} | code {code(j)}" for j in self.judges]
 
-    def __call__(self, path: str | Path) -> dict[str, Any]:  # measures, or why there are none: `unreadable`
+    def __call__(
+        self,
+        asked: tuple[str, Sequence[int]],  # path, and which judges
+    ) -> list[dict[str, Any]]:  # measures of each, or why there are none: `unreadable`
+        path, which = asked
         try: image = load_image(path, max_pixels=sys.maxsize)  # the index has decided about sizes
-        except (ImageError, OSError) as e: return {"unreadable": str(e)}
-        measures = self.judge(centre(image, self.window))
-        # of the picture, not of the window
-        return measures | ({"short_side": float(min(image.shape[-2:]))} if "short_side" in measures else {})
+        except (ImageError, OSError) as e: return [{"unreadable": str(e)}] * len(which)
+        part, side = centre(image, self.window), {"short_side": float(min(image.shape[-2:]))}  # not the window's side
+        found = [self.judges[i](part) for i in which]
+        return [measures | (side if "short_side" in measures else {}) for measures in found]
 
 # %% ../nbs/18_clean.ipynb #94bd6269
 def measure(
@@ -242,13 +247,14 @@ def measure(
     "Have pictures measured by judges. Raises `FoundIRError` for a window too small to measure anything."
     paths = [str(Path(root)/path) for path in index.path]
     known = index.sha256 if "sha256" in index else [""] * len(index)
-    keys = [sha or (file_hash(path) if Path(path).is_file() else path) for sha, path in zip(known, paths)]
-    files, columns, unreadable = dict(zip(keys, paths)), {}, {}
-    for look in [Look(j, window) for j in judges]:
-        found = remembered(look, files, look.name, memo, num_workers, look.judge.name.split()[0],
-                           keep=lambda answer: "unreadable" not in answer)
+    content = cache(lambda path: file_hash(path) if Path(path).is_file() else path)
+    keys = [sha or content(path) for sha, path in zip(known, paths)]  # a ground truth of several pairs is one picture
+    columns, unreadable, look = {}, {}, Look(judges, window)
+    answers = all_remembered(look, dict(zip(keys, paths)), look.names(), memo, num_workers, "judges",
+                             keep=lambda answer: "unreadable" not in answer)
+    for one, found in zip(judges, answers):
         unreadable |= {key: answer["unreadable"] for key, answer in found.items() if "unreadable" in answer}
-        columns |= {m: [found[k].get(m, math.nan) for k in keys] for m in look.judge.measures}
+        columns |= {m: [found[k].get(m, math.nan) for k in keys] for m in one.measures}
     return pd.DataFrame(columns | {"unreadable": [unreadable.get(k, "") for k in keys]}, index=index.index)
 
 def clean(
@@ -257,7 +263,7 @@ def clean(
     thresholds: Sequence[Threshold],
     root: str | Path = ".",  # as for `measure`, with the rest
     window: int = 1024,
-    manual: Mapping[str, tuple[str, str]] | None = None,  # as `read_manual` returns it
+    manual: Mapping[str, tuple[str, str]] | None = None,  # as `read_manual` returns it; holds for a file's other rows
     num_workers: int = 0,
     memo: Memo | None = None,
 ) -> pd.DataFrame:  # the same rows with verdict and reason filled in, and a column per measure
@@ -267,7 +273,10 @@ def clean(
     measures = measure(usable, judges, root, window, num_workers, memo)
     unreadable = measures.pop("unreadable")
     verdicts = {i: judge(row, thresholds) for i, row in zip(measures.index, measures.to_dict("records"))}
-    verdicts |= {i: manual[photo] for i, photo in usable.photo.items() if manual and photo in manual}
+    manual = manual or {}
+    of_file = {path: manual[photo] for path, photo in zip(usable.path, usable.photo) if photo in manual}
+    decided = {i: manual.get(photo, of_file.get(path)) for i, path, photo in zip(usable.index, usable.path, usable.photo)}
+    verdicts |= {i: verdict for i, verdict in decided.items() if verdict}
     verdicts |= {i: (REJECTED, why.replace(f"{root}/", "")) for i, why in unreadable.items() if why}
     pairs = [verdicts.get(i, old) for i, old in zip(index.index, zip(index.verdict, index.reason))]
     out = index.drop(columns=["verdict", "reason"]).assign(**dict(zip(("verdict", "reason"), zip(*pairs))))

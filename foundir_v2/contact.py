@@ -102,8 +102,8 @@ def contact_sheet(
     most: int = 400,  # cards on the page: the most suspicious pictures
     title: str = "Contact sheet",  # of the page; the browser keeps the decisions of each title apart
 ) -> str:
-    "One self-contained HTML page to keep or drop pictures, the most suspicious first."
-    shown = most_suspicious(table, thresholds).head(most)
+    "One self-contained HTML page to keep or drop pictures, each file once, the most suspicious first."
+    shown = most_suspicious(table, thresholds).drop_duplicates("path").head(most)
     cards = "\n".join(_card(row, Path(root or repo_root())) for row in shown.itertuples())
     earlier = {photo: [verdict, reason.removeprefix("manual: ")] for photo, (verdict, reason) in (manual or {}).items()}
     data, name = json.dumps(earlier).replace("<", "\\u003c"), html.escape(title, quote=True)

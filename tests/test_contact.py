@@ -112,3 +112,9 @@ def test_before_and_after():
     table = pd.DataFrame({"noise": [1., 2, 30], "verdict": [ACCEPTED, REVIEW, REJECTED]})
     found = before_after_cleaning(table, ["noise"])
     assert found.loc["noise", ("all 3", "median")] == 2 and found.loc["noise", ("kept 2", "median")] == 1.5
+
+
+def test_a_file_of_several_rows_is_shown_once(judged):
+    table, thresholds, folder = judged
+    twice = pd.concat([table, table.assign(photo=table.photo + " again")], ignore_index=True)
+    assert Page(contact_sheet(twice, thresholds, folder)).photos == Page(contact_sheet(table, thresholds, folder)).photos

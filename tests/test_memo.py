@@ -4,7 +4,7 @@ import math, os, time
 import pytest
 
 from foundir_v2.core import FoundIRError
-from foundir_v2.memo import Memo, remembered, work_through
+from foundir_v2.memo import Memo, all_remembered, remembered, work_through
 
 
 def test_answers_come_back_as_they_were_and_by_who(tmp_path):
@@ -84,3 +84,20 @@ def test_what_was_found_before_an_interruption_is_kept(tmp_path):
     assert len(memo.known("w", items)) == 100
     assert remembered(work, items, "w", memo) == {str(n): n for n in range(130)}
     assert len(asked) == 131, "the one that was interrupted is asked again"
+
+
+class _Powers:
+    "Of several, those that are asked for."
+    def __call__(self, asked): return [asked[0] ** (i + 1) for i in asked[1]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_several_are_asked_at_once_each_for_what_it_lacks(tmp_path, num_workers):
+    memo = Memo(tmp_path/"m")
+    memo.add("first", {"a": "known"})
+    memo.add("second", {"a": "known", "b": "known"})
+    items = {"c": 4, "b": 3, "a": 2}
+    found = all_remembered(_Powers(), items, ["first", "second"], memo, num_workers, keep=lambda answer: answer != 16)
+    assert [list(f.items()) for f in found] == [[("c", 4), ("b", 3), ("a", "known")],
+                                                [("c", 16), ("b", "known"), ("a", "known")]]
+    assert memo.known("first", items) == {"a": "known", "b": 3, "c": 4} and "c" not in memo.known("second", items)
