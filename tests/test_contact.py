@@ -112,3 +112,13 @@ def test_before_and_after():
     table = pd.DataFrame({"noise": [1., 2, 30], "verdict": [ACCEPTED, REVIEW, REJECTED]})
     found = before_after_cleaning(table, ["noise"])
     assert found.loc["noise", ("all 3", "median")] == 2 and found.loc["noise", ("kept 2", "median")] == 1.5
+
+
+def test_a_pair_that_was_cropped_has_a_card(judged, tmp_path):
+    "A row's size is what its pair has in common; the file is larger."
+    _, thresholds, folder = judged
+    save_image(torch.rand(3, 63, 65), tmp_path / "gt.png"); save_image(torch.rand(3, 15, 16), tmp_path / "lq.png")
+    row = inspect(Entry("pair", str(tmp_path / "gt.png"), "train", str(tmp_path / "lq.png"), "sr_x4"), tmp_path)
+    assert (row["width"], row["height"]) == (64, 60)
+    table = clean(pd.DataFrame([row]), [Statistics()], thresholds, tmp_path)
+    assert Page(contact_sheet(table, thresholds, tmp_path)).photos == ["pair"]

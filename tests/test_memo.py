@@ -84,3 +84,13 @@ def test_what_was_found_before_an_interruption_is_kept(tmp_path):
     assert len(memo.known("w", items)) == 100
     assert remembered(work, items, "w", memo) == {str(n): n for n in range(130)}
     assert len(asked) == 131, "the one that was interrupted is asked again"
+
+
+def test_a_memo_that_holds_no_json_or_cant_be_written_is_one_line(tmp_path):
+    import sqlite3
+    memo = Memo(tmp_path / "m.sqlite")
+    memo.add("a", {"k": 1})
+    with sqlite3.connect(memo.path) as base: base.execute("update memo set answer = '{'")
+    with pytest.raises(FoundIRError, match="delete it"): memo.known("a", ["k"])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FoundIRError, match="may be written"): Memo(tmp_path / "folder").add("a", {"k": 1})
