@@ -6,7 +6,7 @@
 __all__ = ['suspicion', 'most_suspicious', 'contact_sheet', 'write_contact_sheet', 'objections', 'before_after_cleaning']
 
 # %% ../nbs/18c_contact.ipynb #19co0003
-import base64, html, io, json, math
+import base64, html, io, json, math, sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +43,8 @@ def _data_url(path: Path, width: int, height: int) -> str:
     "A small JPEG of a picture, as the source of an HTML image."
     scale = min(1, _THUMBNAIL / max(width, height))
     size = [max(1, round(n * scale)) for n in (height, width)]
-    small = interpolate(load_image(path, max_pixels=width * height)[None], size, mode="bilinear", antialias=True)[0]
+    photo = load_image(path, max_pixels=sys.maxsize)  # ingestion has judged its size; a pair may be cropped
+    small = interpolate(photo[None], size, mode="bilinear", antialias=True)[0]
     buffer = io.BytesIO()
     to_pil(small).save(buffer, "JPEG", quality=70)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -10,7 +10,7 @@ __all__ = ['DEGRADED', 'NEAR_BITS', 'ACCEPTED', 'REJECTED', 'SHIFT_GAIN', 'SHIFT
            'refuse_unusable', 'select', 'add_captions', 'save_manifest', 'load_manifest', 'thumbnails']
 
 # %% ../nbs/14_index.ipynb #581a4130
-import hashlib, json, os, re
+import hashlib, json, os, re, sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -371,7 +371,8 @@ def inspect_all(
     "All rows, measured or remembered."
     look = partial(_measures, root=root, max_pixels=max_pixels, min_side=min_side)
     keys = [measure_key(e, max_pixels, min_side, root.as_posix()) for e in entries]
-    found = remembered(look, dict(zip(keys, entries)), f"measure {MEASURE}", memo, num_workers, "pictures")
+    read = lambda row: not row["reason"].startswith(("unreadable", "missing"))  # the rest is tried again
+    found = remembered(look, dict(zip(keys, entries)), f"measure {MEASURE}", memo, num_workers, "pictures", read)
     return [_unmeasured(e, root) | found[key] for e, key in zip(entries, keys)]
 
 # %% ../nbs/14_index.ipynb #717b7c18
@@ -458,7 +459,7 @@ def thumbnails(
     root, out = Path(root or repo_root()), []
     for row in rows[rows.width > 0].itertuples():
         scale = side / max(row.width, row.height)
-        small = interpolate(load_image(root / row.path)[None],
+        small = interpolate(load_image(root / row.path, max_pixels=sys.maxsize)[None],
                             (max(1, round(row.height * scale)), max(1, round(row.width * scale))), mode="bilinear",
                             antialias=True)[0]
         h, w = small.shape[1:]

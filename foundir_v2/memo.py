@@ -10,7 +10,7 @@ import json, multiprocessing, sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,8 @@ from .core import FoundIRError
 from .process import exit_with_parent
 
 # %% ../nbs/05a_memo.ipynb #15me0005
+_OUTSIDE = {getattr(sqlite3, f"SQLITE_{name}") for name in "BUSY LOCKED PERM READONLY FULL CANTOPEN IOERR".split()}
+
 class Memo:
     "Answers that are kept in a file: who gave them, what they are about, any JSON value."
     def __init__(
@@ -32,16 +34,17 @@ class Memo:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        base = sqlite3.connect(self.path, timeout=60)  # seconds to wait for another process that writes
+        wait_s = 60  # for another process that writes
         try:
-            with base:
+            with closing(sqlite3.connect(self.path, timeout=wait_s)) as base, base:
                 columns = "who text, key text, answer text, primary key (who, key)"
                 base.execute(f"create table if not exists memo ({columns})")
                 yield base
-        except sqlite3.DatabaseError as e:
-            raise FoundIRError(f"can't use the memo {self.path} ({e}): delete it, "
-                               "what it knew is found out again") from None
-        finally: base.close()
+        except (sqlite3.DatabaseError, json.JSONDecodeError) as e:
+            what = ("see to it that the disk has room, the file may be written, and no other run holds it"
+                    if getattr(e, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 255 in _OUTSIDE else
+                    "delete it, what it knew is found out again")
+            raise FoundIRError(f"can't use the memo {self.path} ({e}): {what}") from None
 
     def known(
         self,

@@ -9,6 +9,7 @@ __all__ = ['CLEAN', 'POOL_COLUMNS', 'Wanted', 'read_config', 'data_roots', 'chec
 
 # %% ../nbs/17_pool.ipynb #3bc5363b
 import os, re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np, pandas as pd, pyarrow as pa
 from pyarrow.compute import is_in
 
-from .config import ConfigError, from_dict, load_yaml
+from .config import ConfigError, from_dict, load_yaml, shown
 from .core import MAX_PIXELS, FoundIRError
 from .index import (ACCEPTED, COLUMNS, DEGRADED, NEAR_BITS, REJECTED, Entry, inspect_all,
                               look_alike, scan, words_of)
@@ -30,6 +31,8 @@ def read_config(
 ) -> list[DataSet]:
     "Check a list of data sets. Raises `ConfigError`, which tells all that is wrong."
     problems, found = [], []
+    if isinstance(values, (str, Mapping)) or not values:
+        raise ConfigError(f"ingest.datasets: expected a list of mappings, got {shown(values)}; null: one folder, data_dir")
     for i, v in enumerate(values):
         where = f"ingest.datasets[{i}]"
         try: found.append(v if isinstance(v, DataSet) else from_dict(DataSet, v, where))
@@ -112,6 +115,15 @@ class Pool(NamedTuple):
 
 POOL_COLUMNS = ("dataset", "weight", "scale", "lq_sha256")
 
+def _listed_twice(entries: Sequence[Entry], owners: Sequence[DataSet]) -> list[str]:
+    "Which data sets have rows in common: of one folder, or of one inside the other."
+    first: dict[tuple[str, ...], str] = {}
+    common: Counter[tuple[str, str]] = Counter()
+    for e, d in zip(entries, owners):
+        if (name := first.setdefault((e.path, e.lq, e.task, e.split), d.name)) != d.name: common[name, d.name] += 1
+    return [f"data sets {a} and {b} have {n} rows in common: leave one out, or divide them by split: "
+            "(weight: lets a data set count more)" for (a, b), n in common.items()]
+
 def _read_all(datasets: Sequence[DataSet], root: Path) -> tuple[list[Entry], list[DataSet], list[tuple[str, str, int]]]:
     "Entries of all, the data set of each, and what was ignored. Raises `FoundIRError` with all that is wrong."
     entries, owners, ignored, problems = [], [], [], []
@@ -122,6 +134,7 @@ def _read_all(datasets: Sequence[DataSet], root: Path) -> tuple[list[Entry], lis
             entries += [e._replace(photo=f"{d.name}/{e.photo}") for e in reading.entries]
             owners += [d] * len(reading.entries)
             ignored += [(d.name, folder, n) for folder, n in reading.ignored.items()]
+    problems += _listed_twice(entries, owners)
     if problems: raise FoundIRError(" | ".join(problems))
     return entries, owners, ignored
 

@@ -118,3 +118,13 @@ def test_a_file_of_several_rows_is_shown_once(judged):
     table, thresholds, folder = judged
     twice = pd.concat([table, table.assign(photo=table.photo + " again")], ignore_index=True)
     assert Page(contact_sheet(twice, thresholds, folder)).photos == Page(contact_sheet(table, thresholds, folder)).photos
+
+
+def test_a_pair_that_was_cropped_has_a_card(judged, tmp_path):
+    "A row's size is what its pair has in common; the file is larger."
+    _, thresholds, folder = judged
+    save_image(torch.rand(3, 63, 65), tmp_path / "gt.png"); save_image(torch.rand(3, 15, 16), tmp_path / "lq.png")
+    row = inspect(Entry("pair", str(tmp_path / "gt.png"), "train", str(tmp_path / "lq.png"), "sr_x4"), tmp_path)
+    assert (row["width"], row["height"]) == (64, 60)
+    table = clean(pd.DataFrame([row]), [Statistics()], thresholds, tmp_path)
+    assert Page(contact_sheet(table, thresholds, tmp_path)).photos == ["pair"]

@@ -343,3 +343,15 @@ def test_the_fetched_photographs():
     assert distances.min() > 2 * NEAR_BITS
     check_splits(m, near_bits=int(distances.min()) - 1)
     with pytest.raises(FoundIRError): check_splits(pd.concat([m, m.tail(1).assign(split="test")]))
+
+
+def test_what_could_not_be_read_is_tried_again(gts, tmp_path, monkeypatch):
+    "A disk that was away, or a file without rights, changes neither size nor time when it is back."
+    from foundir_v2 import index as module
+    entries, memo, load = module.scan(gts / "set"), Memo(tmp_path / "m.sqlite"), module.load_image
+    def away(path, *args): raise OSError("input/output error")
+    monkeypatch.setattr(module, "load_image", away)
+    rows = module.inspect_all(entries, gts, memo=memo)
+    assert all(r["verdict"] == REJECTED for r in rows)
+    monkeypatch.setattr(module, "load_image", load)
+    assert all(r["verdict"] != REJECTED for r in module.inspect_all(entries, gts, memo=memo))

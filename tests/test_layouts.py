@@ -271,7 +271,19 @@ def test_what_is_refused_says_what_to_write(tmp_path):
             (dict(root="moved", layout="reside"), ["nothing at moved", "was it moved"]),
             (dict(root="ab", layout="realdeg", split="test"), ["no ground truths", "foundir-v2 restore"]),
             (dict(root="ab", layout="photographs", split=dict(reference=2)), ["2 to be held out of 2"]),
-            (dict(root="ab", layout="photographs", split=dict(train=1)), ["train can't be held out"])]:
+            (dict(root="ab", layout="photographs", split=dict(train=1)), ["train can't be held out"]),
+            (dict(root="ab", layout="photographs", split=dict(test=-1)), ["numbers from 0 on", "-1"]),
+            (dict(root="ab", layout="photographs", split="train", task="haze"), ["holds photographs", "leave out task:"]),
+            (dict(root="ab", layout="splits", gt="A/{key}"), ["reads no patterns", "layout: pairs"]),
+            (dict(root="~/r", layout="reside"), ["nothing at ~/r", "whole path"]),
+            (dict(root="r/ITS/clear/1.png", layout="reside"), ["is a file, expected a folder"]),
+            (dict(root="r", layout="table"), ["is a folder", "CSV or Parquet"]),
+            (dict(root=".", layout="reside"), ["write root: ./r"]),
+            (dict(root="r", layout="reside", task=dict(ITS="haze")), ["write task: NAME in place of a mapping"]),
+            (dict(root="ab", layout="pairs", split="train", task="rain", gt="A/{key}.png", lq="B/{key}"),
+             ["no suffix", "write gt: 'A/{key}'"]),
+            (dict(root="ab", layout="pairs", split="train", task="rain", gt="A/{key}", lq="./B/{key}"),
+             ["write lq: 'B/{key}'"])]:
         with pytest.raises((FoundIRError, FileNotFoundError)) as e: read_dataset(DataSet(name="x", **data), tmp_path)
         assert all(w in str(e.value) for w in words) and "\n" not in str(e.value), (data, str(e.value))
     make(tmp_path / "f", files_of("foundir_v2"))
@@ -332,3 +344,8 @@ def test_hidden_files_and_loops(tmp_path):
 @pytest.mark.parametrize("pattern", ["{key", "clear/*", "", "{name}"])
 def test_patterns_without_a_key(pattern):
     with pytest.raises(FoundIRError, match="must hold"): compile_pattern(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["{key}_{1}", "{key}_{no 1}", "{key}}", "{key}/{x"])
+def test_patterns_with_a_stray_brace(pattern):
+    with pytest.raises(FoundIRError, match="brace stands alone"): compile_pattern(pattern)

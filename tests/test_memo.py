@@ -101,3 +101,13 @@ def test_several_are_asked_at_once_each_for_what_it_lacks(tmp_path, num_workers)
     assert [list(f.items()) for f in found] == [[("c", 4), ("b", 3), ("a", "known")],
                                                 [("c", 16), ("b", "known"), ("a", "known")]]
     assert memo.known("first", items) == {"a": "known", "b": 3, "c": 4} and "c" not in memo.known("second", items)
+
+
+def test_a_memo_that_holds_no_json_or_cant_be_written_is_one_line(tmp_path):
+    import sqlite3
+    memo = Memo(tmp_path / "m.sqlite")
+    memo.add("a", {"k": 1})
+    with sqlite3.connect(memo.path) as base: base.execute("update memo set answer = '{'")
+    with pytest.raises(FoundIRError, match="delete it"): memo.known("a", ["k"])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FoundIRError, match="may be written"): Memo(tmp_path / "folder").add("a", {"k": 1})

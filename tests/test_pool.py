@@ -183,6 +183,30 @@ def test_all_that_is_wrong_with_the_list(disks):
     assert "data set reside: nothing at gone" in str(e.value) and "data set div2k" in str(e.value)
 
 
+def test_a_folder_listed_twice_is_refused(disks):
+    repo, disk = disks
+    a, b, _ = sets(disk)
+    inside = dict(name="its", root=str(disk / "RESIDE/ITS"), layout="pairs", gt="clear/{key}", lq="hazy/{key}_*",
+                  task="haze", split="train")
+    for other, told in [(a | dict(name="again"), "and again have 12 rows"), (inside, "and its have 9 rows")]:
+        with pytest.raises(FoundIRError, match=told): build_pool("data", [a, other], repo)
+    halves = [a | dict(split="train"), a | dict(name="sots", split="test")]
+    assert len(build_pool("data", halves, repo).manifest) == 12
+    photographs = b | dict(name="photographs", layout="div2k")  # the same files in another role
+    assert len(build_pool("data", [b, photographs], repo).manifest) == 6
+
+
+@pytest.mark.parametrize("values", [[], {"name": "a"}, "reside"])
+def test_what_is_no_list_of_data_sets(values):
+    with pytest.raises(ConfigError, match="expected a list of mappings"): read_config(values)
+
+
+@pytest.mark.parametrize("split", [{"reference": -2}, {"reference": 1.5}, {"val": 1}, {"train": 1}])
+def test_numbers_to_hold_out(split):
+    with pytest.raises(ConfigError, match=r"datasets\[0\].split"):
+        read_config([dict(name="a", root="a", layout="reside", split=split)])
+
+
 def test_dvc_sees_the_roots(disks, tmp_path):
     repo, disk = disks
     roots = data_roots("data", [*sets(disk), dict(name="t", root="lists/a.csv", layout="table")])
