@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CAPTION_COLUMNS', 'PROMPT', 'CAPTIONERS', 'Captioner', 'NoCaption', 'SidecarCaptioner', 'read_captions',
-           'CSVCaptioner', 'shipped_captions', 'shorten', 'VLMConfig', 'CaptionerError', 'SeededChoice', 'VLM',
-           'VLMCaptioner', 'CachedCaptioner', 'describe_all', 'CaptionerKind', 'captioner_choices', 'parse_captioner',
-           'make_captioner']
+           'CSVCaptioner', 'shipped_captions', 'shorten', 'FoundIRv2Captioner', 'VLMConfig', 'CaptionerError',
+           'SeededChoice', 'VLM', 'VLMCaptioner', 'CachedCaptioner', 'describe_all', 'CaptionerKind',
+           'captioner_choices', 'parse_captioner', 'make_captioner']
 
 # %% ../nbs/20_caption.ipynb #7cd3bf9c
 import csv, hashlib, json, re
@@ -141,6 +141,24 @@ def shorten(
     opening = {w.strip(",.:;").lower() for w in words[:drop_words]}
     if opening & _PICTURE and len(words) > drop_words: words = words[drop_words:]
     return " ".join(re.split(r"(?<=[.!?])\s+", " ".join(words))[:sentences])
+
+# %% ../nbs/20_caption.ipynb #20ju0002
+class FoundIRv2Captioner:
+    """Reads captions as the authors keep them (cschenxiang/FoundIR-v2, dataloader/Realesrgan_offline_dataset.py).
+    Raises `FoundIRError` if there is none."""
+    name = "foundir_v2"
+
+    def __call__(self, path: str | Path) -> str:
+        path = Path(path)
+        above, found, below = path.with_suffix(".json").as_posix().rpartition("/HQ_folder/")
+        if not found: raise FoundIRError(f"{path} is not below a folder HQ_folder: choose another captioner")
+        file = Path(f"{above}/json_folder/{below}")
+        try: text = json.loads(file.read_text(encoding="utf-8"))["caption"]
+        except FileNotFoundError: raise FoundIRError(f"no caption {file} for {path.name}: write one") from None
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise FoundIRError(f"can't read {file} ({type(e).__name__}): expected JSON with the key caption") from None
+        if not isinstance(text, str): raise FoundIRError(f"{file}: caption is {type(text).__name__}, expected a text")
+        return shorten(text)
 
 # %% ../nbs/20_caption.ipynb #afc7708c
 PROMPT = "describe this image and its style in a very detailed manner"
@@ -306,6 +324,7 @@ CAPTIONERS: dict[str, CaptionerKind] = {
     "shipped": CaptionerKind(("shipped",), lambda *_: CSVCaptioner(shipped_captions(), strict=False)),
     "csv": CaptionerKind(("csv:FILE",), lambda file, *_: CSVCaptioner(file)),
     "sidecar": CaptionerKind(("sidecar", "sidecar:.SUFFIX"), lambda suffix, *_: SidecarCaptioner(suffix or ".txt")),
+    "foundir_v2": CaptionerKind(("foundir_v2",), lambda *_: FoundIRv2Captioner()),
     "vlm": CaptionerKind(("vlm:MODEL",), lambda model, cache_dir, device:
                          CachedCaptioner(VLMCaptioner(VLMConfig(model), device), cache_dir)),
 }

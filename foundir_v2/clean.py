@@ -275,8 +275,8 @@ def clean(
     verdicts = {i: judge(row, thresholds) for i, row in zip(measures.index, measures.to_dict("records"))}
     manual = manual or {}
     of_file = {path: manual[photo] for path, photo in zip(usable.path, usable.photo) if photo in manual}
-    decided = {i: manual.get(photo, of_file.get(path)) for i, path, photo in zip(usable.index, usable.path, usable.photo)}
-    verdicts |= {i: verdict for i, verdict in decided.items() if verdict}
+    decided = usable.photo.map(manual).fillna(usable.path.map(of_file)).dropna()
+    verdicts |= decided.to_dict()
     verdicts |= {i: (REJECTED, why.replace(f"{root}/", "")) for i, why in unreadable.items() if why}
     pairs = [verdicts.get(i, old) for i, old in zip(index.index, zip(index.verdict, index.reason))]
     out = index.drop(columns=["verdict", "reason"]).assign(**dict(zip(("verdict", "reason"), zip(*pairs))))

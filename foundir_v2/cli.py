@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .batch import (Count, Gigabytes, Pixels, RestoreConfig, Seed, argument, quiet_libraries, reach_hub,
-                              restore_batch)
+from .batch import (Count, Gigabytes, Pixels, RestoreConfig, Seed, Workers, argument, quiet_libraries,
+                              reach_hub, restore_batch)
 from .cli_mixture import add_mixture
 from .inference import Factor, Fraction, Guidance, Overlap, Steps, TileBatch, TileSize
 from .targets import READABLE, Target, TargetError, check_targets, named
@@ -95,8 +95,8 @@ def add_restore(sub: Any) -> None:
                    help="what diffusion starts from: the noised input, or noise alone")
     p.add_argument("--prompt", type=_utf8, metavar="TEXT", help="what the pictures show (default: nothing)")
     p.add_argument("--caption", default="none", metavar="NAME",
-                   help="what the pictures show, one by one: none, shipped, csv:FILE, sidecar, sidecar:.SUFFIX or "
-                        "vlm:MODEL (default: %(default)s)")
+                   help="what the pictures show, one by one: none, shipped, csv:FILE, sidecar, "
+                        "sidecar:.SUFFIX, foundir_v2 or vlm:MODEL (default: %(default)s)")
     p.add_argument("--caption-cache", default=".cache/captions", metavar="DIR",
                    help="captions of models are kept here (default: %(default)s)")
     p.add_argument("--negative-prompt", type=_utf8, metavar="TEXT",
@@ -174,27 +174,36 @@ def limits_from(
             raise FoundIRError(f"--limit {text}: write MEASURE=REVIEW,REJECT, for instance noise=4,6") from None
     return limits
 
+# %% ../nbs/90_cli.ipynb #70108c64
+def _pictures_of(folder: Path) -> list[Path]:
+    from foundir_v2.core import FoundIRError
+    files = pictures_in(folder, folder)
+    if not files: raise FoundIRError(f"no pictures in {folder}: expected files that end with {', '.join(READABLE)}")
+    return files
+
 def run_clean(args: argparse.Namespace) -> int:
     "`foundir-v2 clean`"
     import pandas as pd
-    from foundir_v2.clean import Quality, Statistics, clean, make_thresholds
-    from foundir_v2.core import FoundIRError, MAX_PIXELS, atomic_write
-    from foundir_v2.index import Entry, inspect
+    from foundir_v2.clean import clean, make_thresholds
+    from foundir_v2.contact import contact_sheet, write_contact_sheet
+    from foundir_v2.core import atomic_write
+    from foundir_v2.index import Entry, inspect_all
+    from foundir_v2.judges import make_judges
     folder = named(args.input)
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: check the name")
     folder = folder.resolve()
-    files = pictures_in(folder, folder)
-    if not files: raise FoundIRError(f"no pictures in {folder}: expected files that end with {', '.join(READABLE)}")
-    check_targets(wanted(args.csv), files, args.force)
-    judges = [Statistics(), *([Quality(args.metrics.split(","))] if args.metrics else [])]
+    files = _pictures_of(folder)
+    check_targets([*wanted(args.csv), *wanted(args.contact_sheet)], files, args.force)
+    judges = make_judges(args.judges.split(","), args.metrics.split(",") if args.metrics else ())
     thresholds = make_thresholds(limits_from(args.limit), judges)
     entries = [Entry(p.relative_to(folder).as_posix(), str(p), "") for p in files]
-    index = pd.DataFrame([inspect(entry, folder, MAX_PIXELS) for entry in entries])
+    index = pd.DataFrame(inspect_all(entries, folder, num_workers=args.num_workers))
+    table = clean(index, judges, thresholds, folder, num_workers=args.num_workers)
     columns = ["photo", "width", "height", "verdict", "reason", *(m for j in judges for m in j.measures)]
-    table = clean(index, judges, thresholds, folder)[columns]
     if args.csv:
-        with atomic_write(args.csv) as tmp: table.to_csv(tmp, index=False)
-    print(table.round(4).to_string(index=False))
+        with atomic_write(args.csv) as tmp: table[columns].to_csv(tmp, index=False)
+    if args.contact_sheet: write_contact_sheet(contact_sheet(table, thresholds, folder), args.contact_sheet)
+    print(table[columns].round(4).to_string(index=False))
     return 0
 
 # %% ../nbs/90_cli.ipynb #58ecea2d
@@ -204,7 +213,15 @@ def add_clean(sub: Any) -> None:
     p.add_argument("input", metavar="FOLDER", help="with its subfolders")
     p.add_argument("--limit", action="append", default=[], metavar="MEASURE=REVIEW,REJECT",
                    help="for instance noise=4,6 detail=0.52,0.48; may be repeated (default: only measure)")
+    p.add_argument("--judges", default="statistics", metavar="NAMES",
+                   help="who measures: statistics, traces, daclip:FILE, vlm:MODEL, with commas between "
+                        "(default: %(default)s)")
     p.add_argument("--metrics", metavar="NAMES", help="also no-reference metrics, for instance piqe,niqe")
+    p.add_argument("--num-workers", type=argument(Workers), default=0, metavar="N",
+                   help="processes that measure (default: %(default)s, this one alone)")
+    p.add_argument("--contact-sheet", metavar="FILE.html",
+                   help="also write a page to keep or drop pictures, the most suspicious first; it saves a CSV for "
+                        "`clean.manual` in params.yaml")
     p.add_argument("--csv", metavar="FILE", help="also write the table")
     p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_clean)
@@ -235,8 +252,8 @@ def add_caption(sub: Any) -> None:
     p.add_argument("input", metavar="IN", help="a picture, or a folder")
     p.add_argument("output", metavar="OUT", help="folder for the text files")
     p.add_argument("--captioner", required=True, metavar="NAME",
-                   help="none, shipped, csv:FILE, sidecar, sidecar:.SUFFIX or vlm:MODEL (a folder or hub name of a "
-                        "vision-language model); all but the last copy existing captions")
+                   help="none, shipped, csv:FILE, sidecar, sidecar:.SUFFIX, foundir_v2 or vlm:MODEL (a folder or hub "
+                        "name of a vision-language model); all but the last copy existing captions")
     p.add_argument("--cache-dir", default=".cache/captions", metavar="DIR",
                    help="captions of models are kept here (default: %(default)s)")
     p.add_argument("--device", help="cpu, cuda, mps (default: an accelerator if there is one)")

@@ -328,3 +328,20 @@ def test_sidecars_of_two_folders_have_two_cache_entries(tmp_path):
     texts = [CachedCaptioner(SidecarCaptioner(folder=tmp_path / name), tmp_path / "cache")(tmp_path / "a.png")
              for name in "xy"]
     assert texts == ["text x", "text y"]
+
+
+def test_the_authors_json_lies_beside_their_pictures(tmp_path):
+    from foundir_v2.caption import FoundIRv2Captioner
+    captioner = make_captioner("foundir_v2", tmp_path)
+    assert isinstance(captioner, FoundIRv2Captioner)
+    file = tmp_path / "HQ_folder/x/json_folder/Task1/sub/a.json"  # the innermost HQ_folder counts
+    picture = tmp_path / "HQ_folder/x/HQ_folder/Task1/sub/a.png"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"caption": "The image features a boat. It is red. The sky is grey."}')
+    assert captioner(picture) == shorten("The image features a boat. It is red. The sky is grey.") != ""
+    for text, words in (("{", "expected JSON"), ('{"text": "a"}', "KeyError"), ("[1]", "TypeError"),
+                        ('{"caption": 3}', "expected a text"), (None, "no caption")):
+        if text is None: file.unlink()
+        else: file.write_text(text)
+        with pytest.raises(FoundIRError, match=words): captioner(picture)
+    with pytest.raises(FoundIRError, match="not below a folder HQ_folder"): captioner(tmp_path / "b.png")

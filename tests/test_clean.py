@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from foundir_v2.clean import (Judge, Quality, REVIEW, Statistics, Threshold, blockiness, centre, clean, detail, judge,
                               light, make_thresholds, noise, read_manual)
-from foundir_v2.core import FoundIRError, load_image, repo_root, save_image
+from foundir_v2.core import FoundIRError, generator, load_image, repo_root, save_image
 from foundir_v2.degrade import degrade, upsample_lq
 from foundir_v2.index import ACCEPTED, REJECTED
 
@@ -238,7 +238,7 @@ def test_a_picture_is_decoded_once_for_all_judges_and_all_its_pairs(tmp_path, mo
     from foundir_v2 import clean as cl
     from foundir_v2.identify import Traces
     from foundir_v2.memo import Memo
-    for i in range(2): save_image(torch.rand(3, 80, 96, generator=torch.Generator().manual_seed(i)), tmp_path/f"{i}.png")
+    for i in range(2): save_image(torch.rand(3, 80, 96, generator=generator("twice", i)), tmp_path/f"{i}.png")
     rows = [dict(photo=f"p{k}", path=f"{k % 2}.png", lq=f"lq{k}.png", verdict="", reason="") for k in range(6)]
     read, judges, memo = [], [Statistics(), Traces(), Haze()], Memo(tmp_path/"memo")
     monkeypatch.setattr(cl, "load_image", lambda path, **k: read.append(path) or load_image(path))
@@ -254,8 +254,9 @@ def test_a_picture_is_decoded_once_for_all_judges_and_all_its_pairs(tmp_path, mo
 
 def test_what_a_human_says_of_a_ground_truth_holds_for_all_its_pairs(tmp_path):
     save_image(torch.rand(3, 80, 96), tmp_path/"a.png"); save_image(torch.rand(3, 80, 96), tmp_path/"b.png")
-    rows = [dict(photo=n, path=p, verdict=v, reason=v) for n, p, v in (
-        ("one", "a.png", ""), ("two", "a.png", ""), ("three", "a.png", ""), ("torn", "a.png", REJECTED), ("b", "b.png", ""))]
+    files = dict.fromkeys(("one", "two", "three", "torn"), "a.png") | {"b": "b.png"}
+    rows = [dict(photo=n, path=p, verdict="", reason="") for n, p in files.items()]
+    rows[3] |= dict(verdict=REJECTED, reason=REJECTED)
     manual = {"one": (REJECTED, "manual: soft"), "three": (ACCEPTED, "manual: fine")}
     for said in ({"one": manual["one"]}, manual):
         table = clean(pd.DataFrame(rows), [Statistics()], [], tmp_path, manual=said).set_index("photo")

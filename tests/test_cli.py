@@ -579,6 +579,23 @@ def test_clean_judges_a_folder(tmp_path, capsys):
     assert run('clean', tmp_path / 'nothing') == 2
 
 
+def test_clean_asks_other_judges_in_processes_and_writes_a_page(tmp_path, capsys):
+    import pandas as pd
+    rng = np.random.default_rng(0)
+    for i in range(3): Image.fromarray(rng.integers(0, 255, (96, 96, 3), dtype=np.uint8)).save(tmp_path / f'{i} ü.png')
+    page, table = tmp_path / 'sheet.html', tmp_path / 'out.csv'
+    options = ['--judges', 'traces,statistics', '--limit', 'noise=4,6', '--contact-sheet', page, '--csv', table]
+    assert run('clean', tmp_path, *options, '--num-workers', 2) == 0
+    measured = pd.read_csv(table)
+    assert {'veil', 'jpeg_step', 'noise'} <= set(measured) and (measured.verdict == 'rejected').all()
+    assert page.read_text(encoding='utf-8').count('<figure') == 3
+    capsys.readouterr()
+    assert run('clean', tmp_path, *options, '--force') == 0
+    assert pd.read_csv(table).equals(measured)
+    for bad in (['--judges', 'nobody'], ['--num-workers', '-1'], ['--contact-sheet', tmp_path / '0 ü.png']):
+        assert run('clean', tmp_path, *bad) == 2 and capsys.readouterr().err.count('\n') == 1
+
+
 def test_report_prints_the_metrics(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run('report') == 2 and 'metrics/evaluate.json' in capsys.readouterr().err

@@ -117,7 +117,8 @@ def test_before_and_after():
 def test_a_file_of_several_rows_is_shown_once(judged):
     table, thresholds, folder = judged
     twice = pd.concat([table, table.assign(photo=table.photo + " again")], ignore_index=True)
-    assert Page(contact_sheet(twice, thresholds, folder)).photos == Page(contact_sheet(table, thresholds, folder)).photos
+    shown = [Page(contact_sheet(t, thresholds, folder)).photos for t in (table, twice)]
+    assert shown[0] == shown[1]
 
 
 def test_a_pair_that_was_cropped_has_a_card(judged, tmp_path):

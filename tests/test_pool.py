@@ -243,8 +243,8 @@ def test_what_a_split_has_nothing_for_is_told_at_once(disks):
     tasks, asked = {"weather": ["rain"], "fog": [], "haze": []}, ["haze", "murky"]
     found = lacking(index, tasks, asked)
     assert found == {"train": ["fog"], "reference": ["fog", "haze", "murky"], "test": ["murky"]}
-    with pytest.raises(FoundIRError, match="train has nothing for fog; reference .*haze, murky; test .*murky: add") as e:
-        refuse_lacking(found)
+    words = "train has nothing for fog; reference .*haze, murky; test .*murky: add"
+    with pytest.raises(FoundIRError, match=words) as e: refuse_lacking(found)
     assert "\n" not in str(e.value)
     refuse_lacking({})
     # pairs of the task, of a sub-task, and photographs for what has a recipe
