@@ -149,7 +149,7 @@ class DataSet:
     root: Text  # folder (a file for `table`), relative to the repository or absolute
     layout: Text = "splits"  # a key of `LAYOUTS`
     task: Text | dict[str, str] | None = None  # sub-task (or task) of its pairs, or {task} folder -> sub-task
-    split: Literal["train", "reference", "test"] | dict[Held, Amount] | None = None  # its part; how many to hold out; all
+    split: Literal["train", "reference", "test"] | dict[Held, Amount] | None = None  # its part; what to hold out; all
     weight: Annotated[int, Interval(ge=1, le=1000)] = 1  # its rows count so often within their task
     gt: Text | None = None  # pattern in place of the layout's
     lq: Text | None = None  # likewise
@@ -366,7 +366,7 @@ def _place(data: DataSet, root: str | Path) -> Path:
     told = f"data set {data.name}: {data.root}"
     if where.is_dir(): raise FoundIRError(f"{told} is a folder, and layout: table reads a CSV or Parquet file")
     if where.exists(): raise FoundIRError(f"{told} is a file, expected a folder; a list of files is a layout: table")
-    why = "~ isn't expanded, write the whole path." if data.root[0] == "~" else "was it moved, or is a disk not mounted?"
+    why = "was it moved, or is a disk not mounted?" if data.root[0] != "~" else "write the whole path in place of ~."
     raise FileNotFoundError(f"data set {data.name}: nothing at {data.root}: {why} Correct root: in ingest.datasets")
 
 def read_dataset(

@@ -21,9 +21,11 @@ from tqdm import tqdm
 from .core import FoundIRError
 from .process import exit_with_parent
 
-# %% ../nbs/05a_memo.ipynb #15me0005
+# %% ../nbs/05a_memo.ipynb #15me0018
+# what is wrong around the file, not in it
 _OUTSIDE = {getattr(sqlite3, f"SQLITE_{name}") for name in "BUSY LOCKED PERM READONLY FULL CANTOPEN IOERR".split()}
 
+# %% ../nbs/05a_memo.ipynb #15me0005
 class Memo:
     "Answers that are kept in a file: who gave them, what they are about, any JSON value."
     def __init__(
@@ -34,16 +36,15 @@ class Memo:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        wait_s = 60  # for another process that writes
+        columns, wait_s = "who text, key text, answer text, primary key (who, key)", 60  # for another process
         try:
             with closing(sqlite3.connect(self.path, timeout=wait_s)) as base, base:
-                columns = "who text, key text, answer text, primary key (who, key)"
                 base.execute(f"create table if not exists memo ({columns})")
                 yield base
         except (sqlite3.DatabaseError, json.JSONDecodeError) as e:
-            what = ("see to it that the disk has room, the file may be written, and no other run holds it"
-                    if getattr(e, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 255 in _OUTSIDE else
-                    "delete it, what it knew is found out again")
+            what = "make room for it, allow writing, or end the other run that holds it"
+            if getattr(e, "sqlite_errorcode", 0) & 255 not in _OUTSIDE:
+                what = "delete it, what it knew is found out again"
             raise FoundIRError(f"can't use the memo {self.path} ({e}): {what}") from None
 
     def known(

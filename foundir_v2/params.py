@@ -6,7 +6,8 @@
 __all__ = ['Text', 'Workers', 'MetricName', 'Names', 'STAGES', 'SECTIONS', 'OPTIONAL', 'PARTLY', 'IngestConfig', 'CleanConfig',
            'ManifestConfig', 'OutsideConfig', 'EvaluateConfig', 'ReportConfig', 'section_problems', 'indivisible',
            'stage_problems', 'training_problems', 'restorer_problems', 'evaluation_problems', 'Measures',
-           'ingestion_problems', 'cleaning_problems', 'captioner_problems', 'check_params', 'keys_read', 'dvc_params']
+           'pool_problems', 'ingestion_problems', 'cleaning_problems', 'captioner_problems', 'check_params',
+           'keys_read', 'dvc_params']
 
 # %% ../nbs/82_params.ipynb #fcb21d01
 from collections.abc import Iterator, Mapping, Sequence
@@ -187,18 +188,24 @@ class Measures:
     "The names of measures, as a judge has them."
     measures: tuple[str, ...]
 
+def pool_problems(
+    ingest: Mapping[str, Any],  # the section as it was read
+) -> Iterator[str]:
+    "What is wrong with a list of data sets in itself: known without torch."
+    if ingest.get("datasets") is None: return
+    from foundir_v2.pool import read_config
+    try: read_config(ingest["datasets"])
+    except ConfigError as e: yield str(e)
+
 def ingestion_problems(
     ingest: IngestConfig,
     tasks: Mapping[str, Sequence[str]],  # task -> its sub-tasks
 ) -> Iterator[str]:
-    "What is wrong with the data sets of a pool."
+    "What is wrong with the sub-tasks of a pool's data sets."
     if ingest.datasets is None: return
     from foundir_v2.layouts import LAYOUTS
     from foundir_v2.pool import read_config
-    try: datasets = read_config(ingest.datasets)
-    except ConfigError as e:
-        yield str(e)
-        return
+    datasets = read_config(ingest.datasets)
     known = [n for task, names in tasks.items() for n in (task, *names)]
     for d in datasets:
         named = d.task.values() if isinstance(d.task, Mapping) else [d.task or LAYOUTS[d.layout].task]
@@ -234,6 +241,7 @@ def check_params(
     "Refuse parameters that no stage could work with. Raises `ConfigError` with all that was found, in one line."
     known = [s for s in SECTIONS if s in params]
     problems = [p for s in known for p in section_problems(s, params[s], early=True)]
+    problems = problems or [*pool_problems(params.get("ingest", {}))]
     problems = problems or [p for s in known for p in section_problems(s, params[s])]
     if not problems:
         made = {s: from_dict(SECTIONS[s], params[s], s) for s in known}

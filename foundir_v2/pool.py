@@ -32,7 +32,7 @@ def read_config(
     "Check a list of data sets. Raises `ConfigError`, which tells all that is wrong."
     problems, found = [], []
     if isinstance(values, (str, Mapping)) or not values:
-        raise ConfigError(f"ingest.datasets: expected a list of mappings, got {shown(values)}; null: one folder, data_dir")
+        raise ConfigError(f"ingest.datasets: expected a list of mappings, got {shown(values)}; null: data_dir")
     for i, v in enumerate(values):
         where = f"ingest.datasets[{i}]"
         try: found.append(v if isinstance(v, DataSet) else from_dict(DataSet, v, where))
@@ -116,13 +116,13 @@ class Pool(NamedTuple):
 POOL_COLUMNS = ("dataset", "weight", "scale", "lq_sha256")
 
 def _listed_twice(entries: Sequence[Entry], owners: Sequence[DataSet]) -> list[str]:
-    "Which data sets have rows in common: of one folder, or of one inside the other."
+    "Which data sets list the same: one folder twice, or a folder inside another."
     first: dict[tuple[str, ...], str] = {}
     common: Counter[tuple[str, str]] = Counter()
     for e, d in zip(entries, owners):
         if (name := first.setdefault((e.path, e.lq, e.task, e.split), d.name)) != d.name: common[name, d.name] += 1
-    return [f"data sets {a} and {b} have {n} rows in common: leave one out, or divide them by split: "
-            "(weight: lets a data set count more)" for (a, b), n in common.items()]
+    return [f"data sets {a} and {b} list the same pictures (rows in common: {n}): leave one out, or give each its "
+            "own split: (weight: lets a data set count more)" for (a, b), n in common.items()]
 
 def _read_all(datasets: Sequence[DataSet], root: Path) -> tuple[list[Entry], list[DataSet], list[tuple[str, str, int]]]:
     "Entries of all, the data set of each, and what was ignored. Raises `FoundIRError` with all that is wrong."

@@ -39,6 +39,7 @@ def test_training(setting, word):
 @pytest.mark.parametrize('setting, word', [
     ('evaluate.split=tests', 'train, reference, test'), ('report.headline=pnsr', 'psnr'),
     ('clean.metrics=[pique]', 'piqe'), ('evaluate.subtasks=[hazee]', 'haze'), ('train_stage2.loss=l3', 'l1, l2'),
+    ('ingest.datasets=[{name: a, root: b, layout: resid}]', 'reside'),
     ('inference.prompt=captions', 'none, caption'), ('evaluate.metrics=[pnsr]', 'psnr'), ('train.sede=1', 'seed')])
 def test_stages(setting, word, tmp_path):
     "Whichever stage is asked for, a misspelling for any of them stops it."

@@ -273,7 +273,7 @@ def test_what_is_refused_says_what_to_write(tmp_path):
             (dict(root="ab", layout="photographs", split=dict(reference=2)), ["2 to be held out of 2"]),
             (dict(root="ab", layout="photographs", split=dict(train=1)), ["train can't be held out"]),
             (dict(root="ab", layout="photographs", split=dict(test=-1)), ["numbers from 0 on", "-1"]),
-            (dict(root="ab", layout="photographs", split="train", task="haze"), ["holds photographs", "leave out task:"]),
+            (dict(root="ab", layout="photographs", split="train", task="haze"), ["photographs", "leave out task:"]),
             (dict(root="ab", layout="splits", gt="A/{key}"), ["reads no patterns", "layout: pairs"]),
             (dict(root="~/r", layout="reside"), ["nothing at ~/r", "whole path"]),
             (dict(root="r/ITS/clear/1.png", layout="reside"), ["is a file, expected a folder"]),

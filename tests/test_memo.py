@@ -110,4 +110,4 @@ def test_a_memo_that_holds_no_json_or_cant_be_written_is_one_line(tmp_path):
     with sqlite3.connect(memo.path) as base: base.execute("update memo set answer = '{'")
     with pytest.raises(FoundIRError, match="delete it"): memo.known("a", ["k"])
     (tmp_path / "folder").mkdir()
-    with pytest.raises(FoundIRError, match="may be written"): Memo(tmp_path / "folder").add("a", {"k": 1})
+    with pytest.raises(FoundIRError, match="allow writing"): Memo(tmp_path / "folder").add("a", {"k": 1})
