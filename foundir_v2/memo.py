@@ -143,7 +143,7 @@ def all_remembered(
     finally: save()
     return [{key: known[key] for key in items} for known in answers]
 
-# %% ../nbs/05a_memo.ipynb #15me0018
+# %% ../nbs/05a_memo.ipynb #103531f6
 def _alone(work: Callable[[T], R], asked: tuple[T, tuple[int, ...]]) -> list[R]: return [work(asked[0])]
 
 def remembered(

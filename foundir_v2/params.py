@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Text', 'Workers', 'MetricName', 'Names', 'STAGES', 'SECTIONS', 'OPTIONAL', 'PARTLY', 'IngestConfig', 'CleanConfig',
            'ManifestConfig', 'OutsideConfig', 'EvaluateConfig', 'ReportConfig', 'section_problems', 'indivisible',
-           'stage_problems', 'training_problems', 'restorer_problems', 'evaluation_problems', 'Measures',
-           'pool_problems', 'ingestion_problems', 'cleaning_problems', 'captioner_problems', 'check_params',
+           'stage_problems', 'training_problems', 'restorer_problems', 'subtask_problems', 'evaluation_problems',
+           'pool_problems', 'ingestion_problems', 'Measures', 'cleaning_problems', 'captioner_problems', 'check_params',
            'keys_read', 'dvc_params']
 
 # %% ../nbs/82_params.ipynb #fcb21d01
@@ -23,7 +23,7 @@ from .core import FoundIRError
 from .iqa import METRICS
 from .settings import PARTS, Count, Seed, Side, StageConfig, SubTaskSet, TrainConfig
 from .settings import build_mixture, fields_read
-from .tasks import SUBTASKS, subtask, subtask_names
+from .tasks import SUBTASKS, subtask, subtask_names, task_table
 
 # %% ../nbs/82_params.ipynb #02b19d80
 Text = Annotated[str, MinLen(1)]
@@ -159,19 +159,24 @@ def restorer_problems(
     try: parse_restorer(spec if isinstance(spec, str) else shown(spec), options)
     except FoundIRError as e: yield f"{where}: {e}"
 
+def subtask_problems(
+    chosen: str | Sequence[str],  # `evaluate.subtasks`
+    tasks: Mapping[str, Sequence[str]],  # task -> its sub-tasks; none: stored pairs alone
+) -> Iterator[str]:
+    "Names in the evaluation that are neither sub-tasks nor tasks of stored pairs alone."
+    for name in subtask_names(chosen):
+        try: name in tasks and not tasks[name] or subtask(name)
+        except FoundIRError as e: yield f"evaluate.subtasks: {e}, and mixture.tasks those of pairs alone ({name}: [])"
+
 def evaluation_problems(
     evaluate: EvaluateConfig,
     report: ReportConfig | None,  # None: there is none
-    tasks: Mapping[str, Sequence[str]],  # task -> its sub-tasks; none: stored pairs alone
 ) -> Iterator[str]:
     "What is wrong with the evaluation and its report."
     names, systems = subtask_names(evaluate.subtasks), evaluate.systems
     for name, spec in systems.items(): yield from restorer_problems(spec, f"evaluate.systems.{name}")
     if evaluate.control not in systems:
         yield f"evaluate.control: expected one of {', '.join(systems)}, got {shown(evaluate.control)}"
-    for name in names:
-        try: name in tasks and not tasks[name] or subtask(name)
-        except FoundIRError as e: yield f"evaluate.subtasks: {e}, and mixture.tasks those of pairs alone ({name}: [])"
     if bad := indivisible(evaluate.size, names):
         yield f"evaluate.size {evaluate.size} is not a multiple of the scale of {', '.join(bad)}"
     if report is None: return
@@ -182,12 +187,7 @@ def evaluation_problems(
         if unknown := [g for g in given if g not in known]:
             yield f"report.{key}: {', '.join(unknown)} is not in the evaluation, which has {', '.join(known)}"
 
-# %% ../nbs/82_params.ipynb #0f0c9cb2
-@dataclass(frozen=True)
-class Measures:
-    "The names of measures, as a judge has them."
-    measures: tuple[str, ...]
-
+# %% ../nbs/82_params.ipynb #0f0c9cb1
 def pool_problems(
     ingest: Mapping[str, Any],  # the section as it was read
 ) -> Iterator[str]:
@@ -212,6 +212,12 @@ def ingestion_problems(
         if bad := [t for t in named if t and t not in known]:
             yield (f"ingest.datasets: the pairs of {d.name} are for {', '.join(bad)}, which is not trained: "
                    f"write task: with one of {', '.join(known)}, or add it to mixture.tasks")
+
+# %% ../nbs/82_params.ipynb #0f0c9cb2
+@dataclass(frozen=True)
+class Measures:
+    "The names of measures, as a judge has them."
+    measures: tuple[str, ...]
 
 def cleaning_problems(clean: CleanConfig) -> Iterator[str]:
     "What is wrong with the limits."
@@ -241,16 +247,18 @@ def check_params(
     "Refuse parameters that no stage could work with. Raises `ConfigError` with all that was found, in one line."
     known = [s for s in SECTIONS if s in params]
     problems = [p for s in known for p in section_problems(s, params[s], early=True)]
-    problems = problems or [*pool_problems(params.get("ingest", {}))]
+    tasks = {} if problems or "mixture" not in params else task_table(params["mixture"]["tasks"])
+    if not problems:
+        problems = [*pool_problems(params.get("ingest", {}))]
+        if "evaluate" in params: problems += subtask_problems(params["evaluate"]["subtasks"], tasks)
     problems = problems or [p for s in known for p in section_problems(s, params[s])]
     if not problems:
         made = {s: from_dict(SECTIONS[s], params[s], s) for s in known}
         if {*PARTS, *STAGES} <= set(known): problems += training_problems(params, Path(root))
-        tasks = made["mixture"].task_table if "mixture" in made else {}
         if {"ingest", "mixture"} <= set(made): problems += ingestion_problems(made["ingest"], tasks)
         if "manifest" in made: problems += captioner_problems(made["manifest"])
         if "clean" in made: problems += cleaning_problems(made["clean"])
-        if "evaluate" in made: problems += evaluation_problems(made["evaluate"], made.get("report"), tasks)
+        if "evaluate" in made: problems += evaluation_problems(made["evaluate"], made.get("report"))
     if problems: raise ConfigError(f"{name}: {'; '.join(problems)}")
 
 # %% ../nbs/82_params.ipynb #906165f0
