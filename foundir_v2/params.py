@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Text', 'Workers', 'MetricName', 'STAGES', 'SECTIONS', 'OPTIONAL', 'IngestConfig', 'CleanConfig', 'ManifestConfig',
            'OutsideConfig', 'EvaluateConfig', 'ReportConfig', 'section_problems', 'indivisible', 'stage_problems',
-           'training_problems', 'restorer_problems', 'evaluation_problems', 'Measures', 'pool_problems',
-           'ingestion_problems', 'cleaning_problems', 'captioner_problems', 'check_params', 'keys_read', 'dvc_params']
+           'training_problems', 'restorer_problems', 'evaluation_problems', 'pool_problems', 'ingestion_problems',
+           'Measures', 'cleaning_problems', 'captioner_problems', 'check_params', 'keys_read', 'dvc_params']
 
 # %% ../nbs/82_params.ipynb #fcb21d01
 from collections.abc import Iterator, Mapping, Sequence
@@ -177,11 +177,6 @@ def evaluation_problems(
             yield f"report.{key}: {', '.join(unknown)} is not in the evaluation, which has {', '.join(known)}"
 
 # %% ../nbs/82_params.ipynb #0f0c9cb2
-@dataclass(frozen=True)
-class Measures:
-    "The names of measures, as a judge has them."
-    measures: tuple[str, ...]
-
 def pool_problems(
     ingest: Mapping[str, Any],  # the section as it was read
 ) -> Iterator[str]:
@@ -206,6 +201,12 @@ def ingestion_problems(
         if bad := [t for t in named if t and t not in known]:
             yield (f"ingest.datasets: the pairs of {d.name} are for {', '.join(bad)}, which is not trained: "
                    f"write task: with one of {', '.join(known)}, or add it to mixture.tasks")
+
+# %% ../nbs/82_params.ipynb #0f0c9cb3
+@dataclass(frozen=True)
+class Measures:
+    "The names of measures, as a judge has them."
+    measures: tuple[str, ...]
 
 def cleaning_problems(clean: CleanConfig) -> Iterator[str]:
     "What is wrong with the limits."
