@@ -257,6 +257,7 @@ def measure(
         columns |= {m: [found[k].get(m, math.nan) for k in keys] for m in one.measures}
     return pd.DataFrame(columns | {"unreadable": [unreadable.get(k, "") for k in keys]}, index=index.index)
 
+# %% ../nbs/18_clean.ipynb #94bd626a
 def clean(
     index: pd.DataFrame,  # columns photo, path, verdict, reason, as `foundir_v2.index.build_manifest` makes it
     judges: Sequence[Judge],
