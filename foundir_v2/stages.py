@@ -123,7 +123,7 @@ def expected_stage(
     notebook, sections = arguments
     params = read_by(sections, root)
     code = lambda d: d == notebook or d.startswith((PACKAGE + "/", "nbs/")) and d.endswith((".py", ".ipynb"))
-    data = ingested(root) if sections == ["ingest"] else [d for d in stage.get("deps", []) if not code(d)]
+    data = ingested(root) if "ingest" in sections else [d for d in stage.get("deps", []) if not code(d)]
     return dict(deps=data + code_deps(notebook, root)) | (dict(params=params) if params else {})
 
 # %% ../nbs/07_stages.ipynb #87bacde9
