@@ -14,7 +14,7 @@ from foundir_v2.config import declarations, load_params, load_yaml, overlay, par
 from foundir_v2.params import SECTIONS, STAGES as TRAINING, check_params
 from foundir_v2.runner import assign, check_parameters, notebook_parameters, parser, read_sections
 from foundir_v2.settings import FLAT, PARTS, TrainConfig
-from foundir_v2.stages import differences, library_notebooks, modules, runner_arguments
+from foundir_v2.stages import differences, expected_stage, library_notebooks, modules, runner_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = load_yaml(ROOT / 'dvc.yaml')
@@ -32,6 +32,15 @@ def laid(profile):
 
 def test_dependencies_follow_from_the_imports():
     assert differences(ROOT) == [], 'run make export'
+
+
+def test_the_folders_of_a_pool_are_what_ingestion_depends_on(tmp_path):
+    for name in ('nbs', 'foundir_v2'): (tmp_path / name).symlink_to(ROOT / name)
+    text = (ROOT / 'params.yaml').read_text(encoding='utf-8')
+    pool = 'datasets: [{name: a, root: /disk/a, layout: reside}, {name: b, root: sets/b, layout: div2k}]'
+    (tmp_path / 'params.yaml').write_text(text.replace('datasets: null', pool))
+    deps, usual = (expected_stage('ingest', STAGES['ingest'], root)['deps'] for root in (tmp_path, ROOT))
+    assert deps == ['/disk/a', 'sets/b', *usual[1:]] and usual[0] == 'data'
 
 
 def test_export_makes_every_module_from_every_notebook():
