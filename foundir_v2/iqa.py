@@ -135,6 +135,20 @@ def _hub_rules() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = offline
         if lacking: sys.modules.pop("pkg_resources", None)
 
+# %% ../nbs/16_iqa.ipynb #f82a1817
+@contextlib.contextmanager
+def _llama_as_it_was() -> Iterator[None]:
+    "Put back what is replaced in transformers' Llama meanwhile."
+    from transformers.models.llama import configuration_llama, modeling_llama
+    owners = (configuration_llama, modeling_llama, modeling_llama.LlamaModel, modeling_llama.LlamaForCausalLM)
+    before = [dict(vars(owner)) for owner in owners]
+    try: yield
+    finally:
+        for owner, old in zip(owners, before):
+            for name, value in dict(vars(owner)).items():
+                if name not in old: delattr(owner, name)
+                elif value is not old[name]: setattr(owner, name, old[name])
+
 # %% ../nbs/16_iqa.ipynb #d0bc192e
 def _load_tensors(net: torch.nn.Module, path: Path) -> None:
     """Fill a network from a pickle that may hold nothing but tensors.
@@ -156,14 +170,14 @@ def _create(name: str, weights: Path | None, device: str) -> Any:
     "pyiqa's object for a metric; built once per process, weights file and device."
     import torch
     try:
-        with _quiet(): import pyiqa
+        with _quiet(), _llama_as_it_was(): import pyiqa
     except ImportError as e:
         raise MetricUnavailable(f"{name} needs pyiqa ({e}): pip install 'foundir_v2[metrics]'") from None
     m = metric(name)
     options = ({} if weights is None else {"pretrained": False} if weights.suffix == ".pth"
                else {"pretrained_model_path": str(weights)})
     try:
-        with _quiet(), (_hub_rules() if m.weights == HUB else contextlib.nullcontext()):
+        with _quiet(), _llama_as_it_was(), (_hub_rules() if m.weights == HUB else contextlib.nullcontext()):
             made = pyiqa.create_metric(m.pyiqa_name, device=torch.device(device), **options)
     except Exception as e:
         need = "weights from the hub, which can't be reached here" if m.weights == HUB else "a file that can't be read"

@@ -1,5 +1,7 @@
 "Metrics: known values, directions, and what bad input or missing weights lead to."
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -174,3 +176,16 @@ def test_without_pyiqa_the_extra_is_named(monkeypatch):
 def test_a_picture_in_another_range_is_told_how_to_convert_it():
     with pytest.raises(FoundIRError, match="x / 2"): score("psnr", torch.rand(3, 32, 32) * 2 - 1, torch.rand(3, 32, 32))
     with pytest.raises(FoundIRError, match="must be"): score("psnr", torch.rand(0, 3, 32, 32), torch.rand(0, 3, 32, 32))
+
+
+def test_transformers_llama_stays_its_own():
+    "Some of pyiqa's networks put an older one in its place, of which no model that describes pictures can be made."
+    run = """if True:
+        from foundir_v2.iqa import _llama_as_it_was
+        with _llama_as_it_was(): import pyiqa.archs.q_align.cmp_modelling_mplug_owl2
+        from transformers.models.llama import modeling_llama as llama
+        tiny = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        model = llama.LlamaForCausalLM(llama.LlamaConfig(**tiny)).model
+        print(*{part.__module__ for part in (model.config, model.layers[0].self_attn, model.forward)})"""
+    out = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True).stdout.split()
+    assert out and all(module.startswith("transformers.models.llama.") for module in out)

@@ -928,12 +928,12 @@ def test_the_captioning_model_is_gone_afterwards(tmp_path, monkeypatch):
     paths, alive = files(tmp_path, "a.png", "b.png"), []
     (tmp_path / "b.png").write_text("no picture")
     class Model: pass
-    def call(self, path):
-        if self._loaded is None: self._loaded = Model(); alive.append(weakref.ref(self._loaded))
+    def describe(self, pictures):
+        if self.vlm._loaded is None: self.vlm._loaded = Model(); alive.append(weakref.ref(self.vlm._loaded))
         from foundir_v2.core import load_image
-        load_image(path)
-        return "a cat"
-    monkeypatch.setattr(VLMCaptioner, "__call__", call)
+        for path in pictures: load_image(path)
+        return ["a cat"] * len(pictures)
+    monkeypatch.setattr(VLMCaptioner, "describe", describe)
     first, second = L.describe(paths, "vlm:some/model", tmp_path / "cache", "cpu")
     assert first == "a cat" and isinstance(second, FoundIRError) and len(alive) == 1 and alive[0]() is None
 

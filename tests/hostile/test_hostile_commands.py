@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foundir_v2 import cli
+from foundir_v2 import cli, fetch
 
 PROGRAM = sys.executable, '-m', 'foundir_v2.cli'
 ENVIRONMENT = os.environ | {'PYTHONPATH': str(Path(__file__).resolve().parents[2])}
@@ -300,6 +300,8 @@ def model(here): shutil.copytree(Path(cli.__file__).parent / 'assets/tiny', 'mod
 
 
 nothing = lambda here: None
+WEIGHTS = ('.cache', '.cache/fetched', '.cache/fetched/SOURCES.csv', '.cache/fetched/weights',  # of metrics: data stays
+           *(f'.cache/fetched/{w.file}' for w in fetch.WEIGHTS))
 
 SPECIAL = [  # what is there besides, the command line, whether it must fail (None: it may), what may change
     (nothing, 'restore other in/d in', True, ()),
@@ -379,11 +381,11 @@ SPECIAL = [  # what is there besides, the command line, whether it must fail (No
     (nothing, 'mixture simulate --policy fixed --seeds 1 --updates 2 --csv t.csv --picture mine/foreign.png', True, ()),
     (nothing, 'mixture simulate curves.json --policy fixed --seeds 1 --updates 2 --save-curves curves.json --force',
      True, ()),
-    (data_of_mine, 'data fetch', True, ()),
+    (data_of_mine, 'data fetch', None, WEIGHTS),
     (my_table, 'data fetch', True, ()),
     (nothing, 'data fetch --data-dir one.png', True, ()),
-    (nothing, 'data fetch --data-dir in', True, ()),
-    (nothing, 'data fetch --data-dir .', True, ()),
+    (nothing, 'data fetch --data-dir in', None, WEIGHTS),
+    (nothing, 'data fetch --data-dir .', None, WEIGHTS),
     (nothing, 'train --config train.yaml --set output=train.yaml', True, ()),
     (nothing, 'train --config train.yaml --set output=.', True, ()),
     (nothing, 'train --config ""', True, ()),
