@@ -211,9 +211,9 @@ class VLM:
             processor = AutoProcessor.from_pretrained(self.model)
             model = AutoModelForImageTextToText.from_pretrained(self.model, dtype="auto").to(self.device).eval()
         except (OSError, ValueError) as e:
-            raise CaptionerError(f"can't load the captioning model {self.model} ({str(e).splitlines()[0]}): "
+            raise CaptionerError(f"can't load the vision-language model {self.model} ({str(e).splitlines()[0]}): "
                                  "name a folder or a model of transformers' image-text-to-text family, "
-                                 "or choose no captions") from None
+                                 "or choose no captions, or no such judge") from None
         if not getattr(processor, "chat_template", None):
             raise CaptionerError(f"{self.model} has no chat template: choose a model that was tuned on conversations")
         processor.tokenizer.padding_side = "left"  # answers are written at the right

@@ -185,9 +185,9 @@ def read_manual(
     Raises `FoundIRError` on a missing file or column, an unknown photo or verdict, a photo judged twice."""
     if path is None: return {}
     try: table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise FoundIRError(f"no manual verdicts at {path}: write a CSV with photo,verdict,reason or set `manual` to "
-                           "null") from None
+    except OSError as e:
+        raise FoundIRError(f"no manual verdicts at {path} ({e.strerror}): write a CSV with photo,verdict,reason or set "
+                           "`manual` to null") from None
     except (ValueError, pd.errors.ParserError):
         raise FoundIRError(f"{path} is no CSV with the columns photo,verdict,reason") from None
     if lacking := {"photo", "verdict", "reason"} - set(table):
@@ -197,7 +197,7 @@ def read_manual(
     if twice := sorted(set(table.photo[table.photo.duplicated()])):
         raise FoundIRError(f"{path} judges {', '.join(twice[:3])} twice: keep one row each")
     if unknown := sorted(set(table.photo) - set(photos)):
-        raise FoundIRError(f"{path} names unknown photos: {', '.join(unknown[:3])}")
+        raise FoundIRError(f"{path} names unknown photos: {', '.join(unknown[:3])}; correct or remove their rows")
     if wrong := sorted(set(table.verdict) - {ACCEPTED, REVIEW, REJECTED}):
         raise FoundIRError(f"{path}: unknown verdict {', '.join(wrong)}; choose from {ACCEPTED}, {REVIEW}, {REJECTED}")
     return {r.photo: (r.verdict, f"manual: {r.reason}") for r in table.itertuples()}

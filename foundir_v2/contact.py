@@ -6,17 +6,16 @@
 __all__ = ['suspicion', 'most_suspicious', 'contact_sheet', 'write_contact_sheet', 'objections', 'before_after_cleaning']
 
 # %% ../nbs/18c_contact.ipynb #19co0003
-import base64, html, io, json, math, sys
+import base64, html, io, json, math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from torch.nn.functional import interpolate
 
 from .clean import REVIEW, Threshold
-from .core import atomic_write, load_image, repo_root, to_pil
-from .index import REJECTED
+from .core import atomic_write, repo_root, to_pil
+from .index import REJECTED, thumbnail
 
 # %% ../nbs/18c_contact.ipynb #19co0005
 def suspicion(
@@ -39,14 +38,10 @@ def most_suspicious(
 # %% ../nbs/18c_contact.ipynb #19co0008
 _THUMBNAIL = 176  # pixels of the longer side
 
-def _data_url(path: Path, width: int, height: int) -> str:
+def _data_url(path: Path) -> str:
     "A small JPEG of a picture, as the source of an HTML image."
-    scale = min(1, _THUMBNAIL / max(width, height))
-    size = [max(1, round(n * scale)) for n in (height, width)]
-    photo = load_image(path, max_pixels=sys.maxsize)  # ingestion has judged its size; a pair may be cropped
-    small = interpolate(photo[None], size, mode="bilinear", antialias=True)[0]
     buffer = io.BytesIO()
-    to_pil(small).save(buffer, "JPEG", quality=70)
+    to_pil(thumbnail(path, _THUMBNAIL)).save(buffer, "JPEG", quality=70)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 _CARD = """<figure data-photo="{photo}" class="{verdict}">
@@ -55,7 +50,7 @@ _CARD = """<figure data-photo="{photo}" class="{verdict}">
 
 def _card(row: NamedTuple, root: Path) -> str:
     values = dict(photo=str(row.photo), verdict=str(row.verdict), reason=str(row.reason))
-    return _CARD.format(source=_data_url(root/row.path, row.width, row.height),
+    return _CARD.format(source=_data_url(root/row.path),
                         **{k: html.escape(v, quote=True) for k, v in values.items()})
 
 # %% ../nbs/18c_contact.ipynb #19co0010

@@ -25,7 +25,7 @@ __all__ = ['DEGRADED', 'NEAR_BITS', 'ACCEPTED', 'REJECTED', 'SHIFT_GAIN', 'SHIFT
            'Listing', 'list_pictures', 'words_of', 'degraded_folders', 'Match', 'pair_up', 'unique_names', 'scan',
            'dhash', 'look_alike', 'near_copies', 'leaks', 'check_splits', 'refuse_leaks', 'Misfit', 'fit_pair',
            'misalignment', 'file_stamp', 'measure', 'inspect', 'measure_key', 'inspect_all', 'build_manifest',
-           'refuse_unusable', 'select', 'add_captions', 'save_manifest', 'load_manifest', 'thumbnails']
+           'refuse_unusable', 'select', 'add_captions', 'save_manifest', 'load_manifest', 'thumbnail', 'thumbnails']
 
 # %% ../nbs/14_index.ipynb #2014ab1a
 class Entry(NamedTuple):
@@ -456,19 +456,27 @@ def load_manifest(
     return manifest
 
 # %% ../nbs/14_index.ipynb #ee5c2d17
+def thumbnail(
+    path: str | Path,
+    side: int,  # pixels that its longer side has at most
+) -> Tensor:  # (3, h, w)
+    "A small picture. Raises as `load_image` does, but for the size."
+    from torch.nn.functional import interpolate
+    photo = load_image(path, max_pixels=sys.maxsize)  # ingestion has judged its size
+    scale = min(1, side / max(photo.shape[1:]))
+    size = [max(1, round(n * scale)) for n in photo.shape[1:]]
+    return interpolate(photo[None], size, mode="bilinear", antialias=True)[0]
+
 def thumbnails(
     rows: pd.DataFrame,  # of a manifest
     root: str | Path | None = None,  # what `path` is relative to; default: the repository
     side: int = 128,  # of the squares, in pixels
 ) -> list[Tensor]:  # (3, side, side) each, on white
     "Small pictures of usable rows, unusable ones left out."
-    from torch.nn.functional import interpolate, pad
+    from torch.nn.functional import pad
     root, out = Path(root or repo_root()), []
-    for row in rows[rows.width > 0].itertuples():
-        scale = side / max(row.width, row.height)
-        small = interpolate(load_image(root / row.path, max_pixels=sys.maxsize)[None],
-                            (max(1, round(row.height * scale)), max(1, round(row.width * scale))), mode="bilinear",
-                            antialias=True)[0]
+    for path in rows.path[rows.width > 0]:
+        small = thumbnail(root / path, side)
         h, w = small.shape[1:]
         left, top = (side - w) // 2, (side - h) // 2
         out.append(pad(small, (left, side - w - left, top, side - h - top), value=1.0))

@@ -421,7 +421,7 @@ def narrow(
     task = subtask(task)
     if severity is None: return task
     if severity not in SEVERITIES:
-        raise FoundIRError(f"unknown severity {severity!r}; choose one of {', '.join(SEVERITIES)}, or None")
+        raise FoundIRError(f"unknown severity {severity!r}; choose one of {', '.join(SEVERITIES)}")
     recipe = tuple(Step(operator, {k: _part(r, *SEVERITIES[severity]) for k, r in ranges.items()})
                    for operator, ranges in task.recipe)
     return replace(task, recipe=recipe)

@@ -155,6 +155,10 @@ def test_a_wrong_manual_table_is_refused(tmp_path, text, words):
     with pytest.raises(FoundIRError, match=words): read_manual(tmp_path/"m.csv", ["a"])
 
 
+def test_a_folder_is_no_manual_table(tmp_path):
+    with pytest.raises(FoundIRError, match="no manual verdicts.*directory"): read_manual(tmp_path, ["a"])
+
+
 def test_nobody_looked_is_an_empty_table(): assert read_manual(None, ["a"]) == {}
 
 

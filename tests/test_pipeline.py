@@ -939,7 +939,7 @@ def test_the_captioning_model_is_gone_afterwards(tmp_path, monkeypatch):
 
 
 def test_a_captioning_model_that_is_not_there_stops_everything(tmp_path):
-    with pytest.raises(FoundIRError, match="can't load the captioning model"):
+    with pytest.raises(FoundIRError, match="can't load the vision-language model"):
         L.describe(files(tmp_path, "a.png"), f"vlm:{tmp_path}", tmp_path / "cache", "cpu")
 
 # ---------------------------------------------------------------- memory
