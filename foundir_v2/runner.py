@@ -237,14 +237,14 @@ def run_stage(args: argparse.Namespace) -> None:
     root = checkout()
     check_interpreter(root)
     os.chdir(root)
-    exit_with_parent()
-    # so that the kernel is shut down and the temporary file moved
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not Path(args.src).is_file(): raise RunnerError(f"no notebook at {args.src} (paths are relative to {root})")
     sections, values = read_sections(args.sections, args.set, args.params)  # nbformat takes longer to import
     wanted = notebook_parameters(read_notebook(args.src), args.src)
     values = assign(sections, values, wanted)
     check_parameters(values, wanted, args.src, args.sections)
+    exit_with_parent()
+    # so that the kernel is shut down and the temporary file moved
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     execute(args.src, args.out, values, root)
 
 # %% ../nbs/06_runner.ipynb #dc80f940

@@ -5,6 +5,7 @@ Property tests try the same examples on every run of `make test`; `make fuzz` lo
 import os
 import random
 import sys
+import threading
 import time
 
 import pytest
@@ -40,6 +41,15 @@ def hub_client():
     before = client().HF_HUB_OFFLINE if client() else os.environ.get('HF_HUB_OFFLINE', '') in ('1', 'ON', 'YES', 'TRUE')
     yield
     if client(): client().HF_HUB_OFFLINE = before
+
+
+@pytest.fixture(autouse=True)
+def no_watcher():
+    "A thread that ends its process with its parent belongs to programs, not to a test's own process."
+    watching = lambda: {t for t in threading.enumerate() if t.name == 'exit-with-parent'}
+    before = watching()
+    yield
+    assert watching() <= before, 'foundir_v2.process.exit_with_parent was called in the process of the tests'
 
 
 @pytest.fixture(scope="session")

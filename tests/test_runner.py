@@ -139,8 +139,6 @@ def test_bad_parameters_stop_any_stage_before_a_kernel_starts(tmp_path, monkeypa
     from foundir_v2 import runner
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(runner, 'execute', lambda *a, **k: pytest.fail('a kernel was started'))
-    monkeypatch.setattr(runner, 'exit_with_parent', lambda: None)
-    monkeypatch.setattr(signal, 'signal', lambda *a: None)
     params = load_params(ROOT / 'params.yaml')
     for change in changes: assert set_value(params, list(params), change) == {}
     (tmp_path / 'params.yaml').write_text(json.dumps(params))
