@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['RESTORER', 'RANDOM', 'MEASURED', 'KEY', 'Variant', 'Experiment', 'read_experiment', 'variant_params', 'stage_config',
-           'settings_hash', 'random_prior', 'trained', 'encoder_model', 'carry_encoder', 'train_variant', 'benchmarks',
-           'measure_variant', 'row_name', 'write_row', 'read_row', 'read_rows', 'compare_variants',
+           'told', 'settings_hash', 'random_prior', 'trained', 'encoder_model', 'carry_encoder', 'train_variant',
+           'benchmarks', 'measure_variant', 'row_name', 'write_row', 'read_row', 'read_rows', 'compare_variants',
            'contributions_table', 'plot_contributions']
 
 # %% ../nbs/86_contributions.ipynb #fe8874e7
 import hashlib, json, shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,13 +105,19 @@ def stage_config(
     config = TrainConfig.from_sections(stage, params[f"train_stage{stage}"], files, **{p: params[p] for p in PARTS})
     return replace(config, dvclive=False)
 
+def told(config: TrainConfig) -> dict[str, Any]:
+    "The parameters that decide the result and aren't at their class's own value."
+    own = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(TrainConfig)
+           if f.default is not MISSING or f.default_factory is not MISSING}
+    return {k: v for k, v in parameters(config).items() if k not in own or getattr(config, k) != own[k]}
+
 def settings_hash(
     params: Mapping[str, Mapping[str, Any]],  # as `variant_params` returns them
     variant: Variant,
     metrics: Sequence[str],
 ) -> str:  # 12 hexadecimal digits
     "The name of all settings that decide about a row's numbers."
-    trained = [parameters(stage_config(params, s)) for s in STAGES.values()]
+    trained = [told(stage_config(params, s)) for s in STAGES.values()]
     evaluate = params["evaluate"]
     measured = [{k: evaluate[k] for k in MEASURED}, evaluate["systems"]["restored"], variant.inference, list(metrics)]
     return hashlib.sha256(json.dumps([trained, measured], sort_keys=True).encode()).hexdigest()[:12]
