@@ -28,12 +28,13 @@ from .config import ConfigError, from_dict, load_yaml, overlay, parse_yaml, read
 from .core import FoundIRError, atomic_write, hash_seed
 from .data import Item, reference_items
 from .evaluate import compare, gains, intervals, summary
+from .learner import build_unet
 from .outside import outside_items
 from .params import STAGES, MetricName, check_params
 from .restorers import make_restorers, parse_restorer
 from .settings import PARTS, Seed, TrainConfig, parameters
 from .tasks import CATEGORIES, subtask_names
-from .train import build_unet, run_folder, train
+from .train import run_folder, train
 from .trainlog import COURSE, TrainResult, read_log
 from .unet import FoundIRUNet, encoder_state
 

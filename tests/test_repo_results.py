@@ -6,8 +6,8 @@ import pytest
 
 from foundir_v2.config import from_dict, load_params, load_yaml
 from foundir_v2.mixture import mixture_rows, read_mixture, replay_scores
+from foundir_v2.settings import TrainConfig, build_mixture
 from foundir_v2.tasks import CATEGORIES
-from foundir_v2.train import TrainConfig, build_mixture
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = load_yaml(ROOT / "dvc.lock")["stages"]

@@ -104,8 +104,8 @@ def test_the_best_method_is_chosen_in_each_category_and_kept():
 
 
 def test_the_encoder_alone_is_what_stage_0_trains():
+    from foundir_v2.learner import LatentReader
     from foundir_v2.loading import load_pipeline
-    from foundir_v2.train import LatentReader
     pipe, x = load_pipeline("tiny", "cpu"), rand(40, 36)
     alone = make_restorer("encoder:tiny")
     with torch.no_grad(): latents = LatentReader(pipe.unet, pipe.vae)(x[None] * 2 - 1) / pipe.vae.config.scaling_factor

@@ -7,15 +7,18 @@ from pathlib import Path
 import psutil, pytest, torch
 from diffusers import DDPMScheduler
 
-from foundir_v2 import train as tr
+from foundir_v2 import learner as learning, train as tr
 from foundir_v2.base import load_base
 from foundir_v2.checkpoint import SEAL, Checkpoints, broken_seal, only_writer
 from foundir_v2.core import FoundIRError, generator
 from foundir_v2.inference import InferenceConfig, read_recipe
+from foundir_v2.learner import Feed, Learner, build_unet, make_accelerator, parameter_groups
 from foundir_v2.mixture import read_mixture, replay_scores
+from foundir_v2.objective import decoder_gain, draw_noise, prediction_target, sample_losses
 from foundir_v2.optim import OPTIMIZERS
 from foundir_v2.score import reference_set, restore_pictures
-from foundir_v2.trainlog import write_course
+from foundir_v2.settings import build_mixture
+from foundir_v2.trainlog import read_course, read_log, write_course
 from small_training import TASKS, config, equal, weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +42,7 @@ def die_after(monkeypatch, step):
 def test_target_recovers_the_picture(kind):
     ns = DDPMScheduler(prediction_type=kind, clip_sample=False)
     z, eps, t = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.tensor([10, 700])
-    y, noisy = tr.prediction_target(ns, z, eps, t), ns.add_noise(z, eps, t)
+    y, noisy = prediction_target(ns, z, eps, t), ns.add_noise(z, eps, t)
     for i in range(2):
         torch.testing.assert_close(ns.step(y[i:i + 1], int(t[i]), noisy[i:i + 1]).pred_original_sample, z[i:i + 1],
                                    atol=1e-3, rtol=1e-3)
@@ -48,29 +51,29 @@ def test_target_recovers_the_picture(kind):
 def test_unknown_prediction_type_is_refused():
     ns = DDPMScheduler(); ns.register_to_config(prediction_type="score")
     with pytest.raises(FoundIRError, match="epsilon, v_prediction or sample"):
-        tr.prediction_target(ns, *[torch.zeros(1, 1, 1, 1)] * 2, torch.tensor([0]))
+        prediction_target(ns, *[torch.zeros(1, 1, 1, 1)] * 2, torch.tensor([0]))
 
 
 def test_psnr_loss_weighs_latents_as_the_decoder_does(bench):
     vae = load_base(str(bench / "base")).vae
-    gain, zero = tr.decoder_gain(vae), torch.zeros(1, 16, 4, 4)
+    gain, zero = decoder_gain(vae), torch.zeros(1, 16, 4, 4)
     assert gain.shape == (16,) and (gain > 0).all() and abs(gain.mean() - 1) < 1e-5
     with torch.no_grad():
         for c in (0, 5, 15):  # this decoder is linear: any error in one channel has the same factor
             error = zero.clone(); error[:, c] = torch.randn(4, 4, generator=generator("error", c))
             pixels = (vae.decode(error).sample - vae.decode(zero).sample).square().mean()
-            mine = tr.sample_losses(error, zero, "psnr", gain)[0].exp() - 1e-3
+            mine = sample_losses(error, zero, "psnr", gain)[0].exp() - 1e-3
             if c == 0: factor = pixels / mine
             torch.testing.assert_close(pixels, factor * mine, rtol=1e-3, atol=0)
-    torch.testing.assert_close(tr.sample_losses(error, zero, "l2", gain), error.square().mean().reshape(1))
-    torch.testing.assert_close(tr.sample_losses(error, zero, "rmse", gain).square(),
-                               tr.sample_losses(error, zero, "psnr", gain).exp())
+    torch.testing.assert_close(sample_losses(error, zero, "l2", gain), error.square().mean().reshape(1))
+    torch.testing.assert_close(sample_losses(error, zero, "rmse", gain).square(),
+                               sample_losses(error, zero, "psnr", gain).exp())
 
 
 @pytest.mark.parametrize("kind", ["l3", "PSNR", "", None])
 def test_an_unknown_loss_is_refused(kind):
     with pytest.raises(FoundIRError, match="choose from l1, l2, rmse, psnr"):
-        tr.sample_losses(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), kind, torch.ones(1))
+        sample_losses(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), kind, torch.ones(1))
 
 
 def test_identity_start_is_refused_where_it_cannot_hold(bench, tmp_path):
@@ -95,14 +98,14 @@ def test_replay_follows_the_schedule_and_another_schedule_is_another_run(bench, 
     assert tr.run_folder(one) != before
     with pytest.raises(FoundIRError, match="policy replay: missing .* 'table'"): tr.train(replace(one, options={}))
     with pytest.raises(FoundIRError, match="expected denoise"):
-        tr.build_mixture(replace(one, tasks={"denoise": ["jpeg"]}, score={"denoise": "psnr"}))
+        build_mixture(replace(one, tasks={"denoise": ["jpeg"]}, score={"denoise": "psnr"}))
 
 
 def test_identity_start_reaches_the_training(tmp_path):
     one = tr.TrainConfig(stage=1, steps=1, lq_norm_groups=0, moe_layers=1, moe_heads=2, conditioning_init="identity",
                          noise_offset=0.)
     base = load_base("base")
-    unet, plain = tr.build_unet(one, base), tr.build_unet(replace(one, conditioning_init="zero"), base)
+    unet, plain = build_unet(one, base), build_unet(replace(one, conditioning_init="zero"), base)
     assert plain.moe_projection.weight.abs().max() == 0
     assert torch.equal(unet.moe_projection.weight[:, 48:, 0, 0], torch.eye(48))
     assert {n for n, p in unet.named_parameters() if p.requires_grad} == {
@@ -111,14 +114,14 @@ def test_identity_start_reaches_the_training(tmp_path):
 
 def test_noise_is_a_function_of_the_sample():
     args = ((4, 8, 8), 1000, .5, .1, .2)
-    noise, t, dropped = tr.draw_noise([5, 6, 7], *args)
+    noise, t, dropped = draw_noise([5, 6, 7], *args)
     for i, seed in enumerate([5, 6, 7]):
-        n1, t1, d1 = tr.draw_noise([seed], *args)
+        n1, t1, d1 = draw_noise([seed], *args)
         assert torch.equal(n1[0], noise[i]) and t1[0] == t[i] and d1 == [dropped[i]]
-    offset = tr.draw_noise(range(300), (4, 8, 8), 1000, noise_offset=1.)[0].mean((2, 3))
+    offset = draw_noise(range(300), (4, 8, 8), 1000, noise_offset=1.)[0].mean((2, 3))
     assert .9 < offset.std() < 1.1      # a constant per channel is there
-    assert tr.draw_noise(range(50), (1, 2, 2), 1000, terminal_fraction=1.)[1].eq(999).all()
-    assert not any(tr.draw_noise(range(50), (1, 2, 2), 1000)[2])
+    assert draw_noise(range(50), (1, 2, 2), 1000, terminal_fraction=1.)[1].eq(999).all()
+    assert not any(draw_noise(range(50), (1, 2, 2), 1000)[2])
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -158,7 +161,7 @@ def test_stage_two_refuses_weights_of_another_model(bench, tmp_path):
 
 def test_stages_train_their_parameters_with_their_rates(bench, tmp_path):
     one = config(bench, tmp_path, steps=3, output=str(tmp_path / "one"))
-    start = tr.build_unet(one, load_base(one.base)).state_dict()
+    start = build_unet(one, load_base(one.base)).state_dict()
     tr.train(one); first = weights(tmp_path / "one")
     new = lambda k: k.startswith(("lq_embedding.", "moe_"))
     assert all(torch.equal(start[k], first[k]) for k in first if not new(k))
@@ -166,11 +169,11 @@ def test_stages_train_their_parameters_with_their_rates(bench, tmp_path):
     two = tr.train(config(bench, tmp_path, stage=2, steps=3, init=str(tmp_path / "one"), learning_rate=1e-3,
                           lq_encoder_learning_rate=1e-4, warmup_steps=0))
     assert two.steps[0]["lr"] == {"lq_encoder": 1e-4, "unet": 1e-3} and two.steps[-1]["lr"]["unet"] < 1e-3
-    groups = tr.parameter_groups(tr.build_unet(replace(one, stage=2), load_base(one.base)),
+    groups = parameter_groups(build_unet(replace(one, stage=2), load_base(one.base)),
                                  replace(one, stage=2, path_learning_rate=1e-5))
     assert {g["name"]: g["lr"] for g in groups} == {"lq_encoder": 2e-3, "path": 1e-5, "unet": 2e-3}
     ours = [id(p) for g in groups for p in g["params"]]
-    assert len(ours) == len(set(ours)) == len(list(tr.build_unet(one, load_base(one.base)).parameters()))
+    assert len(ours) == len(set(ours)) == len(list(build_unet(one, load_base(one.base)).parameters()))
     second = weights(two.output)
     assert sum(torch.equal(first[k], second[k]) for k in first) < len(first) / 10
     assert sorted(p.name for p in two.output.iterdir()) == [
@@ -185,13 +188,13 @@ def test_the_priors_memory_is_free_once_the_restorer_is_built(bench, tmp_path, m
         base = load_base(*args, **options)
         priors.append(base.unet_prior and weakref.ref(base.unet_prior))
         return base
-    monkeypatch.setattr(tr, "load_base", spy)
+    monkeypatch.setattr(learning, "load_base", spy)
     one = config(bench, tmp_path, steps=1)
-    learner = tr.Learner(one, tr.make_accelerator(one)); gc.collect()
+    learner = Learner(one, make_accelerator(one)); gc.collect()
     assert priors[0]() is None and learner.prompt("")[0].shape[0] == 1
     tr.train(one)
     two = config(bench, tmp_path, stage=2, init=one.output)
-    tr.Learner(two, tr.make_accelerator(two))
+    Learner(two, make_accelerator(two))
     assert priors[-1] is None, "not read at all"
 
 
@@ -199,7 +202,7 @@ def test_stage_zero_teaches_the_lq_encoder_and_nothing_else(bench, tmp_path):
     zero = config(
         bench, tmp_path, stage=0, steps=60, noise_offset=.02, loss="rmse", lq_context_width=8, learning_rate=5e-3,
         update_every=30, proportions=dict(denoise=.2, lowlight=.6, sr=.2), checkpoint_every=100)
-    start = tr.build_unet(zero, load_base(zero.base)).state_dict()
+    start = build_unet(zero, load_base(zero.base)).state_dict()
     result = tr.train(zero); after = weights(result.output)
     moved = {k.split(".")[0] for k in after if not torch.equal(start[k], after[k])}
     assert moved == {"lq_features", "lq_context"}
@@ -229,7 +232,7 @@ def test_stage_zero_without_steps_builds_the_model(bench, tmp_path):
     zero = config(bench, tmp_path, stage=0, steps=0)
     result = tr.train(zero)
     assert result.table.empty
-    assert equal(weights(result.output), dict(tr.build_unet(zero, load_base(zero.base)).state_dict()))
+    assert equal(weights(result.output), dict(build_unet(zero, load_base(zero.base)).state_dict()))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -263,17 +266,17 @@ def test_gradient_accumulation_and_workers_change_nothing(bench, tmp_path):
 
 def test_ranks_share_one_stream_of_samples(bench, tmp_path):
     c = config(bench, tmp_path, update_every=2)
-    seeds = lambda rank, world: [list(b["seed"]) for b in tr.Feed(c, rank, world).loader]
+    seeds = lambda rank, world: [list(b["seed"]) for b in Feed(c, rank, world).loader]
     together, first, second = seeds(0, 1), seeds(0, 2), seeds(1, 2)
     assert len(together) == 2 and [a + b for a, b in zip(first, second)] == together
 
 
 def test_loading_follows_the_configuration(bench, tmp_path):
     changes = dict(draft=True, cache_gb=0.25, clean_share=0.2, scale_range=(0.5, 1))
-    dataset = tr.Feed(config(bench, tmp_path, **changes)).loader.dataset.dataset
+    dataset = Feed(config(bench, tmp_path, **changes)).loader.dataset.dataset
     assert dataset.photos.draft and dataset.photos.cache == 250_000_000
     assert dataset.sampling["clean_share"] == 0.2 and dataset.sampling["scale_range"] == (0.5, 1)
-    usual = tr.Feed(config(bench, tmp_path)).loader.dataset.dataset.photos
+    usual = Feed(config(bench, tmp_path)).loader.dataset.dataset.photos
     assert not usual.draft and usual.cache == 2 * 10**9
 
 
@@ -286,7 +289,7 @@ def test_two_processes_train_like_one(bench, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1"),
                           capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("4 steps") == 1, done.stderr[-2000:]
-    records = tr.read_log(tmp_path / "two/log.jsonl")
+    records = read_log(tmp_path / "two/log.jsonl")
     assert [r["kind"] for r in records] == [r["kind"] for r in alone.log]
     for a, b in zip(alone.log, records):
         if a["kind"] == "step": assert a["samples"] == b["samples"] and b["loss"] == pytest.approx(a["loss"], abs=1e-4)
@@ -297,7 +300,7 @@ def test_two_processes_train_like_one(bench, tmp_path):
 
 def test_mixture_changes_at_exactly_the_step_of_the_update(bench, tmp_path, monkeypatch):
     scores = iter([dict.fromkeys(TASKS, 0.), {"denoise": 900., "lowlight": 900., "sr": -900.}])
-    monkeypatch.setattr(tr, "score_items", lambda *a, **k: next(scores))
+    monkeypatch.setattr(learning, "score_items", lambda *a, **k: next(scores))
     result = tr.train(config(bench, tmp_path, steps=7, update_every=4, num_workers=1, checkpoint_every=100))
     counts = [r["samples"] for r in result.steps]
     assert all(c == {"denoise": 0, "lowlight": 0, "sr": 4} for c in counts[4:])        # steps 5, 6, 7
@@ -311,7 +314,7 @@ def test_weights_in_the_csv_follow_from_its_scores(bench, tmp_path):
     result = tr.train(c)
     rows = list(csv.DictReader(open(result.output / "mixture.csv")))
     steps = sorted({int(r["step"]) for r in rows}); assert steps == [0, 2, 4, 6, 8, 10]
-    policy = tr.build_mixture(c)
+    policy = build_mixture(c)
     for step in steps:
         at = {r["task"]: r for r in rows if int(r["step"]) == step}
         policy.update({t: float(r["score"]) for t, r in at.items()}, step)
@@ -323,9 +326,9 @@ def test_weights_in_the_log_follow_from_the_scores_of_its_images(bench, tmp_path
     options = dict(alpha=.5, floor=.1, max_step=10., score_scale="zscore")
     c = config(bench, tmp_path, stage=2, steps=8, update_every=2, learning_rate=1e-2, options=options)
     result = tr.train(c)
-    records = [r for r in tr.read_log(result.output / "log.jsonl") if r["kind"] == "mixture"]
+    records = [r for r in read_log(result.output / "log.jsonl") if r["kind"] == "mixture"]
     assert all(len(images) == c.reference_per_task for r in records for images in r["scores"].values())
-    replayed = replay_scores(tr.build_mixture(c), records)
+    replayed = replay_scores(build_mixture(c), records)
     assert [r["weights"] for r in replayed] == [r["weights"] for r in records]  # bit for bit
     assert records[-1]["weights"] != dict.fromkeys(TASKS, 1 / 3)
     for row in result.mixture:
@@ -339,7 +342,7 @@ def test_scores_come_from_the_averaged_weights(bench, tmp_path, monkeypatch):
     def spy(pipe, *pictures, **options):
         seen.append({k: v.clone() for k, v in pipe.unet.state_dict().items()})
         return restore_pictures(pipe, *pictures, **options)
-    monkeypatch.setattr(tr, "restore_pictures", spy)
+    monkeypatch.setattr(learning, "restore_pictures", spy)
     result = tr.train(config(bench, tmp_path, steps=4, update_every=4, ema_decay=.9))
     final = weights(result.output)
     assert equal(final, {k: v for k, v in seen[-1].items()})   # what was scored last is what is delivered
@@ -359,7 +362,7 @@ def test_a_stage_is_scored_as_the_evaluation_will_use_it(bench, tmp_path):
         c = replace(plain, inference=inference)
         out = tr.train(c).output
         assert read_recipe(out).inference == inference and read_recipe(out).base == c.base
-        learner = tr.Learner(replace(c, init=str(out)), tr.make_accelerator(c))
+        learner = Learner(replace(c, init=str(out)), make_accelerator(c))
         scored, evaluated = learner.restore(items), make_restorer(f"trained:{out}")
         for x, i in zip(scored, items):
             used = evaluated(i.lq, subtask=i.subtask, seed=i.seed, caption=i.caption)
@@ -369,7 +372,7 @@ def test_a_stage_is_scored_as_the_evaluation_will_use_it(bench, tmp_path):
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(*results))
     options = dict(num_inference_steps=1, guidance_scale=1, prompt="none", color_fix="none")
     cheap = replace(c, init=str(out), reference_options=options)
-    cheaper = tr.Learner(cheap, tr.make_accelerator(cheap)).restore(items)
+    cheaper = Learner(cheap, make_accelerator(cheap)).restore(items)
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(cheaper, results[1]))
 
 
@@ -385,7 +388,7 @@ def test_the_mixture_goes_on_over_the_stages(bench, tmp_path):
         c = config(bench, tmp_path, **common, **stage, init=init, output=str(tmp_path / f"stage{stage['stage']}"))
         done.append((c, tr.train(c)))
         init = c.output
-    course = tr.read_course(init)
+    course = read_course(init)
     of = lambda k: [r for r in course.records if r["stage"] == k]
     assert [(r["stage"], r["step"], r["stage_step"]) for r in course.records] == [
         (0, 0, 0), (0, 2, 2), (0, 4, 4), (1, 4, 0), (2, 7, 0), (2, 9, 2), (2, 11, 4)]
@@ -393,7 +396,7 @@ def test_the_mixture_goes_on_over_the_stages(bench, tmp_path):
     assert of(2)[0]["weights"] == of(0)[-1]["weights"], "where the updates had led"
     assert of(2)[0]["scores"] != of(0)[-1]["scores"], "another system is scored"
     for k, start in ((0, None), (2, of(2)[0]["weights"])):
-        policy = tr.build_mixture(done[k][0], start=start)
+        policy = build_mixture(done[k][0], start=start)
         scored = [dict(r, step=r["stage_step"]) for r in of(k) if r["scores"]]
         assert [r["weights"] for r in replay_scores(policy, scored)] == [r["weights"] for r in scored], "bit for bit"
     write_course(course, tmp_path / "mixture")
@@ -441,13 +444,13 @@ def test_kill_9_and_again(bench, tmp_path):
     steps = Checkpoints(tr.run_folder(c)).steps()
     assert steps and not Path(c.output).exists()
     short = replace(c, steps=400)
-    accelerator = tr.make_accelerator(short)
-    learner, feed = tr.Learner(short, accelerator), tr.Feed(short)
+    accelerator = make_accelerator(short)
+    learner, feed = Learner(short, accelerator), Feed(short)
     found = Checkpoints(tr.run_folder(c)).restore(accelerator, learner.ema)
     feed.load_state_dict(found.state)
     assert found.step == steps[-1] == feed.step  # the newest checkpoint is whole
     assert learner.ema.optimization_step == feed.step and learner.lr_scheduler.scheduler.last_epoch == feed.step
-    assert [r["step"] for r in tr.read_log(found.log)] == list(range(1, feed.step + 1))
+    assert [r["step"] for r in read_log(found.log)] == list(range(1, feed.step + 1))
 
 
 def refuses(c, words, **options):
@@ -502,13 +505,13 @@ def test_one_infinite_gradient_costs_the_steps_since_the_last_checkpoint(bench, 
                                                                          step):
     "4 is a checkpoint's step, 6 the last."
     c = config(bench, tmp_path, stage=stage, steps=6)
-    want, losses = tr.train(replace(c, output=str(tmp_path / "straight"))), tr.Learner.losses
+    want, losses = tr.train(replace(c, output=str(tmp_path / "straight"))), Learner.losses
     def explode(self, batch):
         values = losses(self, batch)
         if self.ema.optimization_step + 1 != step: return values
         return Exploding.apply(values) if kind == "gradient" else values * float("nan")
     with monkeypatch.context() as m:
-        m.setattr(tr.Learner, "losses", explode)
+        m.setattr(Learner, "losses", explode)
         for _ in range(2): refuses(c, f"step {step} is not finite .*start again")
     assert not Path(c.output).exists() and Checkpoints(tr.run_folder(c)).steps()[-1] == (step - 1) // 2 * 2
     again = tr.train(c)
@@ -518,12 +521,12 @@ def test_one_infinite_gradient_costs_the_steps_since_the_last_checkpoint(bench, 
 
 def test_infinite_gradients_are_the_gradient_scalers_business_in_fp16(bench, tmp_path, monkeypatch):
     c = config(bench, tmp_path)
-    learner, losses = tr.Learner(c, tr.make_accelerator(c)), tr.Learner.losses
-    monkeypatch.setattr(tr.Learner, "losses", lambda self, batch: Exploding.apply(losses(self, batch)))
+    learner, losses = Learner(c, make_accelerator(c)), Learner.losses
+    monkeypatch.setattr(Learner, "losses", lambda self, batch: Exploding.apply(losses(self, batch)))
     class Scaler:  # the real one skips the step
         def scale(self, loss): return loss
     learner.accelerator.scaler = Scaler()
-    learner.step(next(iter(tr.Feed(c).loader)), list(TASKS))
+    learner.step(next(iter(Feed(c).loader)), list(TASKS))
     with pytest.raises(FoundIRError, match="not finite after step 1"):
         Checkpoints(tmp_path).save(learner.accelerator, 1, learner.ema, {})
 
@@ -545,7 +548,7 @@ def test_numbers_that_are_none_are_refused_by_name(bench, tmp_path, value):
     for option in ("alpha", "floor", "max_step"):
         options = dict(alpha=.5) | {option: value}
         with pytest.raises(FoundIRError, match=rf"{option}.* -?(nan|inf), expected"):
-            tr.build_mixture(config(bench, tmp_path, update_every=2, options=options))
+            build_mixture(config(bench, tmp_path, update_every=2, options=options))
 
 
 def test_ctrl_c_is_one_line_and_130(bench, tmp_path):
@@ -637,7 +640,7 @@ AUDIT = """
 import sys, json
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-from foundir_v2 import train as tr
+from foundir_v2 import learner as learning, train as tr
 for values in json.load(open(sys.argv[1])): tr.train(tr.TrainConfig(**values))
 bad = [p for p in opened if "assets/tiny" in p.replace("\\\\", "/")]
 assert any("manifest.parquet" in p or p.endswith(".png") for p in opened), "the hook saw nothing"
@@ -693,7 +696,7 @@ def test_killed_while_the_run_is_tidied_away(bench, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(tr.shutil, "rmtree", die)
         with pytest.raises(Killed): tr.train(c)
-    assert len(tr.read_log(tmp_path / "out/log.jsonl")) == len(want)
+    assert len(read_log(tmp_path / "out/log.jsonl")) == len(want)
     again = tr.train(c)
     assert again.resumed_from is None and [s["loss"] for s in again.steps] == [s["loss"] for s in want]
     assert not list((tmp_path / "runs").glob(".*.done"))

@@ -16,6 +16,7 @@ from small_training import config, kill_in_a_checkpoint, lines_of, start
 from foundir_v2 import train as tr
 from foundir_v2.checkpoint import SEAL, Checkpoints, seal
 from foundir_v2.core import FoundIRError
+from foundir_v2.learner import Learner, make_accelerator
 
 FILES = (SEAL, 'ema.safetensors', 'log.jsonl', 'model.safetensors', 'optimizer.bin', 'random_states_0.pkl',
          'scheduler.bin', 'state.json')
@@ -41,7 +42,7 @@ class Run:
         finally: tr.Checkpoints = Checkpoints
         self.folder = tr.run_folder(self.config)
         os.replace(self.folder, self.kept)
-        self.learner = tr.Learner(self.config, tr.make_accelerator(self.config))
+        self.learner = Learner(self.config, make_accelerator(self.config))
 
     def again(self):
         "The newest of fresh checkpoints."
