@@ -187,7 +187,8 @@ def run_clean(args: argparse.Namespace) -> int:
     from foundir_v2.clean import clean, make_thresholds
     from foundir_v2.contact import contact_sheet, write_contact_sheet
     from foundir_v2.core import atomic_write
-    from foundir_v2.index import Entry, inspect_all
+    from foundir_v2.index import inspect_all
+    from foundir_v2.listing import Entry
     from foundir_v2.judges import make_judges
     folder = named(args.input)
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: check the name")
