@@ -12,6 +12,7 @@ from typing import Any
 
 from .batch import (Count, Gigabytes, Pixels, RestoreConfig, Seed, Workers, argument, quiet_libraries,
                               reach_hub, restore_batch)
+from .cli_benchmark import add_benchmark
 from .cli_mixture import add_mixture
 from .inference import Factor, Fraction, Guidance, Overlap, Steps, TileBatch, TileSize
 from .targets import READABLE, Target, TargetError, check_targets, named
@@ -356,7 +357,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None: raise TargetError(f"{message[:300]} (see {self.prog} --help)")
 
 COMMANDS = (add_restore, add_degrade, add_data, add_clean, add_caption, add_train, add_evaluate, add_report,
-            add_mixture)
+            add_benchmark, add_mixture)
 
 def parser() -> argparse.ArgumentParser:
     "The whole command line; imports nothing heavy."
