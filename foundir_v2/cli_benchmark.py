@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from .batch import quiet_libraries, reach_hub
-from .config import parse_yaml
-from .core import FoundIRError
 from .targets import Target, check_targets
 from .worklist import existing
 
@@ -22,6 +20,8 @@ def read_methods(
     texts: Iterable[str],  # [NAME=]RESTORER, the restorer in YAML
 ) -> dict[str, Any]:  # name in the table -> as `foundir_v2.restorers.make_restorers` takes it
     "Raises `FoundIRError` for a name that stands twice, and for a restorer that there isn't."
+    from foundir_v2.config import parse_yaml
+    from foundir_v2.core import FoundIRError
     from foundir_v2.restorers import parse_restorer
     methods: dict[str, Any] = {}
     for text in texts:
@@ -38,6 +38,7 @@ def read_methods(
 def run_benchmark(args: argparse.Namespace) -> int:
     "`foundir-v2 benchmark`"
     from foundir_v2.benchmark import protocols, results_table
+    from foundir_v2.core import FoundIRError
     if args.list:
         print(protocols(args.sets).to_string())
         return 0

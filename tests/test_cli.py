@@ -63,7 +63,7 @@ def run(*argv):
 
 @pytest.mark.parametrize('argv', [
     [], ['restore'], ['degrade'], ['data'], ['data', 'fetch'], ['clean'], ['report'], ['caption'], ['train'],
-    ['evaluate'], ['mixture'], ['mixture', 'update'], ['mixture', 'show'], ['mixture', 'simulate'], ['mixture', 'fit'],
+    ['evaluate'], ['benchmark'], ['mixture'], ['mixture', 'update'], ['mixture', 'show'], ['mixture', 'simulate'], ['mixture', 'fit'],
     ['mixture', 'recommend'], ['mixture', 'plot'], ['mixture', 'replay']], ids=' '.join)
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as done: cli.main([*argv, '--help'])
