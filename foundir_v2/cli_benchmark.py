@@ -56,12 +56,13 @@ def run_benchmark(args: argparse.Namespace) -> int:
     reach_hub([a.partition(":")[2] for a in arguments if a.startswith(("pipeline:", "vae:"))], args.caption)
     from foundir_v2.caption import make_captioner
     from foundir_v2.memo import Memo
-    from foundir_v2.trials import run_trials, trial_summary, write_trials
+    from foundir_v2.trials import run_trials, trial_summary, write_trial_pictures, write_trials
     out, caption = Path(args.out), make_captioner(args.caption, args.caption_cache)
     told, keep = lambda path: caption(path) or "", out / "pictures" if args.keep else None
     table = run_trials(folders, methods, Memo(out / "memo.sqlite"), metrics, told, keep)
     if int(os.environ.get("RANK", 0)): return 0
     write_trials(out, table)
+    if keep: write_trial_pictures(keep, table, folders, list(methods)[-1])
     print(results_table(trial_summary(table)))
     if reasons := table[table.reason != ""].reason.value_counts().to_dict():
         print(f"\nwithout a value, see the column reason of {out / 'results.csv'}:")
@@ -86,6 +87,7 @@ def add_benchmark(sub: Any) -> None:
     p.add_argument("--caption-cache", default=".cache/captions", metavar="DIR",
                    help="captions of models are kept here (default: %(default)s)")
     p.add_argument("--out", default="artifacts/benchmark", metavar="FOLDER", help="default: %(default)s")
-    p.add_argument("--keep", action="store_true", help="keep the restored pictures there, too")
+    p.add_argument("--keep", action="store_true",
+                   help="keep the restored pictures there, too, and show the worst and the best of the last method")
     p.add_argument("--list", action="store_true", help="show the test sets and their protocols")
     p.set_defaults(run=run_benchmark)

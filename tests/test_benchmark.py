@@ -179,6 +179,17 @@ def test_bad_files_cost_their_own_rows(tmp_path, counting):
     assert len(write_trials(tmp_path / "out", rows)) == 5
 
 
+def test_kept_pictures_are_shown(sets, tmp_path):
+    line = ["benchmark", "--datasets", str(sets), "--sets", "nh_haze", "realphoto60", "--methods", "../b=identity",
+            "mine=levels", "--metrics", "piqe,psnr", "--keep", "--out", str(tmp_path)]
+    assert cli.main(line) == 0
+    page = (tmp_path / "pictures/nh_haze.html").read_text()
+    assert page.count("<section>") == 2 and page.count('data-name="ground truth"') == 2 and "worst" in page
+    assert page.count('data-name="../b"') == 2 and page.count("<option selected>mine") == 2
+    assert not (tmp_path / "pictures/b").exists(), "a name is no way out of the folder"
+    assert (tmp_path / "pictures/realphoto60.html").read_text().count("<section>") == 2
+
+
 def test_names_of_methods_and_protocols(tmp_path):
     from foundir_v2.base import load_base, save_base
     folder = tmp_path / "base"
