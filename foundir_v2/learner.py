@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -132,6 +132,7 @@ def build_unet(
             raise FoundIRError(f"{k} is {unet.config[k]!r} in {folder} but {v!r} in the configuration: "
                                "train the stage before again")
     if config.conditioning_init == "identity": start_at_identity(unet, base, config.seed)
+    if config.gradient_checkpointing: unet.enable_gradient_checkpointing()
     unet.requires_grad_(False)
     for group in unet.trainable_parameters(config.stage):
         for p in group["params"]: p.requires_grad_(True)
@@ -155,9 +156,11 @@ def parameter_groups(
 def make_accelerator(config: TrainConfig) -> Accelerator:
     "Device and processes as `accelerate launch` or the machine say, precision as the configuration says."
     AcceleratorState._reset_state()  # several runs in one process may differ in precision
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32  # convolutions are in TF32 already: cuDNN's default
     precision = config.mixed_precision
     if precision == "auto": precision = "bf16" if pick_dtype("auto", pick_device()) == torch.bfloat16 else "no"
-    accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False,
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # buckets are no second copy of the gradients
+    accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False, kwargs_handlers=[views],
                               gradient_accumulation_steps=config.gradient_accumulation)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise FoundIRError(f"{accelerator.distributed_type.value} reads checkpoints as pickles, which can run code: "
@@ -194,7 +197,7 @@ class Learner:
         model = Denoiser(self.unet) if config.stage else LatentReader(self.unet, self.vae)
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model.train(), optimizer, lr_scheduler)
         self.parameters = [p for g in groups for p in g["params"]]
-        self.ema = make_ema(self.parameters, config.ema_decay)
+        self.ema = make_ema(self.parameters, config.ema_decay, config.ema_device)
 
 # %% ../nbs/61a_learner.ipynb #c99525db
 @patch
