@@ -15,6 +15,7 @@ from .batch import (Count, Gigabytes, Pixels, RestoreConfig, Seed, Workers, argu
 from .cli_benchmark import add_benchmark
 from .cli_mixture import add_mixture
 from .inference import Factor, Fraction, Guidance, Overlap, Steps, TileBatch, TileSize
+from .process import Stopped
 from .targets import READABLE, Target, TargetError, check_targets, named
 from .worklist import each_file, existing, is_user_error, pictures_in, plan_files, results, sidecars, wanted
 
@@ -275,7 +276,7 @@ def run_train(args: argparse.Namespace) -> int:
     reach_hub([config.base])
     from foundir_v2.train import train
     result = train(config, args.force)
-    loss = f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""
+    loss = "" if result.last_loss is None else f", last loss {result.last_loss:.4f}"
     print(f"{result.output}: {len(result.steps)} steps{loss}")
     return 0
 
@@ -373,6 +374,9 @@ def main(argv: list[str] | None = None) -> int:  # 0: done; 2: bad input, told i
     try:
         args = parser().parse_args(argv)
         return args.run(args)
+    except Stopped as e:
+        print(f"foundir-v2: {e}", file=sys.stderr)
+        return 128 + e.number
     except KeyboardInterrupt: return 130
     except Exception as e:
         if isinstance(e, ModuleNotFoundError) and not (e.name or "").startswith("foundir_v2"):

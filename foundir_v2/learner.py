@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SeededDataset', 'Feed', 'Denoiser', 'LatentReader', 'build_unet', 'parameter_groups', 'make_accelerator', 'Learner',
-           'split_batch', 'not_finite']
+           'split_batch', 'Seen']
 
 # %% ../nbs/61a_learner.ipynb #61ln0004
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,8 @@ from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 # %% ../nbs/61a_learner.ipynb #61ln0005
 import torch
@@ -36,6 +37,7 @@ from .mixture import round_scores
 from .objective import WEIGHTED, decoder_gain, draw_noise, prediction_target, sample_losses
 from .optim import make_optimizer
 from .pipeline import assemble, resolve_settings
+from .process import end_with_parent_alone
 from .sampler import Draw, MixtureSampler
 from .score import read_encoder, reference_set, restore_pictures, score_items
 from .settings import ModelConfig, TrainConfig, build_mixture
@@ -54,6 +56,8 @@ class Feed:
     "Where the samples come from, and how far we are."
     def __init__(self, config: TrainConfig, rank: int = 0, world_size: int = 1):
         self.config, self.rank, self.world_size, self.step = config, rank, world_size, 0
+        self.skipped = 0  # steps so far that were not finite
+        self.best: dict[str, float] | None = None  # step and mean score, if the best weights are kept
         manifest = load_manifest(config.manifest)
         shares = dict(recoloured=config.recoloured, variety=config.variety, clean_share=config.clean_share)
         dataset = RestorationDataset(manifest, "train", config.task_table, crop=config.crop, root=config.root,
@@ -65,17 +69,19 @@ class Feed:
         self.sampler = MixtureSampler(dataset.lengths, self.mixture, config.batch_size // world_size, config.seed,
                                       rank, world_size, interval=config.update_every or None)
         self.loader = DataLoader(SeededDataset(dataset), batch_sampler=self.sampler, collate_fn=collate,
-                                 num_workers=config.num_workers, persistent_workers=config.num_workers > 0)
+                                 num_workers=config.num_workers, persistent_workers=config.num_workers > 0,
+                                 worker_init_fn=end_with_parent_alone)
         reference = config.reference_per_task, config.reference_size, config.reference_seed
         self.items = {}
         if config.update_every: self.items = reference_set(manifest, config.task_table, *reference, root=config.root)
 
     def state_dict(self) -> dict[str, Any]:
         sampler = self.sampler.state_dict(consumed=self.step)
-        return dict(step=self.step, mixture=self.mixture.state_dict(), sampler=sampler)
+        counts = dict(step=self.step, skipped=self.skipped, best=self.best)
+        return dict(counts, mixture=self.mixture.state_dict(), sampler=sampler)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+        self.step, self.skipped, self.best = (state[k] for k in ("step", "skipped", "best"))
         self.mixture.load_state_dict(state["mixture"])
         self.sampler.load_state_dict(state["sampler"])
 
@@ -83,6 +89,9 @@ class Feed:
         "Score the reference set, update the mixture: weights from now on, and scores, rounded as the rule saw them."
         ranks = dict(rank=self.rank, world_size=self.world_size, gather=gather_object)
         scores = round_scores(score_items(restore_fn, self.items, self.config.score_metrics, **ranks))
+        mean = fmean(map(fmean, scores.values()))
+        if self.config.keep_best and self.step and (self.best is None or mean > self.best["score"]):
+            self.best = dict(step=self.step, score=mean)
         return dict(weights=self.mixture.update(scores, self.step), scores=scores)
 
 # %% ../nbs/61a_learner.ipynb #ebc83e23
@@ -234,11 +243,46 @@ def split_batch(
     for i in range(parts): yield {k: v[i * size:(i + 1) * size] for k, v in batch.items()}
 
 # %% ../nbs/61a_learner.ipynb #8ab953e4
-def not_finite(step: int, losses: Tensor, norm: Tensor) -> FoundIRError:
-    found = f"loss {float(losses.detach().mean()):.4g}, norm of the gradient {float(norm):.4g}"
-    return FoundIRError(f"step {step} is not finite ({found}): start again to go on from the last checkpoint; "
-                        "if it comes again, lower learning_rate or train with mixed_precision: 'no' (either begins "
-                        "a run of its own)")
+class Seen(NamedTuple):
+    "What all processes know of a step before anybody's optimizer moves."
+    losses: Tensor  # (B,) of all processes
+    tasks: Tensor  # (B,) places in the list of tasks
+    finite: bool  # all losses are, and the norm of the gradient, where no gradient scaler looks after it
+    replaced: bool  # does a sample stand for one whose picture can't be read?
+    signal: int  # that tells one of the processes to leave; 0: none
+
+@patch
+def look(
+    self: Learner,
+    batch: dict[str, Any],
+    losses: Tensor,  # (B,) of this process
+    tasks: Sequence[str],  # names of all tasks
+    norm: Tensor,  # of the gradient, a number
+    signal: int,  # that this process has got; 0: none
+) -> Seen:
+    "One exchange between the processes."
+    fine = losses.isfinite() & (norm.isfinite() | (self.accelerator.scaler is not None))
+    numbers = [[list(tasks).index(t), len(q) > 0, signal] for t, q in zip(batch["task"], batch["quarantined"])]
+    own = torch.cat([losses[:, None], fine[:, None], torch.tensor(numbers).to(losses)], 1)
+    losses, fine, which, replaced, signals = (x.contiguous() for x in self.accelerator.gather(own).unbind(1))
+    return Seen(losses, which, bool(fine.all()), bool(replaced.any()), int(signals.max()))
+
+@patch
+def incidents(
+    self: Learner,
+    batch: dict[str, Any],
+    losses: Tensor,  # (B,) of this process
+    norm: Tensor,
+    finite: bool,  # else the step is skipped
+) -> dict[str, list[dict[str, Any]]]:  # skipped, quarantined -> their samples of all processes
+    "What there is to tell of a step that is not like the others. All processes must ask."
+    told = dict(skipped=[], quarantined=[])
+    for k, loss in enumerate(losses.tolist()):
+        row = dict(task=batch["task"][k], photo=batch["photo"][k], seed=int(batch["seed"][k]))
+        if not finite: told["skipped"].append(row | dict(why=f"loss {loss:.4g}, norm of the gradient {norm:.4g}"))
+        for photo, why in batch["quarantined"][k].items():
+            told["quarantined"].append(row | dict(photo=photo, why=why, instead=row["photo"]))
+    return {kind: rows for kind, own in told.items() if (rows := gather_object(own))}
 
 # %% ../nbs/61a_learner.ipynb #b57f6876
 @patch
@@ -246,27 +290,31 @@ def step(
     self: Learner,
     batch: dict[str, Any],  # as `losses`
     tasks: Sequence[str],  # names of all tasks
-) -> dict[str, Any]:  # loss, grad_norm, lr per group, loss and number of samples per task
-    "One training step. Raises `FoundIRError`, weights unchanged, if the gradient (fp16: the loss) is not finite."
-    per_sample, norm, step = [], None, self.ema.optimization_step + 1
-    rates = {g["name"]: g["lr"] for g in self.optimizer.param_groups}
+    signal: int = 0,  # that this process has got
+) -> dict[str, Any]:  # loss, grad_norm, lr per group, loss and samples per task; signal and incidents if there are any
+    "One training step; it changes no weight if its losses or gradient are not finite (fp16: its losses)."
+    per_sample, rates = [], {g["name"]: g["lr"] for g in self.optimizer.param_groups}
     for micro in split_batch(batch, self.config.gradient_accumulation):
         with self.accelerator.accumulate(self.model):
             losses = self.losses(micro)
             self.accelerator.backward(losses.mean())
+            per_sample.append(losses.detach())
             if self.accelerator.sync_gradients:
                 norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-                if not norm.isfinite() and self.accelerator.scaler is None: raise not_finite(step, losses, norm)
-            self.optimizer.step(); self.optimizer.zero_grad()
-        per_sample.append(losses.detach())
-    which = torch.tensor([list(tasks).index(t) for t in batch["task"]], device=self.accelerator.device)
-    values, which = self.accelerator.gather(torch.cat(per_sample)), self.accelerator.gather(which)
-    if not torch.isfinite(values).all(): raise not_finite(step, values, norm)
-    self.lr_scheduler.step(); self.ema.step(self.parameters)
-    by_task = {t: values[which == i] for i, t in enumerate(tasks)}
-    task_loss = {t: float(v.mean()) for t, v in by_task.items() if len(v)}
-    samples = {t: len(v) for t, v in by_task.items()}
-    return dict(loss=float(values.mean()), grad_norm=float(norm), lr=rates, task_loss=task_loss, samples=samples)
+                seen = self.look(batch, own := torch.cat(per_sample), tasks, norm, signal)
+                if seen.finite: self.optimizer.step()
+                elif self.accelerator.scaler is not None: self.accelerator.scaler.update()
+            self.optimizer.zero_grad()
+    self.lr_scheduler.step()
+    if seen.finite: self.ema.step(self.parameters)
+    by_task = {t: seen.losses[seen.tasks == i] for i, t in enumerate(tasks)}
+    found = dict(loss=None, grad_norm=None, lr=rates, task_loss={}, samples={t: len(v) for t, v in by_task.items()})
+    if seen.finite:
+        task_loss = {t: float(v.mean()) for t, v in by_task.items() if len(v)}
+        found |= dict(loss=float(seen.losses.mean()), grad_norm=float(norm), task_loss=task_loss)
+    if seen.signal: found["signal"] = seen.signal
+    if seen.replaced or not seen.finite: found["incidents"] = self.incidents(batch, own, norm, seen.finite)
+    return found
 
 # %% ../nbs/61a_learner.ipynb #5e61c0de
 @patch

@@ -147,6 +147,9 @@ class LoopConfig(Section):
     cache_gb: Annotated[float, Interval(ge=0, le=10**5), Unit("GB")] = 2.0  # of photographs kept in memory
     draft: bool = False  # the JPEG decoder shrinks: faster, samples differ a little
     checkpoint_every: Annotated[int, Interval(ge=1, le=10**9), Unit("steps")] = 1000
+    keep_checkpoints: Annotated[int, Interval(ge=1, le=1000)] = 2  # how many of the newest stay while a stage trains
+    keep_best: Annotated[bool, UPDATES] = False  # also keep the weights with the highest mean score, in best/
+    max_skipped: Annotated[int, Interval(ge=0, le=10**9), Unit("steps")] = 10  # not finite; one more ends the run
     dvclive: bool = False  # also write DVCLive's files
     seed: Seed = 0
 
@@ -239,8 +242,8 @@ def build_mixture(
     except MixtureError as e: raise FoundIRError(f"mixture: {e}") from None
 
 # %% ../nbs/61_settings.ipynb #59a02bb6
-NO_INFLUENCE = ("num_workers", "cache_gb", "gradient_checkpointing", "ema_device", "checkpoint_every", "dvclive",
-                "manifest", "root", "init", "output", "checkpoints")
+NO_INFLUENCE = ("num_workers", "cache_gb", "gradient_checkpointing", "ema_device", "checkpoint_every",
+                "keep_checkpoints", "max_skipped", "dvclive", "manifest", "root", "init", "output", "checkpoints")
 
 def parameters(config: TrainConfig) -> dict[str, Any]:
     "The fields that decide the result, apart from the files it is made from."
