@@ -152,6 +152,13 @@ def parameter_groups(
     rate = dict(lq_encoder=config.lq_encoder_learning_rate, path=config.path_learning_rate)
     return [dict(group, lr=rate.get(group["name"]) or config.learning_rate) for group in groups]
 
+def _save_unwrapped(accelerator: Accelerator) -> None:
+    "Checkpoints hold the plain model: one process can go on where several have stopped, and the other way round."
+    def save(models, weights, folder): weights[:] = [accelerator.unwrap_model(m).state_dict() for m in models]
+    def load(models, folder): models[:] = map(accelerator.unwrap_model, models)
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
 def make_accelerator(config: TrainConfig) -> Accelerator:
     "Device and processes as `accelerate launch` or the machine say, precision as the configuration says."
     AcceleratorState._reset_state()  # several runs in one process may differ in precision
@@ -166,6 +173,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if config.batch_size % share:
         raise FoundIRError(f"batch_size={config.batch_size} can't be split into {share} parts "
                            "(processes × gradient_accumulation): choose a multiple")
+    _save_unwrapped(accelerator)
     return accelerator
 
 # %% ../nbs/61a_learner.ipynb #0a2b6075
