@@ -192,8 +192,11 @@ class Learner:
         self.pipe.set_progress_bar_config(disable=True)
         scoring = {k: v for k, v in config.reference_options.call.items() if k != "prompt"}
         if config.stage: resolve_settings(self.pipe, 1, **scoring)  # refuses what can't be, before the first step
-        encode = lambda caption: tuple(e.to(accelerator.device) for e in encode_prompts(base, [caption]))
+        def encode(caption):  # in float32, whoever asks first
+            with torch.autocast(accelerator.device.type, enabled=False): found = encode_prompts(base, [caption])
+            return tuple(e.to(accelerator.device) for e in found)
         self.prompt = lru_cache(maxsize=4096)(encode)
+        self.pipe.encode_prompt = self.encode_prompt
         self.gain = decoder_gain(base.vae) if config.loss in WEIGHTED else None
         groups = parameter_groups(self.unet, config)
         rule = dict(betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay)
@@ -203,6 +206,17 @@ class Learner:
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model.train(), optimizer, lr_scheduler)
         self.parameters = [p for g in groups for p in g["params"]]
         self.ema = make_ema(self.parameters, config.ema_decay)
+
+# %% ../nbs/61a_learner.ipynb #61ln65a0
+@patch
+def encode_prompt(
+    self: Learner,
+    texts: Sequence[str],
+    **options: Any,  # of the pipeline's own method: where to, and no guidance
+) -> tuple[Tensor, None, Tensor, None]:  # (B, 77, D), -, (B, D2), -
+    "What the pipeline asks for at every scoring: the text encoders are frozen, so each text is encoded once in a run."
+    text, pooled = (torch.cat(e) for e in zip(*map(self.prompt, texts)))
+    return text, None, pooled, None
 
 # %% ../nbs/61a_learner.ipynb #c99525db
 @patch

@@ -7,7 +7,7 @@ __all__ = ['LAUNCHED', 'write_output', 'input_files', 'run_folder', 'check_outpu
            'parser', 'main']
 
 # %% ../nbs/62_train.ipynb #9bb0cf7c
-import argparse, json, os, shutil, sys
+import argparse, json, os, shutil, sys, time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -93,12 +93,15 @@ def train_steps(
     checkpoints: Checkpoints,
 ) -> None:
     "From where `feed` stands to the last step."
-    main = learner.accelerator.is_main_process
+    main, began, scoring = learner.accelerator.is_main_process, time.perf_counter(), 0.0
     def save():
         if main: log.check()
         checkpoints.save(learner.accelerator, feed.step, learner.ema, feed.state_dict(), log.path if main else None)
     def rebalance():
+        nonlocal scoring
+        start = time.perf_counter()
         with averaged(learner.ema, learner.parameters): record = feed.rebalance(learner.restore)
+        scoring += time.perf_counter() - start
         if main: log.write(kind="mixture", step=feed.step, **record)
     if feed.step == 0 and config.update_every:
         if config.stage: rebalance()
@@ -113,7 +116,8 @@ def train_steps(
                 if main: log.write(kind="step", step=feed.step, **record)
                 if config.update_every and feed.step % config.update_every == 0: rebalance()
                 if feed.step % config.checkpoint_every == 0 or feed.step == config.steps: save()
-                bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False); bar.update()
+                share = scoring / (time.perf_counter() - began)
+                bar.set_postfix(loss=f"{record['loss']:.3f}", scoring=f"{share:.1%}", refresh=False); bar.update()
                 if feed.step == config.steps: break
 
 # %% ../nbs/62_train.ipynb #f4ecef9e
