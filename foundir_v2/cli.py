@@ -274,8 +274,8 @@ def run_train(args: argparse.Namespace) -> int:
     check_targets([output, Target(config.checkpoints, "store")], inputs)
     quiet_libraries()
     reach_hub([config.base])
-    from foundir_v2.train import train
-    result = train(config, args.force)
+    from foundir_v2.launch import run_training
+    result = run_training(config, args.force)
     loss = "" if result.last_loss is None else f", last loss {result.last_loss:.4f}"
     print(f"{result.output}: {len(result.steps)} steps{loss}")
     return 0

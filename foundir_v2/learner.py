@@ -162,6 +162,13 @@ def parameter_groups(
     rate = dict(lq_encoder=config.lq_encoder_learning_rate, path=config.path_learning_rate)
     return [dict(group, lr=rate.get(group["name"]) or config.learning_rate) for group in groups]
 
+def _save_unwrapped(accelerator: Accelerator) -> None:
+    "Checkpoints hold the plain model: one process can go on where several have stopped, and the other way round."
+    def save(models, weights, folder): weights[:] = [accelerator.unwrap_model(m).state_dict() for m in models]
+    def load(models, folder): models[:] = map(accelerator.unwrap_model, models)
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
 def make_accelerator(config: TrainConfig) -> Accelerator:
     "Device and processes as `accelerate launch` or the machine say, precision as the configuration says."
     AcceleratorState._reset_state()  # several runs in one process may differ in precision
@@ -178,6 +185,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if config.batch_size % share:
         raise FoundIRError(f"batch_size={config.batch_size} can't be split into {share} parts "
                            "(processes × gradient_accumulation): choose a multiple")
+    _save_unwrapped(accelerator)
     return accelerator
 
 # %% ../nbs/61a_learner.ipynb #0a2b6075
@@ -196,8 +204,11 @@ class Learner:
         self.pipe.set_progress_bar_config(disable=True)
         scoring = {k: v for k, v in config.reference_options.call.items() if k != "prompt"}
         if config.stage: resolve_settings(self.pipe, 1, **scoring)  # refuses what can't be, before the first step
-        encode = lambda caption: tuple(e.to(accelerator.device) for e in encode_prompts(base, [caption]))
+        def encode(caption):  # in float32, whoever asks first
+            with torch.autocast(accelerator.device.type, enabled=False): found = encode_prompts(base, [caption])
+            return tuple(e.to(accelerator.device) for e in found)
         self.prompt = lru_cache(maxsize=4096)(encode)
+        self.pipe.encode_prompt = self.encode_prompt
         self.gain = decoder_gain(base.vae) if config.loss in WEIGHTED else None
         groups = parameter_groups(self.unet, config)
         rule = dict(betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay)
@@ -207,6 +218,17 @@ class Learner:
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model.train(), optimizer, lr_scheduler)
         self.parameters = [p for g in groups for p in g["params"]]
         self.ema = make_ema(self.parameters, config.ema_decay, config.ema_device)
+
+# %% ../nbs/61a_learner.ipynb #61ln65a0
+@patch
+def encode_prompt(
+    self: Learner,
+    texts: Sequence[str],
+    **options: Any,  # of the pipeline's own method: where to, and no guidance
+) -> tuple[Tensor, None, Tensor, None]:  # (B, 77, D), -, (B, D2), -
+    "What the pipeline asks for at every scoring: the text encoders are frozen, so each text is encoded once in a run."
+    text, pooled = (torch.cat(e) for e in zip(*map(self.prompt, texts)))
+    return text, None, pooled, None
 
 # %% ../nbs/61a_learner.ipynb #c99525db
 @patch

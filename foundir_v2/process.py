@@ -32,12 +32,13 @@ def _gone(watched: list[tuple[int, float]]) -> bool:
 # %% ../nbs/05_process.ipynb #2e58ef06
 def exit_with_parent(
     interval: float = 0.5,  # seconds between two looks
+    by: int | None = None,  # a signal that this process gets, to end in its own way; None: at once, with status 1
 ) -> threading.Thread:  # the watching thread
-    "End this process, at once and with status 1, when its parent ends."
+    "End this process when its parent ends."
     watched = ancestors()
     def watch():
         while not _gone(watched): time.sleep(interval)
-        os._exit(1)
+        os._exit(1) if by is None else os.kill(os.getpid(), by)
     thread = threading.Thread(target=watch, name="exit-with-parent", daemon=True)
     thread.start()
     return thread

@@ -146,6 +146,8 @@ class LoopConfig(Section):
     num_workers: Annotated[int, Interval(ge=0, le=256)] = 4  # data processes; 0: load in the training process
     cache_gb: Annotated[float, Interval(ge=0, le=10**5), Unit("GB")] = 2.0  # of photographs kept in memory
     draft: bool = False  # the JPEG decoder shrinks: faster, samples differ a little
+    processes: Count = 1  # training processes, a device each; above 1 accelerate launches them (notebook 65)
+    accelerate_config: str | None = None  # file of `accelerate config` that says how they are launched
     checkpoint_every: Annotated[int, Interval(ge=1, le=10**9), Unit("steps")] = 1000
     keep_checkpoints: Annotated[int, Interval(ge=1, le=1000)] = 2  # how many of the newest stay while a stage trains
     keep_best: Annotated[bool, UPDATES] = False  # also keep the weights with the highest mean score, in best/
@@ -222,7 +224,7 @@ class TrainConfig(StageConfig, LoopConfig, ModelConfig, MixtureConfig):
         for name, part in PARTS.items(): check_early(part, sections.get(name, {}), name)
         check_early(StageConfig, own, f"train_stage{stage}")
         built = {name: from_dict(part, sections.get(name, {}), name) for name, part in PARTS.items()}
-        updates = "update_every" in own
+        updates = bool(own.get("update_every"))  # 0: nothing reads how the mixture would be updated
         read = {f: getattr(built[n], f) for n, part in FLAT.items() for f in fields_read(part, stage, updates)}
         if fields_read(InferenceConfig, stage, updates): read["inference"] = built["inference"]
         mine = from_dict(StageConfig, own, f"train_stage{stage}")
@@ -242,8 +244,9 @@ def build_mixture(
     except MixtureError as e: raise FoundIRError(f"mixture: {e}") from None
 
 # %% ../nbs/61_settings.ipynb #59a02bb6
-NO_INFLUENCE = ("num_workers", "cache_gb", "gradient_checkpointing", "ema_device", "checkpoint_every",
-                "keep_checkpoints", "max_skipped", "dvclive", "manifest", "root", "init", "output", "checkpoints")
+NO_INFLUENCE = ("num_workers", "cache_gb", "gradient_checkpointing", "ema_device", "processes", "accelerate_config",
+                "checkpoint_every", "keep_checkpoints", "max_skipped", "dvclive", "manifest", "root", "init", "output",
+                "checkpoints")
 
 def parameters(config: TrainConfig) -> dict[str, Any]:
     "The fields that decide the result, apart from the files it is made from."
@@ -269,5 +272,4 @@ def read_config(
     if missing := [s for s in (*PARTS, own) if s not in params]:
         raise ConfigError(f"{Path(path).name} has no section {', '.join(missing)}; it has {', '.join(params)}")
     mine = params[own] | {k: v for k, v in changes.items() if k in declarations(StageConfig)}
-    if mine.get("update_every") == 0: del mine["update_every"]  # then nothing reads how the mixture is updated
     return replace(TrainConfig.from_sections(stage, mine, **{s: params[s] for s in PARTS}), **changes)

@@ -227,7 +227,7 @@ def test_a_run_that_was_told_to_leave_goes_on_as_if_it_had_not_been(bench, tmp_p
 
 def test_a_second_signal_leaves_at_once(bench, tmp_path, monkeypatch):
     "One that comes in the first two seconds is an echo: a launcher hands on what its workers have got already."
-    c, step = config(bench, tmp_path), Learner.step
+    c = config(bench, tmp_path)
     def signalled(self, *args):
         signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
         time.sleep(2.1)

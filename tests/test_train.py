@@ -349,6 +349,25 @@ def test_scores_come_from_the_averaged_weights(bench, tmp_path, monkeypatch):
     assert not equal(seen[0], seen[-1])
 
 
+def test_every_text_is_encoded_once_in_a_run(bench, tmp_path):
+    "As the pipeline itself would, in float32 even where scoring is not; captions of D_ref and of training alike."
+    c = config(bench, tmp_path, inference=InferenceConfig(num_inference_steps=1, guidance_scale=2, start="noise",
+                                                          prompt="caption", tile_size=0),
+               reference_options=dict(autocast=True), mixed_precision="bf16")
+    learner, feed = Learner(c, make_accelerator(c)), Feed(replace(c, update_every=2))
+    items = [replace(i, caption=f"photo {k}") for some in feed.items.values() for k, i in enumerate(some)]
+    seen = []
+    hook = learner.pipe.text_encoder.register_forward_pre_hook(lambda module, args: seen.append(args))
+    first = learner.restore(items)
+    texts = len({i.caption for i in items} | {""})
+    assert len(seen) == texts
+    assert all(torch.equal(a, b) for a, b in zip(first, learner.restore(items))) and len(seen) == texts
+    hook.remove()
+    embeds, _, pooled, _ = type(learner.pipe).encode_prompt(learner.pipe, [""], device="cpu", negative_prompt="",
+                                                            do_classifier_free_guidance=False)
+    assert torch.equal(embeds, learner.prompt("")[0]) and torch.equal(pooled, learner.prompt("")[1])
+
+
 def test_a_stage_is_scored_as_the_evaluation_will_use_it(bench, tmp_path):
     "Defaults come from the parameters, by way of the folder: change one, and both restore in another way, alike."
     from foundir_v2.index import load_manifest
