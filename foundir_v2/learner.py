@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from .base import Base, build_foundir_unet, encode_prompts, load_base, micro_conditioning
 from .base import identity_path, reading_model, start_at_identity, training_scheduler
 from .checkpoint import make_ema
+from .clock import Clock
 from .core import FoundIRError, pick_device, pick_dtype
 from .data import Item, RestorationDataset, collate
 from .index import load_manifest
@@ -172,7 +173,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 class Learner:
     "Model, optimizer and average of one stage."
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
-        self.config, self.accelerator = config, accelerator
+        self.config, self.accelerator, self.clock = config, accelerator, Clock()
         base = load_base(config.base, device=accelerator.device, prior=config.init is None)  # frozen
         self.vae, self.noise_scheduler = base.vae, training_scheduler(base.noise_scheduler)
         offset = config.noise_offset if config.stage else 0  # stage 0 draws no noise
@@ -249,8 +250,8 @@ def step(
     rates = {g["name"]: g["lr"] for g in self.optimizer.param_groups}
     for micro in split_batch(batch, self.config.gradient_accumulation):
         with self.accelerator.accumulate(self.model):
-            losses = self.losses(micro)
-            self.accelerator.backward(losses.mean())
+            with self.clock.part("forward"): losses = self.losses(micro)
+            with self.clock.part("backward"): self.accelerator.backward(losses.mean())
             if self.accelerator.sync_gradients:
                 norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
                 if not norm.isfinite() and self.accelerator.scaler is None: raise not_finite(step, losses, norm)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 # %% ../nbs/62_train.ipynb #476fecfb
 from .base import resolve_model
 from .checkpoint import Checkpoints, atomic_folder, averaged, only_writer, run_name, saving
+from .clock import add_times, times_path
 from .config import describe
 from .core import FoundIRError, error_line
 from .index import load_manifest
@@ -91,12 +92,17 @@ def train_steps(
     checkpoints: Checkpoints,
 ) -> None:
     "From where `feed` stands to the last step."
-    main = learner.accelerator.is_main_process
+    main, clock = learner.accelerator.is_main_process, learner.clock
     def save():
         if main: log.check()
-        checkpoints.save(learner.accelerator, feed.step, learner.ema, feed.state_dict(), log.path if main else None)
+        with clock.part("checkpoint"):
+            checkpoints.save(learner.accelerator, feed.step, learner.ema, feed.state_dict(), log.path if main else None)
+        if not main: return
+        with saving("the times", checkpoints.folder):
+            add_times(times_path(checkpoints.folder), feed.step, clock.read())
     def rebalance():
-        with averaged(learner.ema, learner.parameters): record = feed.rebalance(learner.restore)
+        with clock.part("scoring"), averaged(learner.ema, learner.parameters):
+            record = feed.rebalance(learner.restore)
         if main: log.write(kind="mixture", step=feed.step, **record)
     if feed.step == 0 and config.update_every:
         if config.stage: rebalance()
@@ -104,9 +110,9 @@ def train_steps(
     bar = tqdm(total=config.steps, initial=feed.step, desc=f"stage {config.stage}", mininterval=1, disable=not main)
     with interruptible() as check, bar:
         while feed.step < config.steps:
-            for batch in feed.loader:
+            for batch in clock.waiting("data", feed.loader):
                 check()
-                record = learner.step(batch, list(config.task_table))
+                with clock.part("optimizer"): record = learner.step(batch, list(config.task_table))
                 feed.step += 1
                 if main: log.write(kind="step", step=feed.step, **record)
                 if config.update_every and feed.step % config.update_every == 0: rebalance()
