@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from .base import Base, build_foundir_unet, encode_prompts, load_base, micro_conditioning
 from .base import identity_path, reading_model, start_at_identity, training_scheduler
 from .checkpoint import make_ema
+from .clock import Clock
 from .core import FoundIRError, pick_device, pick_dtype
 from .data import Item, RestorationDataset, collate
 from .index import load_manifest
@@ -89,9 +90,9 @@ class Feed:
         "Score the reference set, update the mixture: weights from now on, and scores, rounded as the rule saw them."
         ranks = dict(rank=self.rank, world_size=self.world_size, gather=gather_object)
         scores = round_scores(score_items(restore_fn, self.items, self.config.score_metrics, **ranks))
-        mean = fmean(map(fmean, scores.values()))
-        if self.config.keep_best and self.step and (self.best is None or mean > self.best["score"]):
-            self.best = dict(step=self.step, score=mean)
+        if self.config.keep_best and self.step:
+            mean = fmean(map(fmean, scores.values()))
+            if self.best is None or mean > self.best["score"]: self.best = dict(step=self.step, score=mean)
         return dict(weights=self.mixture.update(scores, self.step), scores=scores)
 
 # %% ../nbs/61a_learner.ipynb #ebc83e23
@@ -192,7 +193,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 class Learner:
     "Model, optimizer and average of one stage."
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
-        self.config, self.accelerator = config, accelerator
+        self.config, self.accelerator, self.clock = config, accelerator, Clock()
         base = load_base(config.base, device=accelerator.device, prior=config.init is None)  # frozen
         self.vae, self.noise_scheduler = base.vae, training_scheduler(base.noise_scheduler)
         offset = config.noise_offset if config.stage else 0  # stage 0 draws no noise
@@ -318,8 +319,8 @@ def step(
     per_sample, rates = [], {g["name"]: g["lr"] for g in self.optimizer.param_groups}
     for micro in split_batch(batch, self.config.gradient_accumulation):
         with self.accelerator.accumulate(self.model):
-            losses = self.losses(micro)
-            self.accelerator.backward(losses.mean())
+            with self.clock.part("forward"): losses = self.losses(micro)
+            with self.clock.part("backward"): self.accelerator.backward(losses.mean())
             per_sample.append(losses.detach())
             if self.accelerator.sync_gradients:
                 norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)

@@ -8,7 +8,7 @@ __all__ = ['IN_LOADING', 'FoundIRv2Pipeline', 'assemble', 'cut_off', 'embed_text
            'count_tiles', 'restore_requests', 'finish']
 
 # %% ../nbs/55_pipeline.ipynb #d0842344
-import functools, importlib, logging
+import functools, importlib, logging, math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from .attention import large_products
 from .base import Base
 from .color import fix_color
 from .core import FoundIRError
@@ -234,9 +235,10 @@ def restore_job(
     on_step: Callable[[int, Tensor, Tensor], Tensor],
 ) -> list[Tensor]:  # (3, H, W) in [0, 1] each, without padding
     "Denoise, decode, crop."
-    latents = denoise(pipe, noise_scheduler, job, settings, on_step)
-    decode = job.counted(lambda tiles: decode_latents(pipe.vae, job.crops(latents, tiles, job.vae_grid)))
-    decoded = map_tiles(decode, len(job.pictures), job.vae_grid, settings.tile_batch, job.factor)
+    with large_products(math.prod(job.grid.tile_shape)):
+        latents = denoise(pipe, noise_scheduler, job, settings, on_step)
+        decode = job.counted(lambda tiles: decode_latents(pipe.vae, job.crops(latents, tiles, job.vae_grid)))
+        decoded = map_tiles(decode, len(job.pictures), job.vae_grid, settings.tile_batch, job.factor)
     return [x[:, :picture.shape[-2], :picture.shape[-1]] for x, picture in zip(decoded, job.pictures)]
 
 # %% ../nbs/55_pipeline.ipynb #82fd366c

@@ -7,7 +7,7 @@ __all__ = ['LAUNCHED', 'write_model', 'write_output', 'input_files', 'run_folder
            'note_incidents', 'train_steps', 'train', 'reference_pictures', 'parser', 'main']
 
 # %% ../nbs/62_train.ipynb #9bb0cf7c
-import argparse, json, os, shutil, signal, sys, time
+import argparse, json, os, shutil, signal, sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,6 +22,7 @@ from tqdm import tqdm
 # %% ../nbs/62_train.ipynb #476fecfb
 from .base import resolve_model
 from .checkpoint import Checkpoints, atomic_folder, averaged, check_room, only_writer, run_name, saving
+from .clock import add_times, times_path
 from .config import describe
 from .core import FoundIRError, error_line
 from .index import load_manifest
@@ -147,18 +148,19 @@ def train_steps(
     checkpoints: Checkpoints,
 ) -> None:
     "From where `feed` stands to the last step. Raises `Stopped`, a checkpoint written, if a signal says so."
-    main, told = learner.accelerator.is_main_process, set()
-    began, scoring = time.perf_counter(), 0.0
+    main, clock, told = learner.accelerator.is_main_process, learner.clock, set()
     def save():
         if main: log.check()
         best = int(feed.best["step"]) if feed.best else None
-        checkpoints.save(learner.accelerator, feed.step, learner.ema, feed.state_dict(), log.path if main else None,
-                         best)
+        with clock.part("checkpoint"):
+            checkpoints.save(learner.accelerator, feed.step, learner.ema, feed.state_dict(), log.path if main else None,
+                             best)
+        if not main: return
+        with saving("the times", checkpoints.folder):
+            add_times(times_path(checkpoints.folder), feed.step, clock.read())
     def rebalance():
-        nonlocal scoring
-        start = time.perf_counter()
-        with averaged(learner.ema, learner.parameters): record = feed.rebalance(learner.restore)
-        scoring += time.perf_counter() - start
+        with clock.part("scoring"), averaged(learner.ema, learner.parameters):
+            record = feed.rebalance(learner.restore)
         if main: log.write(kind="mixture", step=feed.step, **record)
     if feed.step == 0 and config.update_every:
         if config.stage: rebalance()
@@ -166,8 +168,8 @@ def train_steps(
     bar = tqdm(total=config.steps, initial=feed.step, desc=f"stage {config.stage}", mininterval=1, disable=not main)
     with leaving_later() as noted, bar:
         while feed.step < config.steps:
-            for batch in feed.loader:
-                record = learner.step(batch, list(config.task_table), noted())
+            for batch in clock.waiting("data", feed.loader):
+                with clock.part("optimizer"): record = learner.step(batch, list(config.task_table), noted())
                 feed.step += 1
                 found, number = record.pop("incidents", {}), record.pop("signal", 0)
                 if found: note_incidents(config, feed, found, log, told)
@@ -175,8 +177,7 @@ def train_steps(
                 if config.update_every and feed.step % config.update_every == 0: rebalance()
                 last, best = feed.step == config.steps, feed.best and feed.best["step"] == feed.step
                 if last or best or number or feed.step % config.checkpoint_every == 0: save()
-                shown = {} if record["loss"] is None else dict(loss=f"{record['loss']:.3f}")
-                bar.set_postfix(shown, scoring=f"{scoring / (time.perf_counter() - began):.1%}", refresh=False)
+                if record["loss"] is not None: bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
                 bar.update()
                 if last: break
                 if number: raise Stopped(number, f"{signal.Signals(number).name}: step {feed.step} is saved; "

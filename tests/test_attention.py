@@ -4,8 +4,11 @@ import torch
 import torch.utils.checkpoint
 import torch.nn.functional as F
 
-from foundir_v2.attention import EXPERTS, GroupedConv2d, SpatialBlock, TransposedAttention, make_expert
-from foundir_v2.core import FoundIRError
+from foundir_v2 import attention
+from foundir_v2.attention import (EXPERTS, LARGE, GroupedConv2d, SpatialBlock, TransposedAttention, attend,
+                                  large_products, make_expert)
+from foundir_v2.core import FoundIRError, repo_root
+from foundir_v2.config import load_params
 
 KINDS = list(EXPERTS)
 
@@ -127,3 +130,48 @@ def test_wrong_arguments_are_named(arguments, words):
 def test_keep_must_be_a_share(keep):
     with pytest.raises(FoundIRError, match="keep"):
         TransposedAttention(8, heads=2, keep=keep)
+
+
+@pytest.mark.parametrize("scale, blocks", [(1, True), (6, False)])
+def test_attention_over_many_positions_is_equal(scale, blocks, monkeypatch):
+    calls, head = [], attention._attend_head
+    monkeypatch.setattr(attention, "LARGE", 700)
+    monkeypatch.setattr(attention, "_BLOCK", (128, 300))
+    monkeypatch.setattr(attention, "_attend_head", lambda *a: calls.append(1) or head(*a))
+    qkv = torch.randn(2, 700, 3 * 3 * 16, generator=torch.Generator().manual_seed(0))
+    q, k, v = qkv.unflatten(-1, (3, 3, 16)).permute(2, 0, 3, 1, 4)  # as a block cuts them: not contiguous
+    q = scale * q
+    with torch.no_grad(), large_products(700): found = attend(q, k, v)
+    assert found.shape == q.shape and len(calls) == (6 if blocks else 0)
+    torch.testing.assert_close(found.double(), F.scaled_dot_product_attention(q.double(), k.double(), v.double()),
+                               rtol=0, atol=1e-5 * scale)
+
+
+def test_attention_with_gradients_or_few_positions_is_torchs_to_the_bit(monkeypatch):
+    monkeypatch.setattr(attention, "LARGE", 64)
+    q, k, v = torch.randn(3, 1, 2, 64, 16, generator=torch.Generator().manual_seed(0))
+    usual = F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(attend(q, k, v), usual)
+    with torch.no_grad():
+        assert not torch.equal(attend(q, k, v), usual)
+        assert torch.equal(attend(*(x[:, :, :63] for x in (q, k, v))),
+                           F.scaled_dot_product_attention(*(x[:, :, :63] for x in (q, k, v))))
+
+
+def test_products_are_as_before_after_a_large_picture(monkeypatch):
+    matmul = torch.backends.mkldnn.matmul
+    monkeypatch.setattr(attention, "_exact_onednn", lambda: True)
+    with pytest.raises(KeyError), large_products(LARGE):
+        assert matmul.fp32_precision == "bf16"
+        raise KeyError
+    assert matmul.fp32_precision == "none"
+    with large_products(LARGE - 1): assert matmul.fp32_precision == "none"
+    monkeypatch.setattr(attention, "_exact_onednn", lambda: False)
+    with large_products(LARGE): assert matmul.fp32_precision == "none"
+
+
+def test_what_is_measured_is_smaller_than_large():
+    params, pixels = load_params(repo_root() / "params.yaml"), 4**2  # per latent of the tiny model
+    evaluate = params["evaluate"]
+    sides = params["train"]["crop"], params["mixture"]["reference_size"], evaluate["size"]
+    assert max(*(side**2 for side in sides), evaluate["out_of_distribution"]["max_pixels"]) / pixels < 0.9 * LARGE
