@@ -12,8 +12,10 @@ from typing import Any
 
 from .batch import (Count, Gigabytes, Pixels, RestoreConfig, Seed, Workers, argument, quiet_libraries,
                               reach_hub, restore_batch)
+from .cli_benchmark import add_benchmark
 from .cli_mixture import add_mixture
 from .inference import Factor, Fraction, Guidance, Overlap, Steps, TileBatch, TileSize
+from .process import Stopped
 from .targets import READABLE, Target, TargetError, check_targets, named
 from .worklist import each_file, existing, is_user_error, pictures_in, plan_files, results, sidecars, wanted
 
@@ -187,7 +189,8 @@ def run_clean(args: argparse.Namespace) -> int:
     from foundir_v2.clean import clean, make_thresholds
     from foundir_v2.contact import contact_sheet, write_contact_sheet
     from foundir_v2.core import atomic_write
-    from foundir_v2.index import Entry, inspect_all
+    from foundir_v2.index import inspect_all
+    from foundir_v2.listing import Entry
     from foundir_v2.judges import make_judges
     folder = named(args.input)
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: check the name")
@@ -273,7 +276,7 @@ def run_train(args: argparse.Namespace) -> int:
     reach_hub([config.base])
     from foundir_v2.launch import run_training
     result = run_training(config, args.force)
-    loss = f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""
+    loss = "" if result.last_loss is None else f", last loss {result.last_loss:.4f}"
     print(f"{result.output}: {len(result.steps)} steps{loss}")
     return 0
 
@@ -355,7 +358,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None: raise TargetError(f"{message[:300]} (see {self.prog} --help)")
 
 COMMANDS = (add_restore, add_degrade, add_data, add_clean, add_caption, add_train, add_evaluate, add_report,
-            add_mixture)
+            add_benchmark, add_mixture)
 
 def parser() -> argparse.ArgumentParser:
     "The whole command line; imports nothing heavy."
@@ -371,6 +374,9 @@ def main(argv: list[str] | None = None) -> int:  # 0: done; 2: bad input, told i
     try:
         args = parser().parse_args(argv)
         return args.run(args)
+    except Stopped as e:
+        print(f"foundir-v2: {e}", file=sys.stderr)
+        return 128 + e.number
     except KeyboardInterrupt: return 130
     except Exception as e:
         if isinstance(e, ModuleNotFoundError) and not (e.name or "").startswith("foundir_v2"):

@@ -132,7 +132,7 @@ class LoopConfig(Section):
     terminal_fraction: Annotated[Share, UNET] = 0.0  # share of samples at the last timestep; the others are uniform
     noise_offset: Annotated[Share, UNET] = 0.02  # constant noise per channel; must be 0 under zero terminal SNR
     caption_dropout: Annotated[Share, UNET] = 0.2  # share of samples with an empty caption, for guidance
-    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"  # muon: orthogonal steps, for what is a matrix
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"  # adamw8bit: its state in bytes; muon: orthogonal
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     adam_eps: Annotated[float, Interval(gt=0, le=1)] = 1e-8
     weight_decay: Annotated[float, Interval(ge=0, le=100)] = 1e-2
@@ -140,12 +140,18 @@ class LoopConfig(Section):
     ema_decay: Decay = 0.9999
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware computes in it
     channels_last: bool = False  # memory format of the U-Net
+    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, more time
+    ema_device: Literal["same", "cpu"] = "same"  # where the averaged weights lie; cpu: main memory
+    tf32: bool = False  # matrix products of float32 in TF32, on CUDA
     num_workers: Annotated[int, Interval(ge=0, le=256)] = 4  # data processes; 0: load in the training process
     cache_gb: Annotated[float, Interval(ge=0, le=10**5), Unit("GB")] = 2.0  # of photographs kept in memory
     draft: bool = False  # the JPEG decoder shrinks: faster, samples differ a little
     processes: Count = 1  # training processes, a device each; above 1 accelerate launches them (notebook 65)
     accelerate_config: str | None = None  # file of `accelerate config` that says how they are launched
     checkpoint_every: Annotated[int, Interval(ge=1, le=10**9), Unit("steps")] = 1000
+    keep_checkpoints: Annotated[int, Interval(ge=1, le=1000)] = 2  # how many of the newest stay while a stage trains
+    keep_best: Annotated[bool, UPDATES] = False  # also keep the weights with the highest mean score, in best/
+    max_skipped: Annotated[int, Interval(ge=0, le=10**9), Unit("steps")] = 10  # not finite; one more ends the run
     dvclive: bool = False  # also write DVCLive's files
     seed: Seed = 0
 
@@ -242,8 +248,9 @@ def build_mixture(
     except MixtureError as e: raise FoundIRError(f"mixture: {e}") from None
 
 # %% ../nbs/61_settings.ipynb #59a02bb6
-NO_INFLUENCE = ("num_workers", "cache_gb", "processes", "accelerate_config", "checkpoint_every", "dvclive", "manifest",
-                "root", "init", "output", "checkpoints")
+NO_INFLUENCE = ("num_workers", "cache_gb", "gradient_checkpointing", "ema_device", "processes", "accelerate_config",
+                "checkpoint_every", "keep_checkpoints", "max_skipped", "dvclive", "manifest", "root", "init", "output",
+                "checkpoints")
 
 def parameters(config: TrainConfig) -> dict[str, Any]:
     "The fields that decide the result, apart from the files it is made from."
