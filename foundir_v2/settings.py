@@ -181,6 +181,10 @@ def misfits(
             yield f"{name} is for stage 2: stage {config.stage} has one learning rate"
     if config.stage == 2 and config.init and config.conditioning_init == "identity":
         yield "conditioning_init: identity would undo what stage 1 has taught: choose zero where stage 2 starts from it"
+    share = config.processes * config.gradient_accumulation
+    if config.batch_size % share:
+        yield (f"batch_size={config.batch_size} can't be split into {share} parts (processes × gradient_accumulation): "
+               "choose a multiple")
     low, high = config.scale_range
     if low > high: yield f"scale_range={config.scale_range}: expected low <= high"
     if config.update_every and (missing := [t for t in tasks if t not in config.score_metrics]):

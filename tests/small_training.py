@@ -49,7 +49,8 @@ def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for
 
 # --- a process that dies ----------------------------------------------------------------------------------------------
 
-OURS = tuple(str(Path(tr.__file__).with_name(f"{name}.py")) for name in ("checkpoint", "learner", "train", "trainlog"))
+NAMES = ("checkpoint", "kept", "learner", "train", "trainlog")
+OURS = tuple(str(Path(tr.__file__).with_name(f"{name}.py")) for name in NAMES)
 FORKS = multiprocessing.get_context("forkserver")  # its processes come with torch loaded
 FORKS.set_forkserver_preload(
     ["foundir_v2.train", "transformers.models.clip.modeling_clip", "diffusers.models.unets.unet_2d_condition"])

@@ -134,12 +134,14 @@ def test_what_went_wrong_is_one_line(said, code, words):
 def test_a_refusal_of_the_worker_is_the_callers(bench, tmp_path):
     "Here accelerate starts a single one, without torchrun."
     (bench / "one.yaml").write_text("distributed_type: 'NO'\nuse_cpu: true\n")
-    with pytest.raises(FoundIRError, match="^batch_size=3 can't be split into 2 parts") as e:
-        run_training(config(bench, tmp_path, batch_size=3, gradient_accumulation=2, accelerate_config="one.yaml"))
+    with pytest.raises(FoundIRError, match="^noise_offset=0.1 with a zero-terminal-SNR noise schedule") as e:
+        run_training(config(bench, tmp_path, noise_offset=.1, accelerate_config="one.yaml"))
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_launched_is_refused_before(bench, tmp_path, monkeypatch):
+    with pytest.raises(FoundIRError, match="batch_size=4 can't be split into 3 parts"):
+        config(bench, tmp_path, processes=3)
     c = config(bench, tmp_path, accelerate_config="two.yaml")
     with pytest.raises(FoundIRError, match="train.accelerate_config: there is no file .*two.yaml"): run_training(c)
     monkeypatch.setattr(launch, "pick_device", lambda: torch.device("cuda"))
@@ -178,7 +180,7 @@ def test_the_notebook_and_the_command_line_mean_the_same_run(tmp_path, profile, 
     read = keys_read([*PARTS, own], params)
     given = {s: {k: params[s][k] for k in read[s]} for s in PARTS}  # as the runner hands it to the notebook
     notebook = TrainConfig.from_sections(stage, params[own], {}, **given)
-    by_hand = read_config(tmp_path / "params.yaml", stage, ["processes=8", "accelerate_config=eight.yaml", "output=x"])
+    by_hand = read_config(tmp_path / "params.yaml", stage, ["processes=2", "accelerate_config=two.yaml", "output=x"])
     assert parameters(notebook) == parameters(by_hand)
 
 
