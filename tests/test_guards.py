@@ -227,7 +227,7 @@ def test_a_run_that_was_told_to_leave_goes_on_as_if_it_had_not_been(bench, tmp_p
 
 def test_a_second_signal_leaves_at_once(bench, tmp_path, monkeypatch):
     "One that comes in the first two seconds is an echo: a launcher hands on what its workers have got already."
-    c, step = config(bench, tmp_path), Learner.step
+    c = config(bench, tmp_path)
     def signalled(self, *args):
         signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
         time.sleep(2.1)
@@ -334,7 +334,7 @@ def broken(bench, tmp_path):
 
 def test_a_broken_picture_is_replaced_by_the_next_of_its_task(bench, broken):
     whole, damaged = (RestorationDataset(load_manifest(folder / "manifest.parquet"), "train", TASKS, 32, root=folder,
-                                         scale_range=(1., 1.)) for folder in (bench, broken))
+                                         scale_range=(1., 1.), cache=0) for folder in (bench, broken))
     for task in TASKS:
         for index in range(3):
             sample, stand_in = damaged[task, index, 5], whole[task, 2 if index == 1 else index, 5]
