@@ -23,8 +23,8 @@ class Copy:
     def __init__(self, folder):
         self.folder, self.environment = folder, os.environ | dict(
             PATH=f'{folder / ".venv/bin"}{os.pathsep}{os.environ["PATH"]}', PYTHONPATH=str(folder))
-        files = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True)
-        for name in filter(lambda name: (ROOT / name).is_file(), files.stdout.splitlines()):
+        ours = subprocess.check_output(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, text=True)
+        for name in filter(lambda name: (ROOT / name).is_file(), ours.splitlines()):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
         shutil.copytree(ROOT / 'data', folder / 'data')
@@ -33,10 +33,10 @@ class Copy:
         for command in (['git', 'init', '-q', '.'], ['git', 'add', '-A'], ['git', *who, 'commit', '-q', '-m', 'a copy'],
                         [sys.executable, '.ci/profile.py', 'smoke'], ['dvc', 'commit', '-q', 'data.dvc']):
             subprocess.run(command, cwd=folder, env=self.environment, check=True, stdin=subprocess.DEVNULL)
-        text = (folder / 'params.yaml').read_text()
-        steps = load_yaml(folder / 'params.yaml')['train_stage0']['steps']
-        head, own = text.split('train_stage0:\n')
-        (folder / 'params.yaml').write_text(f'{head}train_stage0:\n{own.replace(f"steps: {steps}", f"steps: {STEPS}", 1)}')
+        params = folder / 'params.yaml'
+        head, own = params.read_text().split('train_stage0:\n')
+        own = own.replace(f'steps: {load_yaml(params)["train_stage0"]["steps"]}', f'steps: {STEPS}', 1)
+        params.write_text(f'{head}train_stage0:\n{own}')
 
     def repro(self, *options):
         return subprocess.Popen(['dvc', 'repro', *options, 'train_stage0'], cwd=self.folder, env=self.environment,
