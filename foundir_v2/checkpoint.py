@@ -7,7 +7,7 @@ __all__ = ['SEAL', 'HostEMA', 'make_ema', 'recent_share', 'check_finite', 'avera
            'broken_seal', 'only_writer', 'saving', 'check_room', 'atomic_folder', 'Checkpoints', 'Restored']
 
 # %% ../nbs/59_checkpoint.ipynb #d960d463
-import hashlib, itertools, json, math, os, re, secrets, shutil, sys
+import hashlib, itertools, json, math, os, re, secrets, shutil, sys, tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -190,6 +190,7 @@ def only_writer(
     lock, note = FileLock(_beside(folder, "lock")), _beside(folder, "owner")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent): pass  # the lock would take a place without files for a busy one
         lock.acquire(timeout=1 if _living_owner(note) else patience)  # 1: a process being killed is not gone at once
         _write_note(note)
     except Timeout:

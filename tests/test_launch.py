@@ -90,7 +90,7 @@ def test_the_number_of_processes_may_change_and_all_end_with_their_parent(bench,
     assert not psutil.wait_procs(family, timeout=60)[1]
     assert not Path(c.output).exists()
     last = tr.train(c)
-    assert last.resumed_from in (30, 40)
+    assert 20 < last.resumed_from < 50, "the workers write a checkpoint when their launcher ends them"
     assert_alike(alone, last)
 
 
