@@ -145,6 +145,7 @@ class LoopConfig(Section):
     draft: bool = False  # the JPEG decoder shrinks: faster, samples differ a little
     checkpoint_every: Annotated[int, Interval(ge=1, le=10**9), Unit("steps")] = 1000
     dvclive: bool = False  # also write DVCLive's files
+    tensorboard: bool = False  # also write TensorBoard's, with pictures of D_ref
     seed: Seed = 0
 
 # %% ../nbs/61_settings.ipynb #619dc1a3
@@ -236,8 +237,8 @@ def build_mixture(
     except MixtureError as e: raise FoundIRError(f"mixture: {e}") from None
 
 # %% ../nbs/61_settings.ipynb #59a02bb6
-NO_INFLUENCE = ("num_workers", "cache_gb", "checkpoint_every", "dvclive", "manifest", "root", "init", "output",
-                "checkpoints")
+NO_INFLUENCE = ("num_workers", "cache_gb", "checkpoint_every", "dvclive", "tensorboard", "manifest", "root", "init",
+                "output", "checkpoints")
 
 def parameters(config: TrainConfig) -> dict[str, Any]:
     "The fields that decide the result, apart from the files it is made from."
