@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 # %% ../nbs/61a_learner.ipynb #61ln0006
-from .base import Base, build_foundir_unet, encode_prompts, load_base, micro_conditioning
+from .base import Base, build_foundir_unet, load_base, micro_conditioning
 from .base import identity_path, reading_model, start_at_identity, training_scheduler
 from .checkpoint import make_ema
 from .clock import Clock
@@ -33,6 +33,7 @@ from .core import FoundIRError, pick_device, pick_dtype
 from .data import Item, RestorationDataset, collate
 from .index import load_manifest
 from .inference import Recipe
+from .memo import Memo
 from .mixture import round_scores
 from .objective import WEIGHTED, decoder_gain, draw_noise, prediction_target, sample_losses
 from .optim import make_optimizer
@@ -40,6 +41,7 @@ from .pipeline import assemble, resolve_settings
 from .sampler import Draw, MixtureSampler
 from .score import read_encoder, reference_set, restore_pictures, score_items
 from .settings import ModelConfig, TrainConfig, build_mixture
+from .texts import caption_encoder
 from .trainlog import read_course
 from .unet import FoundIRUNet
 from .vae import encode_latents, features_to_latents
@@ -185,8 +187,8 @@ class Learner:
         self.pipe.set_progress_bar_config(disable=True)
         scoring = {k: v for k, v in config.reference_options.call.items() if k != "prompt"}
         if config.stage: resolve_settings(self.pipe, 1, **scoring)  # refuses what can't be, before the first step
-        encode = lambda caption: tuple(e.to(accelerator.device) for e in encode_prompts(base, [caption]))
-        self.prompt = lru_cache(maxsize=4096)(encode)
+        encode = caption_encoder(base, Memo(config.caption_cache) if config.caption_cache else None)
+        self.prompt = lru_cache(maxsize=4096)(lambda caption: tuple(e.to(accelerator.device) for e in encode(caption)))
         self.gain = decoder_gain(base.vae) if config.loss in WEIGHTED else None
         groups = parameter_groups(self.unet, config)
         rule = dict(betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay)
@@ -258,7 +260,7 @@ def step(
             self.optimizer.step(); self.optimizer.zero_grad()
         per_sample.append(losses.detach())
     which = torch.tensor([list(tasks).index(t) for t in batch["task"]], device=self.accelerator.device)
-    values, which = self.accelerator.gather(torch.cat(per_sample)), self.accelerator.gather(which)
+    values, which = (self.accelerator.gather(x).cpu() for x in (torch.cat(per_sample), which))  # waited for once
     if not torch.isfinite(values).all(): raise not_finite(step, values, norm)
     self.lr_scheduler.step(); self.ema.step(self.parameters)
     by_task = {t: values[which == i] for i, t in enumerate(tasks)}

@@ -143,6 +143,7 @@ class LoopConfig(Section):
     num_workers: Annotated[int, Interval(ge=0, le=256)] = 4  # data processes; 0: load in the training process
     cache_gb: Annotated[float, Interval(ge=0, le=10**5), Unit("GB")] = 2.0  # of photographs kept in memory
     draft: bool = False  # the JPEG decoder shrinks: faster, samples differ a little
+    caption_cache: Annotated[Annotated[str, MinLen(1)] | None, UNET] = None  # file of captions' embeddings; None: none
     checkpoint_every: Annotated[int, Interval(ge=1, le=10**9), Unit("steps")] = 1000
     dvclive: bool = False  # also write DVCLive's files
     tensorboard: bool = False  # also write TensorBoard's, with pictures of D_ref
@@ -237,8 +238,8 @@ def build_mixture(
     except MixtureError as e: raise FoundIRError(f"mixture: {e}") from None
 
 # %% ../nbs/61_settings.ipynb #59a02bb6
-NO_INFLUENCE = ("num_workers", "cache_gb", "checkpoint_every", "dvclive", "tensorboard", "manifest", "root", "init",
-                "output", "checkpoints")
+NO_INFLUENCE = ("num_workers", "cache_gb", "caption_cache", "checkpoint_every", "dvclive", "tensorboard", "manifest",
+                "root", "init", "output", "checkpoints")
 
 def parameters(config: TrainConfig) -> dict[str, Any]:
     "The fields that decide the result, apart from the files it is made from."

@@ -746,3 +746,18 @@ def test_times_stand_beside_the_checkpoints_and_never_in_the_result(bench, tmp_p
     assert min(spent[["forward", "backward", "optimizer", "scoring"]]) > 0
     assert not any("times" in path.name for path in result.output.rglob("*"))
     assert not any(set(record) & set(PARTS) for record in result.log)
+
+
+def test_captions_kept_on_disk_are_the_same_and_encoded_once(bench, tmp_path, monkeypatch):
+    c = config(bench, tmp_path, stage=2, steps=2)
+    plain = tr.train(c)
+    kept = replace(c, caption_cache=str(tmp_path / "captions.sqlite"))
+    first = tr.train(replace(kept, output=str(tmp_path / "first")))
+    monkeypatch.setattr("foundir_v2.texts.encode_prompts", None)  # whoever encodes again, fails
+    second = tr.train(replace(kept, output=str(tmp_path / "second")))
+    assert plain.log == first.log == second.log
+    assert equal(weights(plain.output), weights(first.output)) and equal(weights(first.output), weights(second.output))
+    monkeypatch.undo()
+    Path(kept.caption_cache).write_text("no database, but long enough to be looked at" * 9)
+    with pytest.raises(FoundIRError, match="delete it") as e: tr.train(replace(kept, output=str(tmp_path / "third")))
+    assert "\n" not in str(e.value)
