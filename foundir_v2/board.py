@@ -50,7 +50,7 @@ class Board:
     @contextmanager
     def scoring(self,
         restore: Callable[[Sequence[Item]], list[Tensor]],
-        items: Mapping[str, Sequence[Item]],  # task -> its reference items; the first is shown
+        items: Mapping[str, Sequence[Item]],  # task -> its reference items; the first is shown, if this process has it
         unet: nn.Module,  # a `FoundIRUNet`
         step: int,
     ) -> Iterator[Callable[[Sequence[Item]], list[Tensor]]]:  # `restore`, watched
