@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 # %% ../nbs/61a_learner.ipynb #61ln0006
-from .base import Base, build_foundir_unet, encode_prompts, load_base, micro_conditioning
+from .base import Base, build_foundir_unet, load_base, micro_conditioning
 from .base import identity_path, reading_model, start_at_identity, training_scheduler
 from .checkpoint import make_ema
 from .clock import Clock
@@ -34,6 +34,7 @@ from .core import FoundIRError, pick_device, pick_dtype
 from .data import Item, RestorationDataset, collate
 from .index import load_manifest
 from .inference import Recipe
+from .memo import Memo
 from .mixture import round_scores
 from .objective import WEIGHTED, decoder_gain, draw_noise, prediction_target, sample_losses
 from .optim import make_optimizer
@@ -42,6 +43,7 @@ from .process import end_with_parent_alone
 from .sampler import Draw, MixtureSampler
 from .score import read_encoder, reference_set, restore_pictures, score_items
 from .settings import ModelConfig, TrainConfig, build_mixture
+from .texts import caption_encoder
 from .trainlog import read_course
 from .unet import FoundIRUNet
 from .vae import encode_latents, features_to_latents
@@ -205,10 +207,8 @@ class Learner:
         self.pipe.set_progress_bar_config(disable=True)
         scoring = {k: v for k, v in config.reference_options.call.items() if k != "prompt"}
         if config.stage: resolve_settings(self.pipe, 1, **scoring)  # refuses what can't be, before the first step
-        def encode(caption):  # in float32, whoever asks first
-            with torch.autocast(accelerator.device.type, enabled=False): found = encode_prompts(base, [caption])
-            return tuple(e.to(accelerator.device) for e in found)
-        self.prompt = lru_cache(maxsize=4096)(encode)
+        encode = caption_encoder(base, Memo(config.caption_cache) if config.caption_cache else None)
+        self.prompt = lru_cache(maxsize=4096)(lambda caption: tuple(e.to(accelerator.device) for e in encode(caption)))
         self.pipe.encode_prompt = self.encode_prompt
         self.gain = decoder_gain(base.vae) if config.loss in WEIGHTED else None
         groups = parameter_groups(self.unet, config)
@@ -287,7 +287,7 @@ def look(
     fine = losses.isfinite() & (norm.isfinite() | (self.accelerator.scaler is not None))
     numbers = [[list(tasks).index(t), len(q) > 0, signal] for t, q in zip(batch["task"], batch["quarantined"])]
     own = torch.cat([losses[:, None], fine[:, None], torch.tensor(numbers).to(losses)], 1)
-    losses, fine, which, replaced, signals = (x.contiguous() for x in self.accelerator.gather(own).unbind(1))
+    losses, fine, which, replaced, signals = (x.contiguous() for x in self.accelerator.gather(own).cpu().unbind(1))
     return Seen(losses, which, bool(fine.all()), bool(replaced.any()), int(signals.max()))
 
 @patch

@@ -146,6 +146,7 @@ class LoopConfig(Section):
     num_workers: Annotated[int, Interval(ge=0, le=256)] = 4  # data processes; 0: load in the training process
     cache_gb: Annotated[float, Interval(ge=0, le=10**5), Unit("GB")] = 2.0  # of photographs kept in memory
     draft: bool = False  # the JPEG decoder shrinks: faster, samples differ a little
+    caption_cache: Annotated[Annotated[str, MinLen(1)] | None, UNET] = None  # file of captions' embeddings; None: none
     processes: Count = 1  # training processes, a device each; above 1 accelerate launches them (notebook 65)
     accelerate_config: str | None = None  # file of `accelerate config` that says how they are launched
     checkpoint_every: Annotated[int, Interval(ge=1, le=10**9), Unit("steps")] = 1000
@@ -153,6 +154,7 @@ class LoopConfig(Section):
     keep_best: Annotated[bool, UPDATES] = False  # also keep the weights with the highest mean score, in best/
     max_skipped: Annotated[int, Interval(ge=0, le=10**9), Unit("steps")] = 10  # not finite; one more ends the run
     dvclive: bool = False  # also write DVCLive's files
+    tensorboard: bool = False  # also write TensorBoard's, with pictures of D_ref
     seed: Seed = 0
 
 # %% ../nbs/61_settings.ipynb #619dc1a3
@@ -248,9 +250,9 @@ def build_mixture(
     except MixtureError as e: raise FoundIRError(f"mixture: {e}") from None
 
 # %% ../nbs/61_settings.ipynb #59a02bb6
-NO_INFLUENCE = ("num_workers", "cache_gb", "gradient_checkpointing", "ema_device", "processes", "accelerate_config",
-                "checkpoint_every", "keep_checkpoints", "max_skipped", "dvclive", "manifest", "root", "init", "output",
-                "checkpoints")
+NO_INFLUENCE = ("num_workers", "cache_gb", "caption_cache", "gradient_checkpointing", "ema_device", "processes",
+                "accelerate_config", "checkpoint_every", "keep_checkpoints", "max_skipped", "dvclive", "tensorboard",
+                "manifest", "root", "init", "output", "checkpoints")
 
 def parameters(config: TrainConfig) -> dict[str, Any]:
     "The fields that decide the result, apart from the files it is made from."

@@ -159,8 +159,10 @@ def train_steps(
         with saving("the times", checkpoints.folder):
             add_times(times_path(checkpoints.folder), feed.step, clock.read())
     def rebalance():
-        with clock.part("scoring"), averaged(learner.ema, learner.parameters):
-            record = feed.rebalance(learner.restore)
+        looking, restore = log.board if main else None, learner.restore
+        watched = looking.scoring(restore, feed.items, learner.unet, feed.step) if looking else nullcontext(restore)
+        with clock.part("scoring"), averaged(learner.ema, learner.parameters), watched as restore:
+            record = feed.rebalance(restore)
         if main: log.write(kind="mixture", step=feed.step, **record)
     if feed.step == 0 and config.update_every:
         if config.stage: rebalance()
@@ -207,7 +209,8 @@ def train(
             found = checkpoints.restore(accelerator, learner.ema)
             if found: feed.load_state_dict(found.state); check_steps(found.log, found.step)
             live = folder / "dvclive" if config.dvclive else None
-            log = TrainLog(folder / "log.jsonl", found and found.log, live) if main else None
+            board = folder.with_suffix(".board") if config.tensorboard else None  # stays, as the times do
+            log = TrainLog(folder / "log.jsonl", found and found.log, live, board) if main else None
             train_steps(config, learner, feed, log, checkpoints)
             if main:
                 log.close(); log.check()

@@ -18,6 +18,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/60_trainlog.ipynb #60a10006
+from .board import Board, curves
 from .checkpoint import saving
 from .config import parse_json
 from .core import FoundIRError, atomic_write
@@ -53,13 +54,14 @@ def write_log(
 
 # %% ../nbs/60_trainlog.ipynb #623a6bbb
 class TrainLog:
-    "A JSONL file that agrees with the checkpoint, and DVCLive's files if wanted."
+    "A JSONL file that agrees with the checkpoint, and files for DVCLive and TensorBoard if wanted."
     def __init__(self,
         path: str | Path,
         start: str | Path | None,  # the log up to the checkpoint to continue from; None: an empty log
         live_dir: str | Path | None = None,  # folder for DVCLive; it is rebuilt from the log
+        board_dir: str | Path | None = None,  # folder for TensorBoard; it goes on where the log begins
     ):
-        self.path, self.live = Path(path), None
+        self.path, self.live, self.board = Path(path), None, None
         kept = b"" if start is None else Path(start).read_bytes()
         with saving("the log", self.path.parent):
             with atomic_write(self.path) as tmp: tmp.write_bytes(kept)
@@ -69,6 +71,9 @@ class TrainLog:
             shutil.rmtree(live_dir, ignore_errors=True)
             self.live = Live(str(live_dir), dvcyaml=False, save_dvc_exp=False, report=None)
             for record in read_log(self.path): self._live(record)
+        if board_dir is not None:
+            told = [r["step"] for r in read_log(self.path)]
+            self.board = Board(board_dir, told[-1] + 1 if told else 0)
 
 # %% ../nbs/60_trainlog.ipynb #5e61c0e1
 @patch
@@ -79,27 +84,22 @@ def write(self: TrainLog, **record: Any) -> None:
     with saving("the log", self.path.parent):
         self.file.write(line); self.file.flush()
         if self.live: self._live(record)
+        if self.board: self.board.log(record)
 
 # %% ../nbs/60_trainlog.ipynb #5e61c0e2
 @patch
 def _live(self: TrainLog, record: dict[str, Any]) -> None:
     "Hand a record to DVCLive."
-    if record["kind"] == "mixture":
-        rows = mixture_rows(record["step"], record["weights"], record["scores"])
-        flat = {f"{name}/{r['task']}": r[name] for name in ("weight", "score", "spread") for r in rows
-                if r.get(name) is not None}
-    elif record["kind"] != "step" or record["loss"] is None: return
-    else:
-        rates = {f"lr/{group}": rate for group, rate in record["lr"].items()}
-        flat = {"loss": record["loss"], "grad_norm": record["grad_norm"], **rates}
+    if not (found := curves(record)): return
     self.live.step = record["step"]
-    for name, value in flat.items(): self.live.log_metric(name, value)
+    for name, value in found.items(): self.live.log_metric(name, value)
     self.live.sync()
 
 @patch
 def close(self: TrainLog) -> None:
     self.file.close()
     if self.live: self.live.end()
+    if self.board: self.board.writer.close()
 
 # %% ../nbs/60_trainlog.ipynb #c9659dbc
 @patch

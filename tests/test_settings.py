@@ -104,7 +104,7 @@ def test_parts_are_the_fields_of_the_whole():
     assert len(names) == len(set(names)) and set(names) < {f.name for f in fields(TrainConfig)}
     assert set(NO_INFLUENCE) < {f.name for f in fields(TrainConfig)}
     assert set(fields_read(LoopConfig, 1, False)) - set(fields_read(LoopConfig, 0, False)) == {
-        "terminal_fraction", "noise_offset", "caption_dropout"}
+        "terminal_fraction", "noise_offset", "caption_dropout", "caption_cache"}
     assert fields_read(MixtureConfig, 1, False) == ["tasks", "start"]
     assert fields_read(ModelConfig, 0, False) == list(declarations(ModelConfig))
 

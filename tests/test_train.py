@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler
 from foundir_v2 import learner as learning, train as tr
 from foundir_v2.base import load_base
 from foundir_v2.checkpoint import SEAL, Checkpoints, broken_seal, only_writer
+from foundir_v2.clock import PARTS, read_times, times_path
 from foundir_v2.core import FoundIRError, generator
 from foundir_v2.inference import InferenceConfig, read_recipe
 from foundir_v2.learner import Feed, Learner, build_unet, make_accelerator, parameter_groups
@@ -720,3 +721,63 @@ def test_killed_while_the_run_is_tidied_away(bench, tmp_path, monkeypatch):
     again = tr.train(c)
     assert again.resumed_from is None and [s["loss"] for s in again.steps] == [s["loss"] for s in want]
     assert not list((tmp_path / "runs").glob(".*.done"))
+
+
+def board_of(c):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    return EventAccumulator(str(tr.run_folder(c).with_suffix(".board"))).Reload()
+
+
+def test_tensorboard_shows_the_log_and_the_reference_set_and_changes_nothing(bench, tmp_path, monkeypatch):
+    c = config(bench, tmp_path, stage=2, steps=5, update_every=2, tensorboard=True)
+    plain = tr.train(replace(c, tensorboard=False, output=str(tmp_path / "plain")))
+    step, stop = Learner.step, [3]
+    def cut(self, *args):
+        if stop[0] == 0: raise RuntimeError("power cut")
+        stop[0] -= 1
+        return step(self, *args)
+    monkeypatch.setattr(Learner, "step", cut)
+    with pytest.raises(RuntimeError, match="power cut"): tr.train(c)
+    stop[0] = 100
+    shown = tr.train(c)
+    assert shown.resumed_from == 2 and shown.log == plain.log and equal(weights(shown.output), weights(plain.output))
+    found = board_of(c)
+    assert [(e.step, round(e.value, 4)) for e in found.Scalars("loss")] == [
+        (r["step"], round(r["loss"], 4)) for r in plain.steps]
+    for task in TASKS:
+        assert [e.step for e in found.Images(f"input, restored, true/{task}")][-1] == 4
+        assert [e.step for e in found.Scalars(f"weight/{task}")] == [0, 2, 4]
+    assert abs(sum(found.Scalars(f"gate/{kind}")[-1].value for kind in c.moe_experts) - 1) < 1e-5
+
+
+def test_tensorboard_that_is_not_installed_is_told(bench, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(FoundIRError, match="pip install tensorboard") as e:
+        tr.train(config(bench, tmp_path, tensorboard=True))
+    assert "\n" not in str(e.value)
+
+
+def test_times_stand_beside_the_checkpoints_and_never_in_the_result(bench, tmp_path):
+    c = config(bench, tmp_path, stage=2, steps=4, update_every=2)
+    result = tr.train(c)
+    times = read_times(times_path(tr.run_folder(c)))
+    spent = times["seconds"]
+    assert not tr.run_folder(c).exists() and list(times.index) == list(PARTS)
+    assert min(spent[["forward", "backward", "optimizer", "scoring"]]) > 0
+    assert not any("times" in path.name for path in result.output.rglob("*"))
+    assert not any(set(record) & set(PARTS) for record in result.log)
+
+
+def test_captions_kept_on_disk_are_the_same_and_encoded_once(bench, tmp_path, monkeypatch):
+    c = config(bench, tmp_path, stage=2, steps=2)
+    plain = tr.train(c)
+    kept = replace(c, caption_cache=str(tmp_path / "captions.sqlite"))
+    first = tr.train(replace(kept, output=str(tmp_path / "first")))
+    monkeypatch.setattr("foundir_v2.texts.encode_prompts", None)  # whoever encodes again, fails
+    second = tr.train(replace(kept, output=str(tmp_path / "second")))
+    assert plain.log == first.log == second.log
+    assert equal(weights(plain.output), weights(first.output)) and equal(weights(first.output), weights(second.output))
+    monkeypatch.undo()
+    Path(kept.caption_cache).write_text("no database, but long enough to be looked at" * 9)
+    with pytest.raises(FoundIRError, match="delete it") as e: tr.train(replace(kept, output=str(tmp_path / "third")))
+    assert "\n" not in str(e.value)
