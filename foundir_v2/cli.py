@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .batch import (Count, Gigabytes, Pixels, RestoreConfig, Seed, Workers, argument, quiet_libraries,
-                              reach_hub, restore_batch)
+from .batch import (Count, Gigabytes, Pixels, RestoreConfig, Seed, Teraflops, Workers, argument,
+                              quiet_libraries, reach_hub, restore_batch)
 from .cli_benchmark import add_benchmark
 from .cli_mixture import add_mixture
 from .inference import Factor, Fraction, Guidance, Overlap, Steps, TileBatch, TileSize
@@ -21,7 +21,7 @@ from .worklist import each_file, existing, is_user_error, pictures_in, plan_file
 
 # %% auto #0
 __all__ = ['COMMANDS', 'run_restore', 'add_restore', 'run_degrade', 'add_degrade', 'run_data_fetch', 'add_data', 'limits_from',
-           'run_clean', 'add_clean', 'run_caption', 'add_caption', 'run_train', 'add_train', 'run_evaluate',
+           'run_clean', 'add_clean', 'run_caption', 'add_caption', 'run_plan', 'run_train', 'add_train', 'run_evaluate',
            'add_evaluate', 'run_report', 'add_report', 'Parser', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #2703ff92
@@ -264,9 +264,32 @@ def add_caption(sub: Any) -> None:
     p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_caption)
 
+# %% ../nbs/90_cli.ipynb #f891a898
+def run_plan(args: argparse.Namespace) -> int:
+    "`foundir-v2 train --plan`"
+    from foundir_v2.settings import profile_configs
+    configs = profile_configs(args.plan, args.set)
+    quiet_libraries()
+    from foundir_v2.plan import print_plan
+    print_plan(configs, args.memory, args.devices, args.rate)
+    return 0
+
+def _add_plan(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--plan", nargs="?", const="params.yaml", metavar="PROFILE",
+                   help="don't train: print what every stage of a profile (of profiles/, or a parameter file; default: "
+                        "params.yaml) will need, offline and without weights; exit code 2 if it can't fit")
+    p.add_argument("--memory", type=argument(Gigabytes), metavar="GB",
+                   help="of --plan: memory of an accelerator (default: what this machine has left)")
+    p.add_argument("--devices", type=argument(Count), default=1, metavar="N",
+                   help="of --plan: accelerators, each with a process (default: %(default)s)")
+    p.add_argument("--rate", type=argument(Teraflops), metavar="TFLOPS",
+                   help="of --plan: what a device reaches in training, for the time; small steps are measured")
+
 # %% ../nbs/90_cli.ipynb #d30ee8fd
 def run_train(args: argparse.Namespace) -> int:
     "`foundir-v2 train`"
+    if args.plan is not None: return run_plan(args)
+    if args.config is None: raise TargetError("train needs --config FILE, or --plan to see what it would take")
     from foundir_v2.settings import read_config
     config = read_config(named(args.config), args.stage, args.set)
     output = Target(config.output, "folder", state="ours")  # whether it is, `train` itself knows
@@ -283,12 +306,13 @@ def run_train(args: argparse.Namespace) -> int:
 def add_train(sub: Any) -> None:
     p = sub.add_parser("train", help="train one stage",
                        description="Train one stage. Killed and started again, it goes on from its last checkpoint.")
-    p.add_argument("--config", required=True, metavar="FILE",
+    p.add_argument("--config", metavar="FILE",
                    help="YAML: with --stage a parameter file such as params.yaml, else the fields of TrainConfig")
     p.add_argument("--stage", type=int, choices=(0, 1, 2), help="which stage of the parameter file")
     p.add_argument("--force", action="store_true", help="replace the output folder even if it is no earlier result")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
                    help="replace or add fields, for instance steps=10 output=artifacts/try")
+    _add_plan(p)
     p.set_defaults(run=run_train)
 
 # %% ../nbs/90_cli.ipynb #f1ad19ad

@@ -6,7 +6,7 @@
 __all__ = ['Share', 'Count', 'Steps', 'Side', 'Rate', 'Decay', 'Experts', 'Seed', 'SubTasks', 'SubTaskSet', 'Loss', 'UNET',
            'UPDATES', 'SECTIONS_READ', 'FLAT', 'PARTS', 'NO_INFLUENCE', 'ReadBy', 'fields_read', 'Section',
            'ReferenceOptions', 'MixtureConfig', 'ModelConfig', 'LoopConfig', 'StageConfig', 'misfits', 'TrainConfig',
-           'build_mixture', 'parameters', 'read_config']
+           'build_mixture', 'parameters', 'read_config', 'profile_text', 'profile_configs']
 
 # %% ../nbs/61_settings.ipynb #8f65b9dd
 from collections.abc import Collection, Iterator, Mapping
@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, get_args
 from annotated_types import Gt, Interval, MinLen, MultipleOf, Unit
 
 from .config import (ConfigError, OneOf, check_early, check_fields, declarations, from_dict, load_params,
-                               load_yaml, parse_yaml, shown)
-from .core import FoundIRError
+                               load_yaml, overlay, parse_yaml, shown)
+from .core import FoundIRError, repo_root
 from .inference import ColorFix, Guidance, InferenceConfig, Prompt, Steps as SolverSteps
 from .iqa import METRICS
 from .mixture import POLICIES, FixedMixture, Mixture, MixtureError, check_weights, policy_for, policy_options
@@ -260,7 +260,7 @@ def parameters(config: TrainConfig) -> dict[str, Any]:
 
 # %% ../nbs/61_settings.ipynb #1d34c23f
 def read_config(
-    path: str | Path,  # YAML file
+    path: str | Path | Mapping[str, Any],  # YAML file, or the sections of a parameter file
     stage: int | None = None,  # 0, 1, 2: a parameter file; None: the fields of `TrainConfig`
     settings: Collection[str] = (),  # KEY=VALUE, a field of `TrainConfig` and its value in YAML
 ) -> TrainConfig:
@@ -274,8 +274,33 @@ def read_config(
         changes[key] = parse_yaml(text, f"--set {key}")
     check_early(TrainConfig, changes, required=())
     if stage is None: return from_dict(TrainConfig, load_yaml(path) | changes)
-    params, own = load_params(path), f"train_stage{stage}"
+    read = isinstance(path, Mapping)
+    params, name, own = path if read else load_params(path), "it" if read else Path(path).name, f"train_stage{stage}"
     if missing := [s for s in (*PARTS, own) if s not in params]:
-        raise ConfigError(f"{Path(path).name} has no section {', '.join(missing)}; it has {', '.join(params)}")
+        raise ConfigError(f"{name} has no section {', '.join(missing)}; it has {', '.join(params)}")
     mine = params[own] | {k: v for k, v in changes.items() if k in declarations(StageConfig)}
     return replace(TrainConfig.from_sections(stage, mine, **{s: params[s] for s in PARTS}), **changes)
+
+# %% ../nbs/61_settings.ipynb #a34d8841
+def profile_text(
+    name: str | Path,  # of a profile in profiles/, or a parameter file, or a file with what differs from params.yaml
+) -> str:  # the whole of the parameters
+    "params.yaml with a profile laid over it. Raises `FoundIRError` naming the profiles."
+    root = repo_root()
+    file = root / f"profiles/{name}.yaml" if (root / f"profiles/{name}.yaml").is_file() else Path(name)
+    if not file.is_file():
+        known = ", ".join(sorted(p.stem for p in (root / "profiles").glob("*.yaml")))
+        raise FoundIRError(f"no profile and no file {shown(str(name))}: choose from {known}, or give a parameter file")
+    params = (root / "params.yaml").read_text(encoding="utf-8")
+    return overlay(params, file.read_text(encoding="utf-8"))
+
+def profile_configs(
+    name: str | Path,  # as `profile_text`
+    settings: Collection[str] = (),  # KEY=VALUE, fields of `TrainConfig`; for all stages
+) -> list[TrainConfig]:  # of the stages, in order
+    "The stages of a profile. Raises `FoundIRError`."
+    params, configs = parse_yaml(profile_text(name), str(name)), []
+    for stage in sorted(int(s[-1]) for s in params if s.startswith("train_stage")):
+        before = f"artifacts/train_stage{stage - 1}" if configs else None
+        configs.append(replace(read_config(params, stage, settings), init=before))
+    return configs
