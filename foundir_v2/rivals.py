@@ -126,7 +126,7 @@ def run_rivals(
             bar.set_postfix_str(name)
             for row in rival_rows(name, rival, sets, metrics, memo, reference):
                 rows.append(row)
-                bar.update(1 / len(metrics))
+                bar.update(row[COLUMNS.index("metric")] == metrics[-1])
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 # %% ../nbs/78_rivals.ipynb #78rv0018
