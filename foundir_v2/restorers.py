@@ -337,6 +337,10 @@ def _bound(base: str) -> VAEBound:
     from foundir_v2.base import load_base
     return VAEBound(load_base(base, prior=False).vae)
 
+def _published(name: str) -> Restorer:
+    from foundir_v2.networks import load_published
+    return load_published(name)
+
 def _folder(argument: str) -> FolderRestorer:
     inputs, separator, results = argument.partition(",")
     if not separator: raise FoundIRError(f"folder:{argument} names one folder, expected folder:INPUTS,RESULTS")
@@ -378,6 +382,7 @@ KINDS: dict[str, Kind] = dict(
     encoder=Kind("NAME_OR_PATH", lambda path, options, reference: _encoder(path)),
     pipeline=Kind("NAME_OR_PATH", lambda path, options, reference: _diffusion(_load_pipeline, path, options), OPTIONS),
     trained=Kind("FOLDER", lambda path, options, reference: _diffusion(load_trained, path, options), OPTIONS),
+    network=Kind("NAME", lambda name, options, reference: _published(name)),
     folder=Kind("INPUTS,RESULTS", lambda folders, options, reference: _folder(folders)))
 
 # %% ../nbs/76_restorers.ipynb #f531ef79

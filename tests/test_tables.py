@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from foundir_v2 import attention, caption, degrade, iqa, judges, layouts, mixture, objective, optim, restorers, tasks
+from foundir_v2 import (
+    attention, caption, degrade, iqa, judges, layouts, mixture, networks, objective, optim, restorers, tasks)
 from foundir_v2.attention import ConvBlock, GatedFFN, make_expert
 from foundir_v2.caption import CaptionerKind, make_captioner
 from foundir_v2.clean import make_thresholds
@@ -100,3 +101,8 @@ def test_a_compared_system_with_an_argument(monkeypatch):
     make = lambda argument, options, reference: Power(float(argument))
     monkeypatch.setitem(restorers.KINDS, "power", Kind("EXPONENT", make))
     assert np.allclose(make_restorer("power:0.5")(X), X ** 0.5)
+
+
+def test_a_published_network(monkeypatch):
+    monkeypatch.setitem(networks.NETWORKS, "mean", lambda: restorers.Unsharp(amount=-1.0))
+    assert make_restorer("network:mean")(X).std() < X.std()
