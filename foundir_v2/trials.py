@@ -21,7 +21,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from .base import ASSETS, assets_path
 from .benchmark import BENCHMARKS, benchmark, protocols, results_table
 from .checkpoint import run_name
 from .core import FoundIRError, Restorer, atomic_write, error_line, load_image, save_image
@@ -30,7 +29,7 @@ from .iqa import MetricUnavailable, metric, prepare
 from .layouts import LAYOUTS, WORDS, DataSet, compile_pattern, read_dataset
 from .listing import list_pictures
 from .memo import Memo
-from .restorers import PipelineRestorer, make_restorer, parse_restorer
+from .restorers import PipelineRestorer, make_restorer, restorer_files
 from .targets import file_hash
 from .tasks import subtask as as_subtask
 
@@ -138,9 +137,7 @@ def method_id(
     "The name of a method with its settings, weights and code. Raises `FoundIRError` for one that doesn't exist."
     options = dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
     name = options.pop("restorer", "")
-    _, argument = parse_restorer(name, options)
-    places = [assets_path(a) if a in ASSETS else Path(a) for a in argument.split(",") if a]
-    return run_name({"restorer": name} | options, "foundir_v2.restorers", [p for p in places if p.exists()])
+    return run_name({"restorer": name} | options, "foundir_v2.restorers", restorer_files(name, options))
 
 def protocol_id(
     dataset: str,  # key of `BENCHMARKS`
@@ -187,6 +184,13 @@ def _special(restorer: Restorer, color_fix: str | None) -> Restorer:
     mine.options = restorer.options | {"color_fix": color_fix}
     return mine
 
+def _items(cases: Iterable[Case], caption: Callable[[Path], str]) -> Iterator[SimpleNamespace]:
+    "Those that can be read, one by one; what can't be is told when it is judged."
+    for case in cases:
+        try: item = load_case(case, caption(Path(case.lq)))
+        except FoundIRError: continue
+        yield item
+
 def trial_rows(
     method: str,  # its name in the table
     spec: str | Mapping[str, Any],  # what it is, see notebook 76
@@ -201,7 +205,9 @@ def trial_rows(
     known = {c: memo.known(who, keys.values()) for c, keys in asked.items()}
     left = {c: [m for m, key in keys.items() if key not in known[c]] for c, keys in asked.items()}
     restorer, failed, options = None, "", dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
-    try: restorer = make_restorer(options.pop("restorer"), options) if any(left.values()) else None
+    try:
+        restorer = make_restorer(options.pop("restorer"), options) if any(left.values()) else None
+        if hasattr(restorer, "prepare"): restorer.prepare(_items((c for c in left if left[c]), caption))
     except (Exception, MemoryError) as e: failed = f"can't be loaded: {error_line(e)}"
     for case, keys in asked.items():
         reason = case.problem or (failed if left[case] else "")
