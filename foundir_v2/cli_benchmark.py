@@ -13,7 +13,6 @@ from typing import Any
 
 from .batch import quiet_libraries, reach_hub
 from .targets import Target, check_targets
-from .worklist import existing
 
 # %% ../nbs/89_cli_benchmark.ipynb #89cb0006
 def read_methods(
@@ -45,11 +44,13 @@ def run_benchmark(args: argparse.Namespace) -> int:
     if not (args.datasets and args.methods):
         raise FoundIRError("benchmark needs --datasets FOLDER and --methods; --list shows the test sets")
     from foundir_v2.iqa import metric
+    from foundir_v2.restorers import restorer_files
     methods, metrics = read_methods(args.methods), args.metrics and args.metrics.split(",")
     for name in metrics or (): metric(name)
-    arguments = [spec["restorer"] if isinstance(spec, Mapping) else spec for spec in methods.values()]
-    places = [part for a in arguments for part in a.partition(":")[2].split(",") if part]
-    check_targets([Target(args.out, "store")], [args.datasets, *existing(*places)])
+    options = [dict(spec) if isinstance(spec, Mapping) else {"restorer": spec} for spec in methods.values()]
+    arguments = [o.pop("restorer") for o in options]
+    places = [str(path) for a, o in zip(arguments, options) for path in restorer_files(a, o)]
+    check_targets([Target(args.out, "store")], [args.datasets, *places])
     from foundir_v2.trials import set_folders
     folders = set_folders(args.datasets, args.sets)
     quiet_libraries()
