@@ -70,19 +70,20 @@ PARENT = "import json, sys; from foundir_v2.launch import run_training; from fou
 
 
 def test_the_number_of_processes_may_change_and_all_end_with_their_parent(bench, tmp_path, alone, monkeypatch):
-    "One process dies at step 20, two go on until their parent is killed, and one comes to the end."
+    """One process dies at step 10, two go on until their parent is killed, which they notice, write a checkpoint and
+    leave, and one comes to the end."""
     c = fifty(bench, tmp_path)
     with monkeypatch.context() as m:
-        die_after(m, 20)
+        die_after(m, 10)
         with pytest.raises(Killed): tr.train(c)
     (tmp_path / "c.json").write_text(json.dumps(vars(c) | dict(inference=vars(c.inference), processes=2,
                                                                reference_options={})))
     checkpoints = Checkpoints(tr.run_folder(c))
-    assert checkpoints.steps()[-1] == 20
+    assert checkpoints.steps()[-1] == 10
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "c.json")], cwd=ROOT,
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
-    while checkpoints.steps()[-1] == 20 and time.monotonic() < deadline and parent.poll() is None: time.sleep(.02)
+    while checkpoints.steps()[-1] == 10 and time.monotonic() < deadline and parent.poll() is None: time.sleep(.02)
     family = psutil.Process(parent.pid).children(recursive=True)
     parent.kill()
     parent.wait()
@@ -90,7 +91,7 @@ def test_the_number_of_processes_may_change_and_all_end_with_their_parent(bench,
     assert not psutil.wait_procs(family, timeout=60)[1]
     assert not Path(c.output).exists()
     last = tr.train(c)
-    assert 20 < last.resumed_from < 50, "the workers write a checkpoint when their launcher ends them"
+    assert 20 <= last.resumed_from < 50
     assert_alike(alone, last)
 
 
