@@ -240,8 +240,7 @@ def test_a_second_signal_leaves_at_once(bench, tmp_path, monkeypatch):
     assert not Checkpoints(tr.run_folder(c)).steps()
 
 
-@pytest.mark.parametrize("whom, number", [("launcher", signal.SIGTERM), ("launcher", signal.SIGINT),
-                                          ("one worker", signal.SIGTERM)])
+@pytest.mark.parametrize("whom, number", [("launcher", signal.SIGINT), ("one worker", signal.SIGTERM)])
 def test_two_processes_leave_together(bench, tmp_path, whom, number):
     "A launcher hands on what it gets (`accelerate launch` is torch's launcher where there are several processes)."
     import psutil
