@@ -239,8 +239,8 @@ def build_mixture(
     except MixtureError as e: raise FoundIRError(f"mixture: {e}") from None
 
 # %% ../nbs/61_settings.ipynb #59a02bb6
-NO_INFLUENCE = ("num_workers", "cache_gb", "checkpoint_every", "keep_checkpoints", "max_skipped", "dvclive", "manifest",
-                "root", "init", "output", "checkpoints")
+NO_INFLUENCE = ("num_workers", "cache_gb", "checkpoint_every", "keep_checkpoints", "keep_best", "max_skipped",
+                "dvclive", "manifest", "root", "init", "output", "checkpoints")
 
 def parameters(config: TrainConfig) -> dict[str, Any]:
     "The fields that decide the result, apart from the files it is made from."
