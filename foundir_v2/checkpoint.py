@@ -392,7 +392,7 @@ def _newest_sound(self: Checkpoints) -> int | None:
         print(said, file=sys.stderr)
     return step
 
-# %% ../nbs/59_checkpoint.ipynb #4f6ff932
+# %% ../nbs/59_checkpoint.ipynb #59b00001
 def _read_average(folder: Path, ema: EMAModel) -> None:
     "The averaged weights of a checkpoint, each where it was on its device."
     tensors = load_file(folder / "ema.safetensors")
@@ -401,22 +401,25 @@ def _read_average(folder: Path, ema: EMAModel) -> None:
         raise ValueError("the averaged weights are of another model")
     ema.shadow_params = shadow
 
-def _read_state(folder: Path, ema: EMAModel) -> dict[str, Any]:
-    "Fill the average from a checkpoint; the caller's state."
-    noted = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    _read_average(folder, ema)
-    ema.load_state_dict(dict(noted["ema"], shadow_params=ema.shadow_params))
-    return noted["state"]
-
 def _read_best(self: Checkpoints,
     step: int,
     ema: EMAModel,  # gets the averaged weights of that step; its counters stay
 ) -> None:
     "What was the average at another step? Raises `FoundIRError` if that checkpoint is not as it was sealed."
     if why := broken_seal(self.path(step), self.title(step)):
-        raise FoundIRError(f"the checkpoint of step {step}, the best one, is damaged ({why}): move it away and set "
-                           "keep_best: false, which begins a run of its own")
+        raise FoundIRError(f"the checkpoint of step {step}, the best one, is damaged ({why}): set keep_best: "
+                           "false and start again, to end without it")
     _read_average(self.path(step), ema)
+
+Checkpoints.read_best = _read_best
+
+# %% ../nbs/59_checkpoint.ipynb #4f6ff932
+def _read_state(folder: Path, ema: EMAModel) -> dict[str, Any]:
+    "Fill the average from a checkpoint; the caller's state."
+    noted = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    _read_average(folder, ema)
+    ema.load_state_dict(dict(noted["ema"], shadow_params=ema.shadow_params))
+    return noted["state"]
 
 def _restore(self: Checkpoints,
     accelerator: Accelerator,  # what it has prepared is filled
@@ -439,4 +442,4 @@ def _restore(self: Checkpoints,
         raise FoundIRError(f"{folder} can't be loaded although its seal holds ({why}): "
                            "move it away to go on from the one before") from e
 
-Checkpoints._newest_sound, Checkpoints.restore, Checkpoints.read_best = _newest_sound, _restore, _read_best
+Checkpoints._newest_sound, Checkpoints.restore = _newest_sound, _restore

@@ -84,7 +84,8 @@ class Feed:
         return dict(counts, mixture=self.mixture.state_dict(), sampler=sampler)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.skipped, self.best = (state[k] for k in ("step", "skipped", "best"))
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.best = state["best"] if self.config.keep_best else None
         self.mixture.load_state_dict(state["mixture"])
         self.sampler.load_state_dict(state["sampler"])
 

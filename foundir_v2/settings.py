@@ -251,8 +251,8 @@ def build_mixture(
 
 # %% ../nbs/61_settings.ipynb #59a02bb6
 NO_INFLUENCE = ("num_workers", "cache_gb", "caption_cache", "gradient_checkpointing", "ema_device", "processes",
-                "accelerate_config", "checkpoint_every", "keep_checkpoints", "max_skipped", "dvclive", "tensorboard",
-                "manifest", "root", "init", "output", "checkpoints")
+                "accelerate_config", "checkpoint_every", "keep_checkpoints", "keep_best", "max_skipped", "dvclive",
+                "tensorboard", "manifest", "root", "init", "output", "checkpoints")
 
 def parameters(config: TrainConfig) -> dict[str, Any]:
     "The fields that decide the result, apart from the files it is made from."

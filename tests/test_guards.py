@@ -157,11 +157,17 @@ def test_the_best_weights_stay(bench, tmp_path, monkeypatch):
         die_after(m, 8)
         with pytest.raises(InterruptedError): tr.train(c)
     assert Checkpoints(tr.run_folder(c)).steps() == [6, 8]
+    harmed = Checkpoints(tr.run_folder(c)).path(6) / "ema.safetensors"
+    sound = harmed.read_bytes()
+    harmed.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(FoundIRError, match="step 6, the best one, is damaged .ema.safetensors has changed"): tr.train(c)
+    harmed.write_bytes(sound)
     result = tr.train(c)
-    assert result.resumed_from == 8
+    assert result.resumed_from == 10
     assert equal(weights(result.output / "best"), kept[6]) and not equal(weights(result.output), kept[6])
     assert read_recipe(result.output / "best") == read_recipe(result.output)
     assert not list(tr.Path(c.checkpoints).glob("stage*")), "finished runs leave no checkpoints"
+    assert tr.run_folder(c) == tr.run_folder(replace(c, keep_best=False))
 
 
 def test_more_checkpoints_stay_if_wanted(bench, tmp_path, monkeypatch):
@@ -240,8 +246,7 @@ def test_a_second_signal_leaves_at_once(bench, tmp_path, monkeypatch):
     assert not Checkpoints(tr.run_folder(c)).steps()
 
 
-@pytest.mark.parametrize("whom, number", [("launcher", signal.SIGTERM), ("launcher", signal.SIGINT),
-                                          ("one worker", signal.SIGTERM)])
+@pytest.mark.parametrize("whom, number", [("launcher", signal.SIGINT), ("one worker", signal.SIGTERM)])
 def test_two_processes_leave_together(bench, tmp_path, whom, number):
     "A launcher hands on what it gets (`accelerate launch` is torch's launcher where there are several processes)."
     import psutil

@@ -62,9 +62,9 @@ def test_killed_within_dvc_repro(tally, full, tmp_path):
     first = copy.repro()
     said = first.communicate()[0]
     assert first.returncode == 0, said[-3000:]
-    want, alone = copy.result(), ['--single-item', '--no-run-cache']
+    want, alone = copy.result(), ['--single-item', '--no-run-cache', '--force']  # else DVC takes the result it has
     for k, victim in enumerate(('everybody', 'dvc', 'everybody', 'dvc')):
-        process, at = copy.repro(*alone, '--force'), draw.randrange(3, STEPS - 2)
+        process, at = copy.repro(*alone), draw.randrange(3, STEPS - 2)
         wait(process, lambda: copy.logged() >= at)
         if k >= 2: wait(process, lambda: copy.runs('.partial-*'))
         family = psutil.Process(process.pid).children(recursive=True)
