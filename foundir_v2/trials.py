@@ -29,7 +29,7 @@ from .iqa import MetricUnavailable, metric, prepare
 from .layouts import LAYOUTS, WORDS, DataSet, compile_pattern, read_dataset
 from .listing import list_pictures
 from .memo import Memo
-from .restorers import PipelineRestorer, make_restorer, restorer_files
+from .restorers import PipelineRestorer, make_restorer, restorer_sources
 from .targets import file_hash
 from .tasks import subtask as as_subtask
 
@@ -137,7 +137,9 @@ def method_id(
     "The name of a method with its settings, weights and code. Raises `FoundIRError` for one that doesn't exist."
     options = dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
     name = options.pop("restorer", "")
-    return run_name({"restorer": name} | options, "foundir_v2.restorers", restorer_files(name, options))
+    files, facts = restorer_sources(name, options)
+    told = {"restorer": name, "facts": facts} | options
+    return run_name(told, "foundir_v2.restorers", files)
 
 def protocol_id(
     dataset: str,  # key of `BENCHMARKS`
