@@ -44,12 +44,12 @@ def run_benchmark(args: argparse.Namespace) -> int:
     if not (args.datasets and args.methods):
         raise FoundIRError("benchmark needs --datasets FOLDER and --methods; --list shows the test sets")
     from foundir_v2.iqa import metric
-    from foundir_v2.restorers import restorer_files
+    from foundir_v2.restorers import restorer_sources
     methods, metrics = read_methods(args.methods), args.metrics and args.metrics.split(",")
     for name in metrics or (): metric(name)
     options = [dict(spec) if isinstance(spec, Mapping) else {"restorer": spec} for spec in methods.values()]
     arguments = [o.pop("restorer") for o in options]
-    places = [str(path) for a, o in zip(arguments, options) for path in restorer_files(a, o)]
+    places = [str(path) for a, o in zip(arguments, options) for path in restorer_sources(a, o)[0]]
     check_targets([Target(args.out, "store")], [args.datasets, *places])
     from foundir_v2.trials import set_folders
     folders = set_folders(args.datasets, args.sets)

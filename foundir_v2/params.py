@@ -268,7 +268,7 @@ def check_params(
 PARTLY: dict[str, dict[str, list[str]]] = {  # stage -> section -> the keys that it reads
     "ingest": dict(mixture=["tasks"], evaluate=["subtasks", "split"])}  # what will be asked of the data
 
-SILENT = {"train": {*NO_INFLUENCE} - {"dvclive"}}  # section -> the keys that change no output of any stage
+SILENT = {"train": {*NO_INFLUENCE} - {"dvclive", "keep_best"}}  # section -> the keys that change no output of any stage
 
 def keys_read(
     sections: Sequence[str],  # of one stage

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'SIMPLE', 'OPTIONS', 'KINDS', 'Identity', 'Bicubic', 'Unsharp', 'Levels', 'NonLocalMeans', 'Gamma', 'Clahe',
            'DarkChannel', 'VAEBound', 'EncoderRestorer', 'PipelineRestorer', 'export_inputs', 'FolderRestorer',
            'ByCategory', 'best_by_category', 'chosen_methods', 'load_trained', 'Kind', 'restorer_choices',
-           'parse_restorer', 'restorer_files', 'make_restorer', 'make_restorers']
+           'parse_restorer', 'restorer_sources', 'make_restorer', 'make_restorers']
 
 # %% ../nbs/76_restorers.ipynb #a6859a09
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ from .external import (API_OPTIONS, COMMAND_OPTIONS, ApiRestorer, CommandRestore
                                  parse_template, picture_hash)
 from .inference import ColorFix, Guidance, Prompt, Start, Steps
 from .iqa import oriented
-from .systems import SYSTEM_OPTIONS, SpandrelRestorer, make_system, system, system_files
+from .systems import SYSTEM_OPTIONS, SpandrelRestorer, make_system, system, system_facts, system_files
 from .targets import READABLE
 from .tasks import SubTask, subtask as as_subtask
 
@@ -379,6 +379,7 @@ class Kind(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})  # options that it takes -> declaration of their values
     check: Callable[[str, Mapping[str, Any]], Any] = lambda argument, options: None  # refuses what can't be
     files: Callable[[str, Mapping[str, Any]], list[Path]] = _paths  # that decide about its results
+    facts: Callable[[str], Any] = lambda argument: None  # what else does
 
 # %% ../nbs/76_restorers.ipynb #76kd0002
 OPTIONS = MappingProxyType(dict(num_inference_steps=Steps, guidance_scale=Guidance, start=Start, prompt=Prompt,
@@ -397,7 +398,7 @@ KINDS: dict[str, Kind] = dict(
     api=Kind("URL", lambda url, options, reference: ApiRestorer(url, **options), API_OPTIONS, check_api,
              lambda url, options: []),
     system=Kind("NAME", lambda name, options, reference: make_system(name, options), SYSTEM_OPTIONS,
-                lambda name, options: system(name), system_files))
+                lambda name, options: system(name), system_files, system_facts))
 
 # %% ../nbs/76_restorers.ipynb #f531ef79
 def restorer_choices() -> str:
@@ -419,13 +420,14 @@ def parse_restorer(
     if name in KINDS: KINDS[name].check(argument, options)
     return name, argument
 
-def restorer_files(
+def restorer_sources(
     spec: str,  # as in `parse_restorer`
     options: Mapping[str, Any] = MappingProxyType({}),
-) -> list[Path]:  # those that are there
-    "The files and folders that decide about a restorer's results. Raises as `parse_restorer`."
+) -> tuple[list[Path], Any]:  # files and folders that are there, and what is known besides, for a hash
+    "What decides about a restorer's results, besides its settings and our code. Raises as `parse_restorer`."
     name, argument = parse_restorer(spec, options)
-    return [p for p in KINDS[name].files(argument, options) if p.exists()] if name in KINDS else []
+    if name in SIMPLE: return [], None
+    return [p for p in KINDS[name].files(argument, options) if p.exists()], KINDS[name].facts(argument)
 
 def make_restorer(
     spec: str,  # a key of `SIMPLE`, or "KIND:ARGUMENT" with a key of `KINDS`

@@ -21,7 +21,7 @@ from foundir_v2.core import FoundIRError, generator, save_image
 from foundir_v2.external import (ApiRestorer, CommandRestorer, check_api, command_files, parse_template, picture_in,
                                  run_command, task_word)
 from foundir_v2.memo import Memo
-from foundir_v2.restorers import make_restorer, parse_restorer, restorer_files
+from foundir_v2.restorers import make_restorer, parse_restorer, restorer_sources
 from foundir_v2.trials import method_id, run_trials
 
 SCRIPT = """
@@ -181,7 +181,7 @@ def test_the_command_line_takes_commands(script, tmp_path, capsys):
     assert cli.main(["benchmark", "--datasets", str(tmp_path / "sets"), "--methods", f"mine={json.dumps(spec)}",
                      "--metrics", "psnr", "--out", str(tmp_path / "out")]) == 0
     assert "mine" in capsys.readouterr().out
-    assert restorer_files(spec["restorer"], {"folder": str(script)})[-1] == script / "run.py"
+    assert restorer_sources(spec["restorer"], {"folder": str(script)})[0][-1] == script / "run.py"
 
 
 @pytest.mark.parametrize("spec, options, words", [

@@ -1,4 +1,4 @@
-"The catalogue of compared systems: its rows can be believed, what is missing is said, and templates find their results."
+"The catalogue of compared systems: rows that can be believed, what is missing is said, results are found."
 import re
 import shlex
 import subprocess
@@ -12,10 +12,10 @@ from foundir_v2.benchmark import published
 from foundir_v2.core import FoundIRError
 from foundir_v2.external import parse_template, placeholders
 from foundir_v2.memo import Memo
-from foundir_v2.restorers import make_restorer, parse_restorer, restorer_files
+from foundir_v2.restorers import make_restorer, parse_restorer, restorer_sources
 from foundir_v2.systems import SYSTEMS, WAYS, SpandrelRestorer, System, catalogue, lacking, make_system, system
 from foundir_v2.tasks import CATEGORIES, SUBTASKS
-from foundir_v2.trials import run_trials
+from foundir_v2.trials import method_id, run_trials
 
 COMMANDS = [name for name, s in SYSTEMS.items() if s.runs == "command"]
 X = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(0))
@@ -121,7 +121,7 @@ def test_a_task_that_a_system_does_not_know_is_refused(tmp_path):
     with pytest.raises(FoundIRError, match="no word for low_light: its tasks are"): made(X, subtask="low_light")
     own = make_system("restormer", {"folder": str(tmp_path), "tasks": {"lowlight": "Dark"}})
     assert own.tasks == {"lowlight": "Dark"}
-    assert restorer_files("system:restormer", {"folder": str(tmp_path)}) == [tmp_path / "demo.py"]
+    assert restorer_sources("system:restormer", {"folder": str(tmp_path)})[0] == [tmp_path / "demo.py"]
 
 
 def test_weights_in_a_file(tmp_path):
@@ -156,6 +156,13 @@ def test_without_spandrel_the_rest_goes_on():
             "print(lacking('bsrgan', {'paths': {'weights': 'x'}}), len(catalogue()))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "the package spandrel" in done.stdout, done.stderr[-500:]
+
+
+def test_a_changed_template_is_another_method(monkeypatch):
+    before = method_id("system:supir"), method_id("system:seesr")
+    monkeypatch.setitem(SYSTEMS, "supir", SYSTEMS["supir"]._replace(command="{python} x {inputs} {outputs}"))
+    monkeypatch.setitem(SYSTEMS, "seesr", SYSTEMS["seesr"]._replace(weights="another licence"))
+    assert method_id("system:supir") != before[0] and method_id("system:seesr") == before[1]
 
 
 def test_a_system_is_looked_up():
