@@ -6,7 +6,6 @@
 __all__ = ['LAYERS', 'HALF', 'Layer', 'read_layer', 'convolution', 'eltwise', 'interp', 'binary', 'Network', 'read_network']
 
 # %% ../nbs/73a_ncnn.ipynb #73nc0004
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -116,7 +115,7 @@ class Network:
         self,
         x: Tensor,
     ) -> Tensor:
-        "Compute layer after layer; a value is dropped when its last user has it. Raises `FoundIRError` naming the layer."
+        "Compute layer after layer; a value is dropped after its last use. Raises `FoundIRError` naming the layer."
         values, y = {}, x
         for layer, weights, over in zip(self.layers, self.weights, self._over):
             given = [values[n] for n in layer.inputs] if layer.kind != "Input" else [x]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import PurePosixPath
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -6,9 +6,8 @@
 __all__ = ['RELEASES', 'LARGEST', 'Release', 'is_cached', 'fetch_release', 'read_release', 'main']
 
 # %% ../nbs/08a_published.ipynb #08pb0004
-import argparse, hashlib, json, os, secrets, shutil, subprocess, sys, tarfile, zipfile, zlib
+import argparse, hashlib, os, secrets, shutil, subprocess, sys, tarfile, zipfile, zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path

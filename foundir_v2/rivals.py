@@ -6,8 +6,8 @@
 __all__ = ['COLUMNS', 'Rival', 'read_rivals', 'rival_id', 'item_id', 'rival_rows', 'run_rivals', 'rival_table', 'rival_words']
 
 # %% ../nbs/78_rivals.ipynb #78rv0004
-import hashlib, json, time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib, json, math, time
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -87,6 +87,7 @@ def rival_rows(
     metrics: Sequence[str],
     memo: Memo,
     reference: Sequence[Any] = (),
+    until: float = math.inf,  # on the clock of `time.monotonic`
 ) -> Iterator[tuple]:  # of `COLUMNS`, item by item
     "Restore and measure what the memo doesn't know."
     who, failed, restorer = rival_id(rival, reference), "", None
@@ -96,7 +97,8 @@ def rival_rows(
             if task.category not in rival.categories: continue
             keys = _asked(item, metrics)
             known = memo.known(who, keys.values())
-            if not failed and (left := [m for m, key in keys.items() if key not in known]):
+            if time.monotonic() > until: reason = reason or "not yet: the time is up, run it again to go on"
+            if not reason and (left := [m for m, key in keys.items() if key not in known]):
                 try:
                     if restorer is None: restorer = make_restorers({name: rival.spec}, reference)[name]
                     found = {keys[m]: v for m, v in _judged(restorer, item, left).items()}
@@ -117,14 +119,16 @@ def run_rivals(
     metrics: Sequence[str],
     memo: Memo,
     reference: Sequence[Any] = (),  # items on which `best:` is chosen
+    minutes: float | None = None,  # after which nothing new is restored; None: no limit
 ) -> pd.DataFrame:  # columns `COLUMNS`
     "All systems on all sets, within their categories. Raises `FoundIRError` for systems that can't be."
-    rivals, rows = read_rivals(systems), []
-    count = sum(as_subtask(i.subtask).category in r.categories for r in rivals.values() for s in sets.values() for i in s)
+    rivals, rows, until = read_rivals(systems), [], time.monotonic() + 60 * (math.inf if minutes is None else minutes)
+    tasks = [as_subtask(i.subtask) for items in sets.values() for i in items]
+    count = sum(t.category in r.categories for r in rivals.values() for t in tasks)
     with tqdm(total=count, unit="picture", mininterval=1, delay=2) as bar:
         for name, rival in rivals.items():
             bar.set_postfix_str(name)
-            for row in rival_rows(name, rival, sets, metrics, memo, reference):
+            for row in rival_rows(name, rival, sets, metrics, memo, reference, until):
                 rows.append(row)
                 bar.update(row[COLUMNS.index("metric")] == metrics[-1])
     return pd.DataFrame(rows, columns=list(COLUMNS))

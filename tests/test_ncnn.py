@@ -95,7 +95,8 @@ DATA = packed(torch.ones(2, 1, 1, 1), torch.zeros(2))
     (GOOD, DATA[:-1], "too few"), (GOOD, DATA + b"1234", "too many"), (GOOD, b"abcd" + DATA[4:], "unknown tag"),
     (GOOD.replace(b"6=2", b"6=3"), DATA, "can't use"), (GOOD.replace(b"6=2", b"6=-2"), DATA, "too few"),
     (GOOD.replace(b"0=2", b"0=x"), DATA, "can't use"), (GOOD.replace(b" 5=1", b" 5=1 7"), DATA, "can't use"),
-    (GOOD.replace(b"Convolution", b"Shell"), DATA, "layers Shell"), (GOOD.replace(b"data out", b"date out"), DATA, "date"),
+    (GOOD.replace(b"Convolution", b"Shell"), DATA, "layers Shell"),
+    (GOOD.replace(b"data out", b"date out"), DATA, "date"),
     (GOOD.replace(b"7767517", b"1"), DATA, "text"), (b"", b"", "can't use"), (b"\xff\xfe", b"", "can't use")])
 def test_damaged_files_cost_one_line(param, data, words):
     with pytest.raises(FoundIRError, match=words) as e: read_network(param, data)

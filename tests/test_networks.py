@@ -99,7 +99,8 @@ def test_from_the_archive_to_the_table(small):
 
 
 def test_names():
-    assert "network:NAME" in restorer_choices() and {"maxim", "maxim-deblurring", "realesrgan", "realsr"} <= set(NETWORKS)
+    assert "network:NAME" in restorer_choices()
+    assert {"maxim", "maxim-deblurring", "realesrgan", "realsr"} <= set(NETWORKS)
     for name in NETWORKS: assert isinstance(load_published(name), Restorer)
     assert load_published("maxim-enhancement").task == "enhancement" and load_published("realsr").name == "realsr"
     for wrong in ("network:", "network:maxime"):

@@ -55,7 +55,8 @@ def test_fetched_once_and_read_in_parts(toys):
     assert is_cached("toys") and names(toys / "cache") == ["toys-tiny-1.0.tgz"]
     (toys / "registry/toys-tiny-1.0.tgz").unlink()
     fetch_release("toys")
-    assert (toys / "calls").read_text().count("@toys/tiny@1.0") == 1 and "--ignore-scripts" in (toys / "calls").read_text()
+    (call,) = (toys / "calls").read_text().splitlines()
+    assert "@toys/tiny@1.0" in call and "--ignore-scripts" in call
     assert read_release("toys", "package/models/*") == {k: v for k, v in FILES.items() if "models" in k}  # no link
     refused(lambda: read_release("toys", "package/weights/*"), "holds no package/weights/*")
 

@@ -60,6 +60,15 @@ def test_an_interrupted_run_goes_on(calls, memo, monkeypatch):
     assert [seed for *_, seed in calls] == [0, 1, 2, 3]
 
 
+def test_a_sitting_has_an_end(calls, memo):
+    sets = {"in": [item(), item(seed=1)]}
+    run_rivals({"double": "counted:2"}, {"in": sets["in"][:1]}, ["psnr"], memo)
+    table = run_rivals({"double": "counted:2"}, sets, ["psnr"], memo, minutes=-1)
+    assert len(calls) == 1 and table.value.notna().tolist() == [True, False] and not table.reason[0]
+    assert "run it again" in table.reason[1]
+    assert run_rivals({"double": "counted:2"}, sets, ["psnr"], memo, minutes=5).value.notna().all()
+
+
 def test_failures_are_rows_and_are_tried_again(calls, memo):
     sets = {"in": [item(), item(seed=9)], "out": [item(seed=1)]}
     for n in (3, 4):
@@ -79,7 +88,8 @@ def test_each_restores_what_it_is_made_for(calls, memo):
     table = run_rivals(systems, {"in": [item(), item("sr_x2", 3, small)]}, ["psnr"], memo)
     assert table.groupby("system").subtask.agg(list).to_dict() == {"input": ["haze", "sr_x2"], "one": ["sr_x2"]}
     assert rival_words(rival_table(table, "input"), ["psnr"])["one"].tolist() == ["", f"{table.value.iloc[-1]:.1f}"]
-    for wrong, words in [({"a": {"restorer": "bicubic", "categories": ["dark"]}}, "dark"), ({"a": "bicubik"}, "bicubik"),
+    for wrong, words in [({"a": {"restorer": "bicubic", "categories": ["dark"]}}, "dark"),
+                         ({"a": "bicubik"}, "bicubik"),
                          ({"a": {"restorer": "bicubic", "start": "lq"}}, "start")]:
         with pytest.raises(FoundIRError, match=words): run_rivals(wrong, {"in": []}, ["psnr"], memo)
 
