@@ -118,8 +118,11 @@ def test_profiles_hold_what_differs(profile):
     changes = parse_yaml(PROFILES[profile], profile)
     assert [key for key, value, base in pairs(changes, load_params(ROOT / 'params.yaml')) if value == base] == []
     check_params(parse_yaml(laid(profile), profile), ROOT)
-    comments = [line.partition('# ')[2] for line in (ROOT / 'params.yaml').read_text().splitlines() if '# ' in line]
-    assert comments == [line.partition('# ')[2] for line in laid(profile).splitlines() if '# ' in line]
+    comments = lambda text: [line.partition('# ')[2] for line in text.splitlines() if '# ' in line]
+    expected = (ROOT / 'params.yaml').read_text()
+    if 'policy' in changes.get('mixture', {}):  # the options of another policy go with what is said about them
+        expected = re.sub('(  options:.*\n)(    .*\n)+', r'\1', expected)
+    assert comments(expected) == comments(laid(profile))
 
 
 def test_the_profiles():
