@@ -7,14 +7,16 @@ malloc gives memory back at once (its two thresholds are set), so that what is h
 """
 import json, os, subprocess, sys
 import pytest
-from foundir_v2.planner import SDXL_TEXT, SDXL_TEXT_2, SDXL_VAE, Plan, make_skeleton, predict_peak, read_skeleton
+from foundir_v2.planner import Plan, predict_peak
+from foundir_v2.skeleton import SDXL_TEXT, SDXL_TEXT_2, SDXL_VAE, make_skeleton, read_skeleton
 
 CHILD = '''
 import gc, json, sys, torch
 from diffusers import EulerDiscreteScheduler
 from foundir_v2.base import SDXL_SCHEDULE, SDXL_UNET, assets_path, load_tokenizers
 from foundir_v2.pipeline import FoundIRv2Pipeline, load_pipeline
-from foundir_v2.planner import SDXL_TEXT, SDXL_TEXT_2, SDXL_VAE, make_skeleton, random_models
+from foundir_v2.planner import random_models
+from foundir_v2.skeleton import SDXL_TEXT, SDXL_TEXT_2, SDXL_VAE, make_skeleton
 
 c = json.loads(sys.argv[1])
 status = lambda key: 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(key)))

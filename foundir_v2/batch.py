@@ -231,7 +231,8 @@ def plan_for(
     from foundir_v2.core import pick_device, pick_dtype
     from foundir_v2.inference import Recipe
     from foundir_v2.loading import preset_options
-    from foundir_v2.planner import make_plan, read_skeleton
+    from foundir_v2.planner import make_plan
+    from foundir_v2.skeleton import read_skeleton
     device, skeleton = pick_device(config.device or "auto"), read_skeleton(config.model)
     known = Recipe(inference=skeleton.defaults).defaults
     preset = preset_options(config.preset, known) if config.preset and config.preset != "low-memory" else {}

@@ -25,7 +25,8 @@ from .caption import make_captioner
 from .core import FoundIRError, ImageError, atomic_write, pick_device, pick_dtype
 from .inference import Recipe, find_recipe, read_recipe, stored_defaults, write_recipe
 from .pipeline import FoundIRv2Pipeline, assemble, resolve_settings
-from .planner import Plan, make_plan, read_skeleton
+from .planner import Plan, make_plan
+from .skeleton import read_skeleton
 from .unet import FoundIRUNet, encoder_state
 
 # %% ../nbs/56_loading.ipynb #dfa9aa82

@@ -31,9 +31,10 @@ from .core import FoundIRError, pick_dtype
 from .learner import Denoiser, LatentReader, Learner, make_accelerator
 from .objective import WEIGHTED, sample_losses
 from .optim import make_optimizer
-from .planner import (LIBRARIES, SDXL_TEXT, SDXL_TEXT_2, SDXL_VAE, MemoryMeter, Skeleton, available_memory,
-                                make_skeleton, read_skeleton)
+from .planner import LIBRARIES, available_memory
 from .settings import ModelConfig, TrainConfig
+from .skeleton import (SDXL_TEXT, SDXL_TEXT_2, SDXL_VAE, MemoryMeter, Skeleton, make_skeleton,
+                                 read_skeleton)
 from .unet import OWN_MODULES, FoundIRUNet
 from .vae import decode_latents, encode_latents, vae_scale_factor
 

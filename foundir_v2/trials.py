@@ -25,13 +25,14 @@ from tqdm import tqdm
 from .base import ASSETS, assets_path
 from .benchmark import BENCHMARKS, benchmark, protocols, results_table
 from .checkpoint import run_name
+from .classical import Bicubic
 from .core import FoundIRError, Restorer, atomic_write, error_line, load_image, save_image
 from .evaluate import intervals, measure, restore
 from .iqa import MetricUnavailable, metric, oriented, prepare
 from .layouts import LAYOUTS, WORDS, DataSet, compile_pattern, read_dataset
 from .listing import list_pictures
 from .memo import Memo
-from .restorers import Bicubic, PipelineRestorer, make_restorer, parse_restorer
+from .restorers import PipelineRestorer, make_restorer, parse_restorer
 from .sliders import write_slider_page
 from .targets import file_hash
 from .tasks import subtask as as_subtask

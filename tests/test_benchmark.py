@@ -9,11 +9,12 @@ import torch
 
 from foundir_v2 import cli
 from foundir_v2.benchmark import BENCHMARKS, benchmark, protocols, published, rank_table, ranks, results_table
+from foundir_v2.classical import Bicubic
 from foundir_v2.core import FoundIRError, generator, save_image
 from foundir_v2.iqa import METRICS
 from foundir_v2.layouts import LAYOUTS
 from foundir_v2.memo import Memo
-from foundir_v2.restorers import SIMPLE, Bicubic
+from foundir_v2.restorers import SIMPLE
 from foundir_v2.tasks import SUBTASKS
 from foundir_v2.trials import (method_id, protocol_id, read_cases, run_trials, set_folders, trial_summary,
                                write_trials)

@@ -766,7 +766,7 @@ def trained_folder(unet, base, folder, **inference):
 
 def test_planner_pipeline_and_settings_have_one_origin(base, unet, tmp_path):
     "Once a trained folder had tiles of 128 latents and no guidance for one, 1024 pixels and guidance 5 for the other."
-    from foundir_v2.planner import read_skeleton
+    from foundir_v2.skeleton import read_skeleton
     from foundir_v2.restorers import make_restorer
     inference = dict(num_inference_steps=3, guidance_scale=2.5, start="noise", prompt="caption", tile_size=48,
                      tile_overlap=0.125, tile_batch=2)
@@ -800,7 +800,7 @@ def test_a_training_stages_folder_is_a_restorer(pipe, base, unet, tmp_path):
 
 
 def test_a_stage_from_before_it_wrote_a_recipe_is_refused(base, unet, tmp_path):
-    from foundir_v2.planner import read_skeleton
+    from foundir_v2.skeleton import read_skeleton
     stage = trained_folder(unet, base, tmp_path)
     (stage / "pipeline.json").unlink()
     for read in (load_pipeline, read_skeleton):

@@ -7,8 +7,8 @@ from foundir_v2.cli import main
 from foundir_v2.core import FoundIRError
 from foundir_v2.inference import InferenceConfig, Recipe, write_recipe
 from foundir_v2.loading import load_pipeline
-from foundir_v2.planner import (SDXL_TEXT, SDXL_TEXT_2, SDXL_VAE, Plan, available_memory, make_plan, make_skeleton,
-                                metered, needed, predict_peak, random_models, read_skeleton, weight_bytes)
+from foundir_v2.planner import Plan, available_memory, make_plan, needed, predict_peak, random_models, weight_bytes
+from foundir_v2.skeleton import SDXL_TEXT, SDXL_TEXT_2, SDXL_VAE, make_skeleton, metered, read_skeleton
 from foundir_v2.unet import OWN_MODULES
 
 

@@ -14,7 +14,7 @@ from foundir_v2.moe import MoEScheduler
 from foundir_v2.report import (apart_table, before_after, control_table, gate_shares, gates_by_task, gains_table,
                                in_and_out, metrics_table, outside_part, plot_course, plot_gains, plot_gates, plot_loss,
                                read_metrics, read_mixture, read_stages, read_steps, record_gates, write_figures)
-from foundir_v2.restorers import Bicubic, Levels
+from foundir_v2.classical import Bicubic, Levels
 
 
 @pytest.fixture(scope="module")

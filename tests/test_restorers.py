@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from foundir_v2.classical import Bicubic, DarkChannel, Gamma, Identity, Levels, NonLocalMeans, Unsharp
 from foundir_v2.core import FoundIRError, Restorer, save_image
 from foundir_v2.degrade import degrade
-from foundir_v2.restorers import (SIMPLE, Bicubic, DarkChannel, FolderRestorer, Gamma, Identity, Levels, NonLocalMeans,
-                                  PipelineRestorer, Unsharp, VAEBound, best_by_category, chosen_methods, export_inputs,
-                                  make_restorer, make_restorers)
+from foundir_v2.restorers import (SIMPLE, FolderRestorer, PipelineRestorer, VAEBound, best_by_category, chosen_methods,
+                                  export_inputs, make_restorer, make_restorers)
 from foundir_v2.tasks import SUBTASKS, subtask
 
 

@@ -7,7 +7,8 @@ import torch
 from foundir_v2 import networks, restorers
 from foundir_v2.core import FoundIRError
 from foundir_v2.memo import Memo
-from foundir_v2.restorers import Bicubic, Kind
+from foundir_v2.classical import Bicubic
+from foundir_v2.restorers import Kind
 from foundir_v2.rivals import COLUMNS, Rival, item_id, read_rivals, rival_id, rival_table, rival_words, run_rivals
 
 photo = lambda seed: (torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 255).round() / 255

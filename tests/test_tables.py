@@ -11,6 +11,7 @@ from foundir_v2 import (
     attention, caption, degrade, iqa, judges, layouts, mixture, networks, objective, optim, restorers, systems, tasks)
 from foundir_v2.attention import ConvBlock, GatedFFN, make_expert
 from foundir_v2.caption import CaptionerKind, make_captioner
+from foundir_v2.classical import Unsharp
 from foundir_v2.clean import make_thresholds
 from foundir_v2.degrade import degrade as damage
 from foundir_v2.mixture import FixedMixture, policy_for
@@ -105,7 +106,7 @@ def test_a_compared_system_with_an_argument(monkeypatch):
 
 
 def test_a_published_network(monkeypatch):
-    monkeypatch.setitem(networks.NETWORKS, "mean", lambda: restorers.Unsharp(amount=-1.0))
+    monkeypatch.setitem(networks.NETWORKS, "mean", lambda: Unsharp(amount=-1.0))
     assert make_restorer("network:mean")(X).std() < X.std()
 
 
