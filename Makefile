@@ -98,7 +98,7 @@ experiments: venv ## runs of `dvc exp run` side by side: what was changed, and t
 	@dvc exp show --only-changed --drop '^(categories|mean|interval95|gain|shuffled|items|photographs)|[.](py|ipynb)$$|^(data|schedules|artifacts|metrics|foundir_v2|nbs)' \
 	  --keep '^mean\.restored\.(psnr|stlpips)$$'
 
-profile: venv ## P=tiny|smoke|sdxl: lay that profile over the committed params.yaml
+profile: venv ## P=tiny|smoke|sdxl|released: lay that profile over the committed params.yaml
 	@python .ci/profile.py "$(P)"
 
 hooks: venv ## optional: nbdev's git hooks (writes to your git configuration)

@@ -1,5 +1,5 @@
 "The plan of a training: arithmetic, trials without numbers, the choice of a switch, profiles, the command line."
-import math
+import subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +7,7 @@ import pytest, torch
 from torch import nn
 
 from foundir_v2 import cli, plan
-from foundir_v2.base import TINY_UNET, load_base
-from foundir_v2.config import load_yaml
+from foundir_v2.base import load_base
 from foundir_v2.core import FoundIRError
 from foundir_v2.learner import build_unet
 from foundir_v2.optim import OPTIMIZERS, make_optimizer
@@ -166,7 +165,7 @@ def test_every_value_says_where_it_comes_from(name):
         elif not comment.startswith((*marks, "no steps", "the bound")): bare.append(line)
     assert not bare
     reasons = [x for x in (ROOT / f"profiles/{name}.yaml").read_text().split("(assumed)")[1:] if x[:1] == " "]
-    assert all(len(r.splitlines()[0]) > 10 for r in reasons)
+    assert len(reasons) > 10 and all(len(r.splitlines()[0]) > 6 for r in reasons)
 
 
 def test_a_file_is_laid_over_the_parameters(tmp_path):
@@ -174,6 +173,37 @@ def test_a_file_is_laid_over_the_parameters(tmp_path):
     assert {c.crop for c in profile_configs(file)} == {64}
     assert [c.init for c in profile_configs(file)] == [None, "artifacts/train_stage0", "artifacts/train_stage1"]
     assert {c.seed for c in profile_configs(file, ["seed=3"])} == {3}
+
+
+# --- files that are handed out ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("file", sorted((ROOT / "profiles/accelerate").glob("*.yaml")), ids=lambda f: f.stem)
+def test_accelerate_reads_its_configurations(file):
+    "Precision is ours: what accelerate's file says would be a second place."
+    from accelerate.commands.config.config_args import load_config_from_file
+    found = load_config_from_file(str(file))
+    assert found.mixed_precision == "no" and found.num_processes % found.num_machines == 0
+    assert (found.num_processes > 1) == (found.distributed_type == "MULTI_GPU")
+    assert found.use_cpu == (file.stem == "cpu")
+
+
+def test_accelerate_configurations_are_those_that_are_promised():
+    from accelerate.commands.config.config_args import load_config_from_file
+    found = {f.stem: load_config_from_file(str(f)) for f in (ROOT / "profiles/accelerate").glob("*.yaml")}
+    assert {name: c.num_processes for name, c in found.items()} == dict(cpu=1, gpu=1, gpu2=2, gpu8=8, nodes2=16)
+
+
+def test_the_script_for_a_gpu_runs_at_a_tiny_size(tmp_path):
+    command = [sys.executable, "bench/gpu.py"]
+    run = lambda *argv: subprocess.run([*command, *argv], cwd=ROOT, capture_output=True, text=True)
+    done = run("--tiny", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    (table,) = tmp_path.glob("gpu-*.md")
+    lines = table.read_text().splitlines()
+    assert sum(line.startswith("| ") and " no |" in line for line in lines) == 2 and "matrix rate" in table.read_text()
+    if not torch.cuda.is_available():
+        done = run()
+        assert done.returncode == 0 and done.stdout.count("\n") == 1 and "no GPU here" in done.stdout
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
