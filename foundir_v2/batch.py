@@ -19,15 +19,16 @@ from .targets import RestoreLog, Target, check_targets, file_hash
 from .worklist import each_file, existing, plan_files, results, sidecars
 
 # %% auto #0
-__all__ = ['Count', 'Pixels', 'Gigabytes', 'Seed', 'Workers', 'SETTINGS', 'argument', 'RestoreConfig', 'compare_name',
-           'save_compared', 'restore_file', 'quiet_libraries', 'reach_hub', 'model_stamp', 'result_key', 'start_peak',
-           'peak_memory', 'given_settings', 'plan_restore', 'largest_size', 'plan_for', 'load_restorer', 'prompts_for',
-           'result_keys', 'call_options', 'restore_batch']
+__all__ = ['Count', 'Pixels', 'Gigabytes', 'Teraflops', 'Seed', 'Workers', 'SETTINGS', 'argument', 'RestoreConfig',
+           'compare_name', 'save_compared', 'restore_file', 'quiet_libraries', 'reach_hub', 'model_stamp', 'result_key',
+           'start_peak', 'peak_memory', 'given_settings', 'plan_restore', 'largest_size', 'plan_for', 'load_restorer',
+           'prompts_for', 'result_keys', 'call_options', 'restore_batch']
 
 # %% ../nbs/84_batch.ipynb #ba7c0005
 Count = Annotated[int, Interval(ge=1, le=65_536)]
 Pixels = Annotated[int, Interval(ge=1, le=10**12)]
 Gigabytes = Annotated[float, Interval(gt=0, le=100_000), Unit("gigabytes")]
+Teraflops = Annotated[float, Interval(gt=0, le=100_000), Unit("TFLOP/s")]
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 Workers = Annotated[int, Interval(ge=0, le=256)]  # processes
 

@@ -10,16 +10,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .batch import (Count, Gigabytes, Pixels, RestoreConfig, Seed, Workers, argument, quiet_libraries,
-                              reach_hub, restore_batch)
+from .batch import (Count, Gigabytes, Pixels, RestoreConfig, Seed, Teraflops, Workers, argument,
+                              quiet_libraries, reach_hub, restore_batch)
+from .cli_benchmark import add_benchmark
 from .cli_mixture import add_mixture
 from .inference import Factor, Fraction, Guidance, Overlap, Steps, TileBatch, TileSize
+from .process import Stopped
 from .targets import READABLE, Target, TargetError, check_targets, named
 from .worklist import each_file, existing, is_user_error, pictures_in, plan_files, results, sidecars, wanted
 
 # %% auto #0
 __all__ = ['COMMANDS', 'run_restore', 'add_restore', 'run_degrade', 'add_degrade', 'run_data_fetch', 'add_data', 'limits_from',
-           'run_clean', 'add_clean', 'run_caption', 'add_caption', 'run_train', 'add_train', 'run_evaluate',
+           'run_clean', 'add_clean', 'run_caption', 'add_caption', 'run_plan', 'run_train', 'add_train', 'run_evaluate',
            'add_evaluate', 'run_report', 'add_report', 'Parser', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #2703ff92
@@ -187,7 +189,8 @@ def run_clean(args: argparse.Namespace) -> int:
     from foundir_v2.clean import clean, make_thresholds
     from foundir_v2.contact import contact_sheet, write_contact_sheet
     from foundir_v2.core import atomic_write
-    from foundir_v2.index import Entry, inspect_all
+    from foundir_v2.index import inspect_all
+    from foundir_v2.listing import Entry
     from foundir_v2.judges import make_judges
     folder = named(args.input)
     if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: check the name")
@@ -261,9 +264,32 @@ def add_caption(sub: Any) -> None:
     p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_caption)
 
+# %% ../nbs/90_cli.ipynb #f891a898
+def run_plan(args: argparse.Namespace) -> int:
+    "`foundir-v2 train --plan`"
+    from foundir_v2.settings import profile_configs
+    configs = profile_configs(args.plan, args.set)
+    quiet_libraries()
+    from foundir_v2.plan import print_plan
+    print_plan(configs, args.memory, args.devices, args.rate)
+    return 0
+
+def _add_plan(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--plan", nargs="?", const="params.yaml", metavar="PROFILE",
+                   help="don't train: print what every stage of a profile (of profiles/, or a parameter file; default: "
+                        "params.yaml) will need, offline and without weights; exit code 2 if it can't fit")
+    p.add_argument("--memory", type=argument(Gigabytes), metavar="GB",
+                   help="of --plan: memory of an accelerator (default: what this machine has left)")
+    p.add_argument("--devices", type=argument(Count), default=1, metavar="N",
+                   help="of --plan: accelerators, each with a process (default: %(default)s)")
+    p.add_argument("--rate", type=argument(Teraflops), metavar="TFLOPS",
+                   help="of --plan: what a device reaches in training, for the time; small steps are measured")
+
 # %% ../nbs/90_cli.ipynb #d30ee8fd
 def run_train(args: argparse.Namespace) -> int:
     "`foundir-v2 train`"
+    if args.plan is not None: return run_plan(args)
+    if args.config is None: raise TargetError("train needs --config FILE, or --plan to see what it would take")
     from foundir_v2.settings import read_config
     config = read_config(named(args.config), args.stage, args.set)
     output = Target(config.output, "folder", state="ours")  # whether it is, `train` itself knows
@@ -271,21 +297,22 @@ def run_train(args: argparse.Namespace) -> int:
     check_targets([output, Target(config.checkpoints, "store")], inputs)
     quiet_libraries()
     reach_hub([config.base])
-    from foundir_v2.train import train
-    result = train(config, args.force)
-    loss = f", last loss {result.steps[-1]['loss']:.4f}" if result.steps else ""
+    from foundir_v2.launch import run_training
+    result = run_training(config, args.force)
+    loss = "" if result.last_loss is None else f", last loss {result.last_loss:.4f}"
     print(f"{result.output}: {len(result.steps)} steps{loss}")
     return 0
 
 def add_train(sub: Any) -> None:
     p = sub.add_parser("train", help="train one stage",
                        description="Train one stage. Killed and started again, it goes on from its last checkpoint.")
-    p.add_argument("--config", required=True, metavar="FILE",
+    p.add_argument("--config", metavar="FILE",
                    help="YAML: with --stage a parameter file such as params.yaml, else the fields of TrainConfig")
     p.add_argument("--stage", type=int, choices=(0, 1, 2), help="which stage of the parameter file")
     p.add_argument("--force", action="store_true", help="replace the output folder even if it is no earlier result")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
                    help="replace or add fields, for instance steps=10 output=artifacts/try")
+    _add_plan(p)
     p.set_defaults(run=run_train)
 
 # %% ../nbs/90_cli.ipynb #f1ad19ad
@@ -355,7 +382,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None: raise TargetError(f"{message[:300]} (see {self.prog} --help)")
 
 COMMANDS = (add_restore, add_degrade, add_data, add_clean, add_caption, add_train, add_evaluate, add_report,
-            add_mixture)
+            add_benchmark, add_mixture)
 
 def parser() -> argparse.ArgumentParser:
     "The whole command line; imports nothing heavy."
@@ -371,6 +398,9 @@ def main(argv: list[str] | None = None) -> int:  # 0: done; 2: bad input, told i
     try:
         args = parser().parse_args(argv)
         return args.run(args)
+    except Stopped as e:
+        print(f"foundir-v2: {e}", file=sys.stderr)
+        return 128 + e.number
     except KeyboardInterrupt: return 130
     except Exception as e:
         if isinstance(e, ModuleNotFoundError) and not (e.name or "").startswith("foundir_v2"):

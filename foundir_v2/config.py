@@ -117,11 +117,19 @@ def _last(node: Any, key: Any) -> tuple[Any, Any, int]:
         node, key = node[key], len(node[key]) - 1 if isinstance(node[key], list) else list(node[key])[-1]
     return node, key, 0 if isinstance(node, list) else 2
 
+def _bare(node: Any) -> Any:
+    "A value of the profile without what it says about itself."
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else (): _bare(child)
+    if isinstance(node, (dict, list)): node.ca.comment = None; node.ca.items.clear()
+    return node
+
 def _replace(target: Any, key: str, value: Any) -> None:
     "Set `target[key]`; what follows the old value (the heading of the next section) follows the new one."
     node, last, place = _last(target, key)
     comment = (node.ca.items.get(last) or [None] * 4)[place]
-    target[key] = value
+    if comment and node is not target:  # what stands beside its last item goes with that
+        comment.value = "\n" + comment.value.partition("\n")[2]
+    target[key] = _bare(value)
     node, last, place = _last(target, key)
     if comment: node.ca.items.setdefault(last, [None] * 4)[place] = comment
 

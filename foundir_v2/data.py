@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 # %% ../nbs/22_data.ipynb #a2e3e0bc
-from .core import FoundIRError, generator, hash_seed
+from .core import FoundIRError, ImageError, error_line, generator, hash_seed
 from .degrade import Applied, apply, crop_to_multiple, degrade, upsample_lq
 from .index import fit_pair
 from .reading import CACHE, Photos, Window, size_of
@@ -312,28 +312,44 @@ class RestorationDataset(Dataset):
 
 # %% ../nbs/22_data.ipynb #ca090ca2
 @patch
-def __getitem__(
-    self: RestorationDataset,
-    draw: tuple[str, int, int],  # `foundir_v2.sampler.Draw`: task, index, seed
-) -> dict[str, Any]:  # lq, gt, caption, task, subtask, original_size, crop_top_left, target_size
-    "The sample of a draw, a pure function of it."
-    task, index, seed = draw
-    row = self.rows.iloc[position(self.items, task, index)].to_dict()
+def _sample(self: RestorationDataset, row: dict[str, Any], task: str, seed: int) -> dict[str, Any]:
+    "The sample that a row gives. Raises `ImageError` or `OSError` where a file of it can't be read."
     size, photo, caption = (row["height"], row["width"]), partial(self.photos.window, row["path"]), row.get("caption")
     if damaged := row.get("lq"):
         stored, name = partial(self.photos.window, damaged), row["task"]
         try: lq, gt, view = from_pair(photo, stored, size, size_of(self.photos.root/damaged), self.crop, seed)
+        except ImageError: raise
         except FoundIRError as e: raise FoundIRError(f"the pair {row['photo']}: {e}") from None
     else: lq, gt, name, view = from_photograph(photo, size, self.tasks[task], seed=seed, **self.sampling)
     sizes = size_conditions(*size, view) | {"target_size": torch.tensor((self.crop, self.crop))}
-    return dict(lq=lq, gt=gt, caption=caption if isinstance(caption, str) else "", task=task, subtask=name, **sizes)
+    texts = dict(caption=caption if isinstance(caption, str) else "", task=task, subtask=name, photo=row["photo"])
+    return dict(lq=lq, gt=gt, **texts, **sizes)
+
+@patch
+def __getitem__(
+    self: RestorationDataset,
+    draw: tuple[str, int, int],  # `foundir_v2.sampler.Draw`: task, index, seed
+) -> dict[str, Any]:  # lq, gt, caption, task, subtask, photo, original_size, crop_top_left, target_size, quarantined
+    """The sample of a draw, a pure function of it and of the files. The next row of the task takes the place of one
+    that can't be read; `quarantined`: photo -> why. Raises `FoundIRError` if none of the task can be read."""
+    task, index, seed = draw
+    position(self.items, task, index)  # refuses what isn't there
+    count, quarantined = len(self.items[task]), {}
+    for k in range(count):
+        row = self.rows.iloc[position(self.items, task, (index + k) % count)].to_dict()
+        if row["photo"] in quarantined: continue
+        try: return dict(self._sample(row, task, seed), quarantined=quarantined)
+        except (ImageError, OSError) as e: quarantined[row["photo"]] = error_line(e)
+    raise FoundIRError(f"none of the {len(quarantined)} pictures of task {task!r} can be read, as for the first of "
+                       f"them: {next(iter(quarantined.values()))}")
 
 # %% ../nbs/22_data.ipynb #0fd279d2
 def collate(
     samples: list[dict[str, Any]],
-) -> dict[str, Any]:  # lq, gt: (B, 3, S, S); sizes: (B, 2); caption, task, subtask: lists of strings
+) -> dict[str, Any]:  # lq, gt: (B, 3, S, S); sizes: (B, 2); texts: lists of strings; quarantined: list of dicts
     "A batch from samples of one dataset."
-    return default_collate(samples)
+    same = [{k: v for k, v in sample.items() if k != "quarantined"} for sample in samples]
+    return default_collate(same) | dict(quarantined=[sample["quarantined"] for sample in samples])
 
 # %% ../nbs/22_data.ipynb #ffe62282
 @dataclass(frozen=True, eq=False)

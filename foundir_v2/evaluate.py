@@ -72,6 +72,7 @@ def evaluate(
     Raises `FoundIRError` on unknown or unavailable metrics, an empty benchmark, or a restorer's wrong output."""
     prepare(list(metrics))
     rows, name = [], name or restorer.name
+    if hasattr(restorer, "prepare"): restorer.prepare(dataset := list(dataset))  # an external command, once for all
     for item in dataset:
         picture, task = restore(restorer, item), as_subtask(item.subtask)
         if watch is not None: watch(name, item, picture)

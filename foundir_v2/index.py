@@ -4,165 +4,27 @@
 
 # %% ../nbs/14_index.ipynb #581a4130
 from __future__ import annotations
-import hashlib, json, os, re, sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib, json, os, sys
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np, pandas as pd
 
 from .core import MAX_PIXELS, FoundIRError, ImageError, atomic_write, load_image, repo_root
-from .fetch import SPLITS, read_sources
+from .fetch import SPLITS
+from .listing import Entry, scan
 from .memo import Memo, remembered
-from .targets import READABLE
 
 if TYPE_CHECKING:  # torch is imported where pictures are looked at: a list of data sets is checked without it
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['DEGRADED', 'NEAR_BITS', 'ACCEPTED', 'REJECTED', 'SHIFT_GAIN', 'SHIFT_SIDE', 'MEASURE', 'MEASURED', 'COLUMNS', 'Entry',
-           'Listing', 'list_pictures', 'words_of', 'degraded_folders', 'Match', 'pair_up', 'unique_names', 'scan',
-           'dhash', 'look_alike', 'near_copies', 'leaks', 'check_splits', 'refuse_leaks', 'Misfit', 'fit_pair',
-           'misalignment', 'file_stamp', 'measure', 'inspect', 'measure_key', 'inspect_all', 'build_manifest',
-           'refuse_unusable', 'select', 'add_captions', 'save_manifest', 'load_manifest', 'thumbnail', 'thumbnails']
-
-# %% ../nbs/14_index.ipynb #2014ab1a
-class Entry(NamedTuple):
-    "What a layout says about one row, before any file was opened."
-    photo: str
-    path: str  # the GT
-    split: str
-    lq: str = ""  # its partner; empty: there are no pairs
-    task: str = ""
-    reason: str = ""  # why it can't be used, where the layout alone shows it: "kind: what"
-
-class Listing(NamedTuple):
-    "The pictures below a folder."
-    files: list[str]  # relative to it, in a fixed order
-    problems: list[tuple[str, str]]  # (relative path, "kind: what") of what was not followed
-
-def list_pictures(folder: str | Path) -> Listing:
-    "Names that end like a picture's, hidden ones left out. Linked folders are followed, each folder once."
-    found, problems, seen = [], [], {}
-    relative = lambda *parts: Path(*parts).relative_to(folder).as_posix()
-    unreadable = lambda e: problems.append((relative(e.filename), f"unreadable folder: {e.strerror}"))
-    for here, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        info = os.stat(here)
-        if (first := seen.setdefault((info.st_dev, info.st_ino), here)) != here:
-            problems.append((relative(here), f"link: leads to {relative(first)} again, which is listed once"))
-            folders.clear()
-            continue
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [relative(here, n) for n in names
-                  if not n.startswith(".") and os.path.splitext(n)[1].lower() in READABLE]
-    for p in [p for p in found if re.search("[\udc80-\udcff]", p)]:  # how Python writes bytes that are no UTF-8
-        found.remove(p)
-        problems.append((ascii(p)[1:-1], "unreadable name: it is not UTF-8, rename the file"))
-    return Listing(sorted(found, key=lambda p: p.replace("/", "\0")), problems)  # folder by folder
-
-# %% ../nbs/14_index.ipynb #1cb6d074
-DEGRADED = frozenset("""lq lr input inputs degraded distorted corrupted lowres bicubic x2 x3 x4 x8 blur blurred blurry
-defocus noise noisy haze hazy fog foggy rain rainy raindrop drop snow snowy low lowlight dark jpeg compressed cloud
-cloudy smoke synthetic""".split())  # words in names of folders with degraded pictures
-
-def words_of(name: str) -> list[str]:
-    "The words of a folder's name, in lower case."
-    return re.findall(r"[a-z]+\d*", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
-
-def degraded_folders(
-    files: Iterable[str],  # relative paths of would-be photographs
-) -> dict[str, int]:  # folder -> number of pictures in it
-    "The folders whose names say that their pictures are not clean."
-    counts = {}
-    for p in files: counts[p.rpartition("/")[0]] = counts.get(p.rpartition("/")[0], 0) + 1
-    said = lambda folder: {w for part in folder.split("/") for w in words_of(part)} & DEGRADED
-    return {folder: n for folder, n in counts.items() if said(folder)}
-
-# %% ../nbs/14_index.ipynb #384eaeba
-class Match(NamedTuple):
-    "One row to be: a pair, or why there is none."
-    key: tuple[str, ...]
-    gt: str  # relative path; empty: there is none
-    lq: str
-    reason: str = ""
-
-def pair_up(
-    gts: Mapping[tuple[str, ...], list[str]],  # key -> relative paths
-    lqs: Mapping[tuple[str, ...], list[str]],
-) -> Iterator[Match]:
-    "Every GT with each of its LQs, and what is left over."
-    for key in sorted(gts.keys() | lqs.keys()):
-        gt, lq = gts.get(key, []), lqs.get(key, [])
-        if not gt: yield from (Match(key, "", p, f"no partner: no ground truth belongs to {p}") for p in lq)
-        elif len(gt) > 1:
-            names = ", ".join(p.rpartition("/")[2] for p in gt)
-            yield from (Match(key, gt[0], p, f"duplicate name: {names} are all its ground truth") for p in lq or [""])
-        elif not lq: yield Match(key, gt[0], "", f"no partner: no input belongs to {gt[0]}")
-        else: yield from (Match(key, gt[0], p) for p in lq)
-
-def unique_names(entries: Iterable[Entry]) -> list[Entry]:
-    "A second row of one name gets another name and a reason."
-    seen: dict[str, Entry] = {}
-    for e in entries:
-        name, first = e.photo, seen.get(e.photo)
-        while name in seen: name += "~"
-        why = f"duplicate name: {Path(e.path).name} and {Path(first.path).name} are both {e.photo}" if first else ""
-        seen[name] = e._replace(photo=name, reason=e.reason or why) if first else e
-    return list(seen.values())
-
-# %% ../nbs/14_index.ipynb #a019afa8
-def _sides(files: Iterable[str]) -> tuple[dict, dict, list[str]]:
-    "Relative paths in a split -> (task, name) -> GTs; the same for LQs; photographs."
-    gts, lqs, photographs = {}, {}, []
-    for p in files:
-        *folders, name = os.path.splitext(p)[0].split("/")
-        side = next((f for f in folders if f in ("GT", "LQ")), None)
-        if side is None:
-            photographs.append(p)
-            continue
-        i = folders.index(side)
-        key = "/".join(folders[:i]), "/".join([*folders[i + 1:], name])
-        (gts if side == "GT" else lqs).setdefault(key, []).append(p)
-    return gts, lqs, photographs
-
-def _scan_split(folder: Path) -> Iterator[Entry]:
-    "Pairs from GT/ and LQ/, every other picture as a photograph; what was not followed as unusable rows."
-    split, (files, problems) = folder.name, list_pictures(folder)
-    gts, lqs, photographs = _sides(files)
-    if seen := degraded_folders(photographs):
-        raise FoundIRError(f"{folder} is no layout that is understood: outside of GT/ and LQ/ there are "
-                           f"{', '.join(f'{d}/ ({n} pictures)' for d, n in list(seen.items())[:4])}, and a degraded "
-                           "picture must not become a ground truth. Call them TASK/GT/ and TASK/LQ/, or name the set's "
-                           "layout in ingest.datasets (notebook 15)")
-    path = lambda p: str(folder / p) if p else ""
-    for m in pair_up(gts, lqs):
-        yield Entry("/".join(filter(None, (split, *m.key))), path(m.gt), split, path(m.lq), m.key[0], m.reason)
-    for p in photographs: yield Entry(f"{split}/{os.path.splitext(p)[0]}", path(p), split)
-    for p, why in problems: yield Entry(f"{split}/{p}", path(p), split, reason=why)
-
-# %% ../nbs/14_index.ipynb #18822937
-def scan(
-    folder: str | Path,  # a data set in one of the three layouts
-) -> list[Entry]:  # in a fixed order
-    """List a data set.
-    Raises `FileNotFoundError` (no such folder) or `FoundIRError` (no known layout, no pictures)."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: run `foundir-v2 data fetch`, or give the folder of your data set")
-    if (folder / "SOURCES.csv").exists():
-        entries = [Entry(Path(s.file).stem, str(folder / s.file), s.split) for s in read_sources(folder) if s.split]
-    else:
-        entries = [e for split in SPLITS if (folder / split).is_dir() for e in _scan_split(folder / split)]
-        other = [d.name for d in sorted(folder.iterdir())
-                 if d.is_dir() and d.name not in SPLITS and list_pictures(d).files]
-        if entries and other:
-            raise FoundIRError(f"{folder / other[0]} holds pictures but is not a split: "
-                               f"its name must be one of {', '.join(SPLITS)}")
-    if not entries:
-        raise FoundIRError(f"no pictures found in {folder}: expected SOURCES.csv, or folders {', '.join(SPLITS)} with "
-                           "pictures or GT/ and LQ/ in them. Other layouts are named in ingest.datasets (notebook 15)")
-    return unique_names(entries)
+__all__ = ['NEAR_BITS', 'ACCEPTED', 'REJECTED', 'SHIFT_GAIN', 'SHIFT_SIDE', 'MEASURE', 'MEASURED', 'COLUMNS', 'dhash',
+           'look_alike', 'near_copies', 'leaks', 'check_splits', 'refuse_leaks', 'Misfit', 'fit_pair', 'misalignment',
+           'file_stamp', 'measure', 'inspect', 'measure_key', 'inspect_all', 'build_manifest', 'refuse_unusable',
+           'select', 'add_captions', 'save_manifest', 'load_manifest', 'thumbnail', 'thumbnails']
 
 # %% ../nbs/14_index.ipynb #3605f767
 def dhash(

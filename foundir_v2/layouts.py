@@ -20,7 +20,7 @@ from annotated_types import Interval, MinLen
 
 from .core import FoundIRError
 from .fetch import SPLITS
-from .index import Entry, Match, degraded_folders, list_pictures, pair_up, scan, unique_names
+from .listing import Entry, Match, degraded_folders, list_pictures, pair_up, scan, unique_names
 from .targets import READABLE
 
 # %% ../nbs/15_layouts.ipynb #19a7d154

@@ -19,9 +19,9 @@ from pyarrow.compute import is_in
 
 from .config import ConfigError, from_dict, load_yaml, shown
 from .core import MAX_PIXELS, FoundIRError
-from .index import (ACCEPTED, COLUMNS, DEGRADED, NEAR_BITS, REJECTED, Entry, inspect_all,
-                              look_alike, scan, words_of)
+from .index import ACCEPTED, COLUMNS, NEAR_BITS, REJECTED, inspect_all, look_alike
 from .layouts import LAYOUTS, DataSet, check_photographs, read_dataset
+from .listing import DEGRADED, Entry, scan, words_of
 from .memo import Memo
 from .tasks import SUBTASKS
 

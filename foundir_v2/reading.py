@@ -220,5 +220,6 @@ def window(
     halved: int = 0,  # how often
 ) -> Tensor:  # (3, height, width) uint8
     "A window of a photograph, read from the disk only where that is needed. Raises as `read` does."
-    if path in self._kept[halved] or halved > self._full: return cut(self(path, halved), window)
+    if path in self._kept[halved] or halved > self._full:
+        with suppress(ImageError): return cut(self(path, halved), window)  # damaged elsewhere? then as without a cache
     return read(self.root / path, window, halved, self.draft)

@@ -6,10 +6,9 @@
 __all__ = ['METHODS', 'SIMPLE', 'OPTIONS', 'KINDS', 'Identity', 'Bicubic', 'Unsharp', 'Levels', 'NonLocalMeans', 'Gamma', 'Clahe',
            'DarkChannel', 'VAEBound', 'EncoderRestorer', 'PipelineRestorer', 'export_inputs', 'FolderRestorer',
            'ByCategory', 'best_by_category', 'chosen_methods', 'load_trained', 'Kind', 'restorer_choices',
-           'parse_restorer', 'make_restorer', 'make_restorers']
+           'parse_restorer', 'restorer_sources', 'make_restorer', 'make_restorers']
 
 # %% ../nbs/76_restorers.ipynb #a6859a09
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,11 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import convert
-from .core import FoundIRError, Restorer, load_image, save_image, to_pil
+from .core import FoundIRError, Restorer, load_image, save_image
 from .degrade import upsample_lq
 from .evaluate import compare
+from .external import (API_OPTIONS, COMMAND_OPTIONS, ApiRestorer, CommandRestorer, check_api, command_files,
+                                 parse_template, picture_hash)
 from .inference import ColorFix, Guidance, Prompt, Start, Steps
 from .iqa import oriented
+from .systems import SYSTEM_OPTIONS, SpandrelRestorer, make_system, system, system_facts, system_files
 from .targets import READABLE
 from .tasks import SubTask, subtask as as_subtask
 
@@ -231,10 +233,6 @@ class PipelineRestorer:
         return restore_pictures(self.pipe, [lq], [_scale(subtask)], [seed], [caption], **self.options)[0].to(lq.device)
 
 # %% ../nbs/76_restorers.ipynb #7b82e8dc
-def _digest(lq: Tensor) -> str:
-    "Content hash of a picture at 8 bits."
-    return hashlib.sha256(str(tuple(lq.shape)).encode() + to_pil(lq).tobytes()).hexdigest()
-
 def export_inputs(
     items: Iterable[Any],  # with `lq`, `subtask`, `photo`, `seed`: see `foundir_v2.data.reference_items`
     folder: str | Path,   # made if needed
@@ -268,11 +266,11 @@ class FolderRestorer:
             if len(found) != 1:
                 raise FoundIRError(f"{results} holds {len(found)} results for {path.name}, expected one: {path.stem} "
                                    f"with one of {', '.join(READABLE)}")
-            self.results[_digest(load_image(path))] = found[0]
+            self.results[picture_hash(load_image(path))] = found[0]
         if not self.results: raise FoundIRError(f"no PNG files in {inputs}: export the inputs first")
 
     def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
-        path = self.results.get(_digest(lq))
+        path = self.results.get(picture_hash(lq))
         if path is None:
             raise FoundIRError(f"{self.name} has no result for this picture: export the inputs of this very benchmark "
                                "and run it again")
@@ -337,6 +335,10 @@ def _bound(base: str) -> VAEBound:
     from foundir_v2.base import load_base
     return VAEBound(load_base(base, prior=False).vae)
 
+def _published(name: str) -> Restorer:
+    from foundir_v2.networks import load_published
+    return load_published(name)
+
 def _folder(argument: str) -> FolderRestorer:
     inputs, separator, results = argument.partition(",")
     if not separator: raise FoundIRError(f"folder:{argument} names one folder, expected folder:INPUTS,RESULTS")
@@ -363,13 +365,23 @@ def _best(argument: str, reference: Sequence[Any] | None) -> ByCategory:
         raise FoundIRError(f"best:{argument} is chosen on reference items, and there are none: name one method instead")
     return best_by_category({n: SIMPLE[n]() for n in names}, reference)
 
+# %% ../nbs/76_restorers.ipynb #76kd0001
+def _paths(argument: str, options: Mapping[str, Any]) -> list[Path]:
+    "Models and folders, commas between them."
+    from foundir_v2.base import ASSETS, assets_path
+    return [assets_path(a) if a in ASSETS else Path(a) for a in argument.split(",") if a]
+
 class Kind(NamedTuple):
     "Restorers that take an argument, `KIND:ARGUMENT`."
     argument: str  # what to write behind the colon, for messages
     # (argument, options, reference items) -> restorer
     make: Callable[[str, Mapping[str, Any], Sequence[Any] | None], Restorer]
     options: Mapping[str, Any] = MappingProxyType({})  # options that it takes -> declaration of their values
+    check: Callable[[str, Mapping[str, Any]], Any] = lambda argument, options: None  # refuses what can't be
+    files: Callable[[str, Mapping[str, Any]], list[Path]] = _paths  # that decide about its results
+    facts: Callable[[str], Any] = lambda argument: None  # what else does
 
+# %% ../nbs/76_restorers.ipynb #76kd0002
 OPTIONS = MappingProxyType(dict(num_inference_steps=Steps, guidance_scale=Guidance, start=Start, prompt=Prompt,
                                 negative_prompt=str, color_fix=ColorFix))  # of `PipelineRestorer`
 KINDS: dict[str, Kind] = dict(
@@ -378,7 +390,15 @@ KINDS: dict[str, Kind] = dict(
     encoder=Kind("NAME_OR_PATH", lambda path, options, reference: _encoder(path)),
     pipeline=Kind("NAME_OR_PATH", lambda path, options, reference: _diffusion(_load_pipeline, path, options), OPTIONS),
     trained=Kind("FOLDER", lambda path, options, reference: _diffusion(load_trained, path, options), OPTIONS),
-    folder=Kind("INPUTS,RESULTS", lambda folders, options, reference: _folder(folders)))
+    network=Kind("NAME", lambda name, options, reference: _published(name)),
+    folder=Kind("INPUTS,RESULTS", lambda folders, options, reference: _folder(folders)),
+    spandrel=Kind("FILE", lambda path, options, reference: SpandrelRestorer(path)),
+    command=Kind("TEMPLATE", lambda template, options, reference: CommandRestorer(template, **options), COMMAND_OPTIONS,
+                 lambda template, options: parse_template(template), command_files),
+    api=Kind("URL", lambda url, options, reference: ApiRestorer(url, **options), API_OPTIONS, check_api,
+             lambda url, options: []),
+    system=Kind("NAME", lambda name, options, reference: make_system(name, options), SYSTEM_OPTIONS,
+                lambda name, options: system(name), system_files, system_facts))
 
 # %% ../nbs/76_restorers.ipynb #f531ef79
 def restorer_choices() -> str:
@@ -397,7 +417,17 @@ def parse_restorer(
     if unknown := sorted(set(options) - set(takes)):
         raise FoundIRError(f"{spec}: unknown option {', '.join(unknown)}; it takes {', '.join(takes) or 'none'}")
     for option, value in options.items(): convert(takes[option], value, f"{spec}: {option}")
+    if name in KINDS: KINDS[name].check(argument, options)
     return name, argument
+
+def restorer_sources(
+    spec: str,  # as in `parse_restorer`
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[list[Path], Any]:  # files and folders that are there, and what is known besides, for a hash
+    "What decides about a restorer's results, besides its settings and our code. Raises as `parse_restorer`."
+    name, argument = parse_restorer(spec, options)
+    if name in SIMPLE: return [], None
+    return [p for p in KINDS[name].files(argument, options) if p.exists()], KINDS[name].facts(argument)
 
 def make_restorer(
     spec: str,  # a key of `SIMPLE`, or "KIND:ARGUMENT" with a key of `KINDS`

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .process import exit_with_parent
+from .process import Stopped, exit_with_parent, leaving_later
 
 # %% auto #0
 __all__ = ['ADDRESS', 'RANDOM_ID', 'QUIET', 'RunnerError', 'checkout', 'check_interpreter', 'notebook_parameters',
-           'check_parameters', 'set_value', 'Section', 'read_sections', 'assign', 'strip_volatile', 'execute',
-           'read_notebook', 'run_stage', 'parser', 'main']
+           'check_parameters', 'set_value', 'Section', 'read_sections', 'assign', 'strip_volatile', 'interrupt_kernel',
+           'execute', 'read_notebook', 'run_stage', 'parser', 'main']
 
 # %% ../nbs/06_runner.ipynb #931b2181
 class RunnerError(ValueError):
@@ -190,6 +190,16 @@ def _temporary(out: Path) -> Path:
         if pid.isdigit() and not _alive(int(pid)): left.unlink(missing_ok=True)
     return out.with_name(f".{out.stem}.{os.getpid()}.running.ipynb")
 
+# %% ../nbs/06_runner.ipynb #06s00002
+def interrupt_kernel(
+    number: int,  # of the signal that came
+) -> None:
+    "Ctrl-C for the processes that this one has started. Raises `Stopped` if there is none yet."
+    import psutil
+    kernels = psutil.Process().children()
+    if not kernels: raise Stopped(number, "nothing had begun")
+    for kernel in kernels: kernel.send_signal(signal.SIGINT)
+
 # %% ../nbs/06_runner.ipynb #38694a38
 QUIET = "; ".join((  # what diffusers imports tells of kernels that a CPU lacks, and of widgets for progress bars
     "import logging, warnings", "logging.getLogger('bitsandbytes').setLevel(logging.ERROR)",
@@ -201,9 +211,11 @@ def execute(
     parameters: dict[str, Any],  # a value for every parameter of the notebook
     root: str | Path,  # working directory of the kernel, first on its import path; failed copies go to its logs/
 ) -> Path:  # `out`
-    """Run a notebook and write its report.
-    Raises `papermill.PapermillExecutionError` when a cell fails; then `out` is as it was before."""
+    """Run a notebook and write its report. Raises `papermill.PapermillExecutionError` when a cell fails, and `Stopped`
+    when a signal has interrupted it; then `out` is as it was before."""
     import nbformat, papermill
+    def leave_between_cells(**_):
+        if noted(): raise Stopped(noted(), "between two cells")
     src, out, root = Path(src), Path(out), Path(root)
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     searched = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
@@ -211,16 +223,19 @@ def execute(
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = _temporary(out)
     try:
-        nb = papermill.execute_notebook(
-            str(src), str(tmp), parameters, cwd=str(root), progress_bar=False, stdout_file=sys.stdout,
-            stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL", f"--IPKernelApp.exec_lines={QUIET}"])
+        with leaving_later(interrupt_kernel) as noted:
+            nb = papermill.execute_notebook(
+                str(src), str(tmp), parameters, cwd=str(root), progress_bar=False, stdout_file=sys.stdout,
+                stderr_file=sys.stderr, on_cell_start=leave_between_cells,
+                extra_arguments=["--log-level=CRITICAL", f"--IPKernelApp.exec_lines={QUIET}"])
         nbformat.write(strip_volatile(nb), tmp)
         os.replace(tmp, out)
-    except BaseException:
+    except BaseException as e:
         if tmp.exists():
             failed = root/"logs"/f"{out.stem}.failed.ipynb"
             failed.parent.mkdir(exist_ok=True)
             os.replace(tmp, failed)
+        if isinstance(e, Exception) and noted(): raise Stopped(noted(), getattr(e, "evalue", "interrupted")) from None
         raise
     return out
 
@@ -243,8 +258,6 @@ def run_stage(args: argparse.Namespace) -> None:
     values = assign(sections, values, wanted)
     check_parameters(values, wanted, args.src, args.sections)
     exit_with_parent()
-    # so that the kernel is shut down and the temporary file moved
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     execute(args.src, args.out, values, root)
 
 # %% ../nbs/06_runner.ipynb #dc80f940
@@ -268,6 +281,9 @@ def main(argv: list[str] | None = None) -> int:  # exit code
     except RunnerError as e:  # also by an interpreter without any package
         print(f"runner: {e}", file=sys.stderr)
         return 2
+    except Stopped as e:
+        print(f"runner: {args.src} was left: {e}", file=sys.stderr)
+        return 128 + e.number
     except (ValueError, OSError, MemoryError, RecursionError) as e:
         from foundir_v2.core import error_line
         print(f"runner: {error_line(e)}", file=sys.stderr)

@@ -6,7 +6,7 @@
 __all__ = ['Share', 'Count', 'Steps', 'Side', 'Rate', 'Decay', 'Experts', 'Seed', 'SubTasks', 'SubTaskSet', 'Loss', 'UNET',
            'UPDATES', 'SECTIONS_READ', 'FLAT', 'PARTS', 'NO_INFLUENCE', 'ReadBy', 'fields_read', 'Section',
            'ReferenceOptions', 'MixtureConfig', 'ModelConfig', 'LoopConfig', 'StageConfig', 'misfits', 'TrainConfig',
-           'build_mixture', 'parameters', 'read_config']
+           'build_mixture', 'parameters', 'read_config', 'profile_text', 'profile_configs']
 
 # %% ../nbs/61_settings.ipynb #8f65b9dd
 from collections.abc import Collection, Iterator, Mapping
@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, get_args
 from annotated_types import Gt, Interval, MinLen, MultipleOf, Unit
 
 from .config import (ConfigError, OneOf, check_early, check_fields, declarations, from_dict, load_params,
-                               load_yaml, parse_yaml, shown)
-from .core import FoundIRError
+                               load_yaml, overlay, parse_yaml, shown)
+from .core import FoundIRError, repo_root
 from .inference import ColorFix, Guidance, InferenceConfig, Prompt, Steps as SolverSteps
 from .iqa import METRICS
 from .mixture import POLICIES, FixedMixture, Mixture, MixtureError, check_weights, policy_for, policy_options
@@ -132,7 +132,7 @@ class LoopConfig(Section):
     terminal_fraction: Annotated[Share, UNET] = 0.0  # share of samples at the last timestep; the others are uniform
     noise_offset: Annotated[Share, UNET] = 0.02  # constant noise per channel; must be 0 under zero terminal SNR
     caption_dropout: Annotated[Share, UNET] = 0.2  # share of samples with an empty caption, for guidance
-    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"  # muon: orthogonal steps, for what is a matrix
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"  # adamw8bit: its state in bytes; muon: orthogonal
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     adam_eps: Annotated[float, Interval(gt=0, le=1)] = 1e-8
     weight_decay: Annotated[float, Interval(ge=0, le=100)] = 1e-2
@@ -140,11 +140,19 @@ class LoopConfig(Section):
     ema_decay: Decay = 0.9999
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where the hardware computes in it
     channels_last: bool = False  # memory format of the U-Net
+    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, more time
+    ema_device: Literal["same", "cpu"] = "same"  # where the averaged weights lie; cpu: main memory
+    tf32: bool = False  # matrix products of float32 in TF32, on CUDA
     num_workers: Annotated[int, Interval(ge=0, le=256)] = 4  # data processes; 0: load in the training process
     cache_gb: Annotated[float, Interval(ge=0, le=10**5), Unit("GB")] = 2.0  # of photographs kept in memory
     draft: bool = False  # the JPEG decoder shrinks: faster, samples differ a little
     caption_cache: Annotated[Annotated[str, MinLen(1)] | None, UNET] = None  # file of captions' embeddings; None: none
+    processes: Count = 1  # training processes, a device each; above 1 accelerate launches them (notebook 65)
+    accelerate_config: str | None = None  # file of `accelerate config` that says how they are launched
     checkpoint_every: Annotated[int, Interval(ge=1, le=10**9), Unit("steps")] = 1000
+    keep_checkpoints: Annotated[int, Interval(ge=1, le=1000)] = 2  # how many of the newest stay while a stage trains
+    keep_best: Annotated[bool, UPDATES] = False  # also keep the weights with the highest mean score, in best/
+    max_skipped: Annotated[int, Interval(ge=0, le=10**9), Unit("steps")] = 10  # not finite; one more ends the run
     dvclive: bool = False  # also write DVCLive's files
     tensorboard: bool = False  # also write TensorBoard's, with pictures of D_ref
     seed: Seed = 0
@@ -175,6 +183,10 @@ def misfits(
             yield f"{name} is for stage 2: stage {config.stage} has one learning rate"
     if config.stage == 2 and config.init and config.conditioning_init == "identity":
         yield "conditioning_init: identity would undo what stage 1 has taught: choose zero where stage 2 starts from it"
+    share = config.processes * config.gradient_accumulation
+    if config.batch_size % share:
+        yield (f"batch_size={config.batch_size} can't be split into {share} parts (processes × gradient_accumulation): "
+               "choose a multiple")
     low, high = config.scale_range
     if low > high: yield f"scale_range={config.scale_range}: expected low <= high"
     if config.update_every and (missing := [t for t in tasks if t not in config.score_metrics]):
@@ -218,7 +230,7 @@ class TrainConfig(StageConfig, LoopConfig, ModelConfig, MixtureConfig):
         for name, part in PARTS.items(): check_early(part, sections.get(name, {}), name)
         check_early(StageConfig, own, f"train_stage{stage}")
         built = {name: from_dict(part, sections.get(name, {}), name) for name, part in PARTS.items()}
-        updates = "update_every" in own
+        updates = bool(own.get("update_every"))  # 0: nothing reads how the mixture would be updated
         read = {f: getattr(built[n], f) for n, part in FLAT.items() for f in fields_read(part, stage, updates)}
         if fields_read(InferenceConfig, stage, updates): read["inference"] = built["inference"]
         mine = from_dict(StageConfig, own, f"train_stage{stage}")
@@ -238,8 +250,9 @@ def build_mixture(
     except MixtureError as e: raise FoundIRError(f"mixture: {e}") from None
 
 # %% ../nbs/61_settings.ipynb #59a02bb6
-NO_INFLUENCE = ("num_workers", "cache_gb", "caption_cache", "checkpoint_every", "dvclive", "tensorboard", "manifest",
-                "root", "init", "output", "checkpoints")
+NO_INFLUENCE = ("num_workers", "cache_gb", "caption_cache", "gradient_checkpointing", "ema_device", "processes",
+                "accelerate_config", "checkpoint_every", "keep_checkpoints", "keep_best", "max_skipped", "dvclive",
+                "tensorboard", "manifest", "root", "init", "output", "checkpoints")
 
 def parameters(config: TrainConfig) -> dict[str, Any]:
     "The fields that decide the result, apart from the files it is made from."
@@ -247,7 +260,7 @@ def parameters(config: TrainConfig) -> dict[str, Any]:
 
 # %% ../nbs/61_settings.ipynb #1d34c23f
 def read_config(
-    path: str | Path,  # YAML file
+    path: str | Path | Mapping[str, Any],  # YAML file, or the sections of a parameter file
     stage: int | None = None,  # 0, 1, 2: a parameter file; None: the fields of `TrainConfig`
     settings: Collection[str] = (),  # KEY=VALUE, a field of `TrainConfig` and its value in YAML
 ) -> TrainConfig:
@@ -261,9 +274,33 @@ def read_config(
         changes[key] = parse_yaml(text, f"--set {key}")
     check_early(TrainConfig, changes, required=())
     if stage is None: return from_dict(TrainConfig, load_yaml(path) | changes)
-    params, own = load_params(path), f"train_stage{stage}"
+    read = isinstance(path, Mapping)
+    params, name, own = path if read else load_params(path), "it" if read else Path(path).name, f"train_stage{stage}"
     if missing := [s for s in (*PARTS, own) if s not in params]:
-        raise ConfigError(f"{Path(path).name} has no section {', '.join(missing)}; it has {', '.join(params)}")
+        raise ConfigError(f"{name} has no section {', '.join(missing)}; it has {', '.join(params)}")
     mine = params[own] | {k: v for k, v in changes.items() if k in declarations(StageConfig)}
-    if mine.get("update_every") == 0: del mine["update_every"]  # then nothing reads how the mixture is updated
     return replace(TrainConfig.from_sections(stage, mine, **{s: params[s] for s in PARTS}), **changes)
+
+# %% ../nbs/61_settings.ipynb #a34d8841
+def profile_text(
+    name: str | Path,  # of a profile in profiles/, or a parameter file, or a file with what differs from params.yaml
+) -> str:  # the whole of the parameters
+    "params.yaml with a profile laid over it. Raises `FoundIRError` naming the profiles."
+    root = repo_root()
+    file = root / f"profiles/{name}.yaml" if (root / f"profiles/{name}.yaml").is_file() else Path(name)
+    if not file.is_file():
+        known = ", ".join(sorted(p.stem for p in (root / "profiles").glob("*.yaml")))
+        raise FoundIRError(f"no profile and no file {shown(str(name))}: choose from {known}, or give a parameter file")
+    params = (root / "params.yaml").read_text(encoding="utf-8")
+    return overlay(params, file.read_text(encoding="utf-8"))
+
+def profile_configs(
+    name: str | Path,  # as `profile_text`
+    settings: Collection[str] = (),  # KEY=VALUE, fields of `TrainConfig`; for all stages
+) -> list[TrainConfig]:  # of the stages, in order
+    "The stages of a profile. Raises `FoundIRError`."
+    params, configs = parse_yaml(profile_text(name), str(name)), []
+    for stage in sorted(int(s[-1]) for s in params if s.startswith("train_stage")):
+        before = f"artifacts/train_stage{stage - 1}" if configs else None
+        configs.append(replace(read_config(params, stage, settings), init=before))
+    return configs

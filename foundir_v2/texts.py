@@ -9,6 +9,7 @@ __all__ = ['encoders_name', 'caption_encoder']
 import base64, hashlib
 from collections.abc import Callable
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -32,9 +33,11 @@ def caption_encoder(
     memo: Memo | None = None,  # where embeddings are kept; None: nowhere
 ) -> Callable[[str], tuple[Tensor, Tensor]]:  # caption -> (1, 77, D) of both encoders, pooled (1, D2)
     "Encodes one caption at a time. Raises `FoundIRError` for a damaged file."
-    encode = lambda caption: encode_prompts(base, [caption])
+    device = base.text_encoder.device
+    def encode(caption: str) -> tuple[Tensor, Tensor]:  # in the encoders' own precision, whoever asks first
+        with torch.autocast(device.type, enabled=False): return encode_prompts(base, [caption])
     if memo is None: return encode
-    who, device = encoders_name(base), base.text_encoder.device
+    who = encoders_name(base)
     def remembered(caption: str) -> tuple[Tensor, Tensor]:
         if kept := memo.known(who, [caption]):
             tensors = load(base64.b85decode(kept[caption]))

@@ -52,12 +52,16 @@ class PatchEncoder(nn.Module):
         self.reach = 2 * blocks
         self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 1)
         self.blocks = nn.Sequential(*[ResidualBlock(channels, hidden) for _ in range(blocks)])
+        self.gradient_checkpointing = False  # set by diffusers' `enable_gradient_checkpointing` of the model around it
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
         if x_B3HW.shape[-2] % self.patch_size or x_B3HW.shape[-1] % self.patch_size:
             raise FoundIRError(f"picture of {x_B3HW.shape[-2]}×{x_B3HW.shape[-1]} pixels: "
                                f"pad both sides to a multiple of {self.patch_size}")
-        return self.blocks(self.conv_in(F.pixel_unshuffle(x_B3HW, self.patch_size)))
+        x = self.conv_in(F.pixel_unshuffle(x_B3HW, self.patch_size))
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks: x = self._gradient_checkpointing_func(block, x) if again else block(x)
+        return x
 
 # %% ../nbs/43_vae.ipynb #cd91d2a7
 class PatchDecoder(nn.Module):

@@ -1,5 +1,5 @@
 "A data set of noise-like pictures, a very small base model and a configuration to train it: for tests that train."
-import multiprocessing, os, random, signal, sys, time
+import multiprocessing, os, random, signal, socket, sys, time
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from foundir_v2 import train as tr
 from foundir_v2.base import TINY_UNET, new_base, save_base
 from foundir_v2.core import generator, save_image
 from foundir_v2.index import build_manifest, save_manifest
+from foundir_v2.learner import Learner
 from foundir_v2.vae import PatchAutoencoderKL
 
 TASKS = {"denoise": ["gaussian_noise"], "lowlight": ["low_light"], "sr": ["sr_x2"]}
@@ -48,14 +49,29 @@ def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for
 
 # --- a process that dies ----------------------------------------------------------------------------------------------
 
-OURS = tuple(str(Path(tr.__file__).with_name(f"{name}.py")) for name in ("checkpoint", "learner", "train", "trainlog"))
+NAMES = ("checkpoint", "kept", "learner", "train", "trainlog")
+OURS = tuple(str(Path(tr.__file__).with_name(f"{name}.py")) for name in NAMES)
 FORKS = multiprocessing.get_context("forkserver")  # its processes come with torch loaded
 FORKS.set_forkserver_preload(
     ["foundir_v2.train", "transformers.models.clip.modeling_clip", "diffusers.models.unets.unet_2d_condition"])
 
 
-def train_until(values, line=None, lines=None):
-    "In a process of its own: train, and be gone at the n-th line of our code; `lines` gets how many there were."
+def explode(at, rank=0):
+    "From now on, this process's loss at that step is NaN."
+    losses = Learner.losses
+    def harmed(self, batch):
+        step = self.lr_scheduler.scheduler.last_epoch + 1
+        return losses(self, batch) * (float("nan") if (step, self.accelerator.process_index) == (at, rank) else 1)
+    Learner.losses = harmed
+
+
+def train_until(values, line=None, lines=None, rank=None, port=None, nan=None):
+    """In a process of its own: train, and be gone at the n-th line of our code; `lines` gets how many there were.
+    With a rank, as one of two processes; `nan`: step and rank of a loss that is none."""
+    if rank is not None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
+    if nan: explode(*nan)
     if line is not None or lines is not None:
         count = 0
         def trace(frame, event, arg):
@@ -65,7 +81,8 @@ def train_until(values, line=None, lines=None):
             if count == line: os.kill(os.getpid(), signal.SIGKILL)
             return trace
         sys.settrace(trace)
-    tr.train(tr.TrainConfig(**values))
+    try: tr.train(tr.TrainConfig(**values))
+    except tr.Stopped as e: sys.exit(128 + e.number)
     sys.settrace(None)
     if lines is not None: lines.value = count
 
@@ -76,11 +93,21 @@ def start(c, **options):
     return process
 
 
-def lines_of(c):
+def start_two(c, victim=0, line=None, lines=None, **options):
+    "Two processes that train together; the victim is the one that is gone at a line."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    watched = dict(line=line, lines=lines)
+    return [start(c, rank=rank, port=port, **(watched if rank == victim else {}), **options) for rank in range(2)]
+
+
+def lines_of(c, starter=start, **options):
     "How many lines of our code a whole training runs through."
     lines = FORKS.Value("q", 0)
-    process = start(c, lines=lines); process.join()
-    assert process.exitcode == 0
+    processes = starter(c, lines=lines, **options)
+    for process in (processes := processes if isinstance(processes, list) else [processes]): process.join()
+    assert not any(process.exitcode for process in processes)
     return lines.value
 
 

@@ -63,8 +63,8 @@ def run(*argv):
 
 @pytest.mark.parametrize('argv', [
     [], ['restore'], ['degrade'], ['data'], ['data', 'fetch'], ['clean'], ['report'], ['caption'], ['train'],
-    ['evaluate'], ['mixture'], ['mixture', 'update'], ['mixture', 'show'], ['mixture', 'simulate'], ['mixture', 'fit'],
-    ['mixture', 'recommend'], ['mixture', 'plot'], ['mixture', 'replay']], ids=' '.join)
+    ['evaluate'], ['benchmark'], ['mixture'], ['mixture', 'update'], ['mixture', 'show'], ['mixture', 'simulate'],
+    ['mixture', 'fit'], ['mixture', 'recommend'], ['mixture', 'plot'], ['mixture', 'replay']], ids=' '.join)
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as done: cli.main([*argv, '--help'])
     assert done.value.code == 0 and 'usage: foundir-v2' in capsys.readouterr().out

@@ -10,7 +10,8 @@ from foundir_v2.clean import REVIEW, Statistics, Threshold, clean, make_threshol
 from foundir_v2.contact import (before_after_cleaning, contact_sheet, most_suspicious, objections, suspicion,
                                 write_contact_sheet)
 from foundir_v2.core import save_image
-from foundir_v2.index import ACCEPTED, REJECTED, Entry, inspect
+from foundir_v2.index import ACCEPTED, REJECTED, inspect
+from foundir_v2.listing import Entry
 
 NAMES = ["a name with spaces", "Größe 日本.x", 'quo"te\'s', "<img src=x onerror=alert(1)>",
          "</script><script>alert(1)</script>", "comma, and & amp;", "{braces}", "back\\slash\u2028line"]

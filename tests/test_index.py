@@ -10,7 +10,8 @@ from foundir_v2.core import FoundIRError, generator, repo_root, save_image, to_p
 from foundir_v2.fetch import Source, sources_csv
 from foundir_v2.index import (ACCEPTED, COLUMNS, NEAR_BITS, REJECTED, Misfit, add_captions, build_manifest,
                               check_splits, dhash, fit_pair, inspect_all, leaks, load_manifest, look_alike,
-                              near_copies, save_manifest, scan, select, thumbnails)
+                              near_copies, save_manifest, select, thumbnails)
+from foundir_v2.listing import scan
 from foundir_v2.memo import Memo
 
 ROOT = repo_root(Path(__file__).parent)

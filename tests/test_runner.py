@@ -206,3 +206,27 @@ def test_what_libraries_warn_of_at_import_is_not_shown(tmp_path, params):
     done = run(src, tmp_path / 'r.ipynb', 'a', '--params', params)
     said = done.stderr.splitlines()
     assert done.returncode == 0 and len(said) == 2 and 'UserWarning: this one is' in said[0], said
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='signals')
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('kind', ['saves', 'plain'])
+def test_a_stage_that_is_stopped_may_save_first(tmp_path, params, number, kind):
+    "The runner alone gets the signal, as by Ctrl-C: the kernel has a session of its own."
+    touch = lambda name: f'open({str(tmp_path / name)!r}, "w").close()\n'
+    wait = 'with leaving_later() as noted:\n    while not noted(): time.sleep(.05)\n'
+    body = dict(plain='time.sleep(300)', saves=f'{wait}{touch("saved")}raise Stopped(noted(), "step 3 is saved")')
+    begin = 'import time\nfrom foundir_v2.process import Stopped, leaving_later\n' + touch('begun')
+    src = notebook(tmp_path / 's.ipynb', 'x = 0\nflag = 0', begin + body[kind], touch('next'))
+    command = [sys.executable, '-m', 'foundir_v2.runner', src, tmp_path / 'r.ipynb', 'a', '--params', params]
+    runner = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.time() + 120
+    while not (tmp_path / 'begun').exists():
+        assert time.time() < deadline and runner.poll() is None
+        time.sleep(.1)
+    os.killpg(runner.pid, number)
+    said = runner.communicate(timeout=60)[1]
+    assert runner.returncode == 128 + number and 'Traceback' not in said, said
+    assert ('step 3 is saved' in said and (tmp_path / 'saved').exists()) or kind == 'plain'
+    assert not (tmp_path / 'next').exists() and not (tmp_path / 'r.ipynb').exists()
+    (ROOT / 'logs/r.failed.ipynb').unlink()

@@ -1,4 +1,5 @@
 "Every table of the library takes a row from outside, which then works by its name in the configuration."
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from foundir_v2 import attention, caption, degrade, iqa, judges, layouts, mixture, objective, optim, restorers, tasks
+from foundir_v2 import (
+    attention, caption, degrade, iqa, judges, layouts, mixture, networks, objective, optim, restorers, systems, tasks)
 from foundir_v2.attention import ConvBlock, GatedFFN, make_expert
 from foundir_v2.caption import CaptionerKind, make_captioner
 from foundir_v2.clean import make_thresholds
@@ -100,3 +102,18 @@ def test_a_compared_system_with_an_argument(monkeypatch):
     make = lambda argument, options, reference: Power(float(argument))
     monkeypatch.setitem(restorers.KINDS, "power", Kind("EXPONENT", make))
     assert np.allclose(make_restorer("power:0.5")(X), X ** 0.5)
+
+
+def test_a_published_network(monkeypatch):
+    monkeypatch.setitem(networks.NETWORKS, "mean", lambda: restorers.Unsharp(amount=-1.0))
+    assert make_restorer("network:mean")(X).std() < X.std()
+
+
+def test_a_published_system(monkeypatch, tmp_path):
+    writer = "import shutil, sys; shutil.copy(*sys.argv[1:])"
+    row = systems.System("Copier", "-", "a/copier", "MIT", "none", "nothing", "command",
+                         command=f"{{python}} -c '{writer}' {{input}} {{output}}")
+    monkeypatch.setitem(systems.SYSTEMS, "copier", row)
+    assert "github.com/a/copier" in systems.catalogue().missing["copier"]
+    same = make_restorer("system:copier", {"folder": str(tmp_path), "python": sys.executable})(X)
+    assert (same - X).abs().max() <= 0.5 / 255 + 1e-6

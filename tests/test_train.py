@@ -297,6 +297,25 @@ def test_two_processes_train_like_one(bench, tmp_path):
         else: assert b["weights"] == pytest.approx(a["weights"], abs=1e-3)
 
 
+FIVE = ROOT / "tests/data/five_steps.json"
+
+
+def test_five_steps_are_as_committed(bench, tmp_path):
+    """Losses and mixture of a run on the embedded base, in float32. Another memory format, which adds in another order
+    as another CPU may, changes them by 1e-7 and 3e-7. To renew them where a change is meant:
+    RENEW=1 python -m pytest tests/test_train.py -k five_steps"""
+    c = config(bench, tmp_path, base="base", stage=2, steps=5, update_every=2, crop=64, reference_size=64)
+    result = tr.train(c)
+    found = dict(losses=[r["loss"] for r in result.steps], samples=[r["samples"] for r in result.steps],
+                 mixture=[dict(r["weights"], step=r["step"]) for r in result.log if r["kind"] == "mixture"])
+    if os.environ.get("RENEW"): FIVE.write_text(json.dumps(found, indent=1) + "\n")
+    want = json.loads(FIVE.read_text())
+    assert found["samples"] == want["samples"]
+    assert found["losses"] == pytest.approx(want["losses"], rel=1e-4)
+    for a, b in zip(found["mixture"], want["mixture"], strict=True): assert a == pytest.approx(b, abs=1e-4)
+    assert found["mixture"][0] != found["mixture"][-1], "the mixture has moved"
+
+
 # --- data equilibrium scheduling in the loop --------------------------------------------------------------------------
 
 def test_mixture_changes_at_exactly_the_step_of_the_update(bench, tmp_path, monkeypatch):
@@ -348,6 +367,25 @@ def test_scores_come_from_the_averaged_weights(bench, tmp_path, monkeypatch):
     final = weights(result.output)
     assert equal(final, {k: v for k, v in seen[-1].items()})   # what was scored last is what is delivered
     assert not equal(seen[0], seen[-1])
+
+
+def test_every_text_is_encoded_once_in_a_run(bench, tmp_path):
+    "As the pipeline itself would, in float32 even where scoring is not; captions of D_ref and of training alike."
+    c = config(bench, tmp_path, inference=InferenceConfig(num_inference_steps=1, guidance_scale=2, start="noise",
+                                                          prompt="caption", tile_size=0),
+               reference_options=dict(autocast=True), mixed_precision="bf16")
+    learner, feed = Learner(c, make_accelerator(c)), Feed(replace(c, update_every=2))
+    items = [replace(i, caption=f"photo {k}") for some in feed.items.values() for k, i in enumerate(some)]
+    seen = []
+    hook = learner.pipe.text_encoder.register_forward_pre_hook(lambda module, args: seen.append(args))
+    first = learner.restore(items)
+    texts = len({i.caption for i in items} | {""})
+    assert len(seen) == texts
+    assert all(torch.equal(a, b) for a, b in zip(first, learner.restore(items))) and len(seen) == texts
+    hook.remove()
+    embeds, _, pooled, _ = type(learner.pipe).encode_prompt(learner.pipe, [""], device="cpu", negative_prompt="",
+                                                            do_classifier_free_guidance=False)
+    assert torch.equal(embeds, learner.prompt("")[0]) and torch.equal(pooled, learner.prompt("")[1])
 
 
 def test_a_stage_is_scored_as_the_evaluation_will_use_it(bench, tmp_path):
@@ -500,26 +538,6 @@ class Exploding(torch.autograd.Function):
     def backward(ctx, g): return g * float("inf")
 
 
-@pytest.mark.parametrize("kind, stage, step", [
-    ("gradient", 0, 4), ("gradient", 1, 4), ("gradient", 2, 6), ("loss", 2, 5)])
-def test_one_infinite_gradient_costs_the_steps_since_the_last_checkpoint(bench, tmp_path, monkeypatch, kind, stage,
-                                                                         step):
-    "4 is a checkpoint's step, 6 the last."
-    c = config(bench, tmp_path, stage=stage, steps=6)
-    want, losses = tr.train(replace(c, output=str(tmp_path / "straight"))), Learner.losses
-    def explode(self, batch):
-        values = losses(self, batch)
-        if self.ema.optimization_step + 1 != step: return values
-        return Exploding.apply(values) if kind == "gradient" else values * float("nan")
-    with monkeypatch.context() as m:
-        m.setattr(Learner, "losses", explode)
-        for _ in range(2): refuses(c, f"step {step} is not finite .*start again")
-    assert not Path(c.output).exists() and Checkpoints(tr.run_folder(c)).steps()[-1] == (step - 1) // 2 * 2
-    again = tr.train(c)
-    assert again.resumed_from == (step - 1) // 2 * 2 and again.log == want.log
-    assert equal(weights(want.output), weights(again.output))
-
-
 def test_infinite_gradients_are_the_gradient_scalers_business_in_fp16(bench, tmp_path, monkeypatch):
     c = config(bench, tmp_path)
     learner, losses = Learner(c, make_accelerator(c)), Learner.losses
@@ -561,8 +579,10 @@ def test_ctrl_c_is_one_line_and_130(bench, tmp_path):
     while not list((tmp_path / "runs").glob("stage2-*/step-*")) and time.monotonic() < deadline: time.sleep(.05)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to data workers, too
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in said and "interrupted; start again" in said, said[-2000:]
-    assert Checkpoints(tr.run_folder(c)).steps() and not [p for p in tmp_path.iterdir() if ".partial" in p.name]
+    steps = Checkpoints(tr.run_folder(c)).steps()
+    assert process.returncode == 130 and "Traceback" not in said, said[-2000:]
+    assert f"SIGINT: step {steps[-1]} is saved; start again to go on" in said, said[-2000:]
+    assert steps and not [p for p in tmp_path.iterdir() if ".partial" in p.name]
 
 
 def test_workers_end_with_their_launcher(bench, tmp_path):

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from small_training import config, kill_in_a_checkpoint, lines_of, start
+from small_training import config, kill_in_a_checkpoint, lines_of, start, start_two
 
 from foundir_v2 import train as tr
 from foundir_v2.checkpoint import SEAL, Checkpoints, seal
@@ -230,3 +230,27 @@ def test_kill_and_resume(bench, run, tally, full, tmp_path):
         tally.held(f'run {seed}', f'exit {last.exitcode}' if last.exitcode else 'another result'
                        if (tr.Path(c.output) / SEAL).read_bytes() != run.want else f'left {left}' if left else '')
     assert killed >= (24 if full else 2), f'only {killed} kills'
+
+
+def test_kill_and_resume_two_processes(bench, tally, full, tmp_path):
+    """One of two processes is killed at a line of our code, and the other with it, as a launcher does; then both run
+    to the end: the result has the same bytes. For more than two, sums of gradients might be added in another order."""
+    def one(seed):
+        folder = tmp_path / str(seed); folder.mkdir()
+        return config(bench, folder, steps=6, update_every=4)
+    draw = random.Random(12)
+    lines = [lines_of(one(f'victim {victim}'), start_two, victim=victim) for victim in range(2)]
+    want = (tmp_path / 'victim 0/out' / SEAL).read_bytes()
+    for seed in range(1, 21 if full else 3):
+        c, victim = one(seed), seed % 2
+        processes = start_two(c, victim=victim, line=draw.randrange(1, lines[victim]))
+        processes[victim].join()
+        processes[1 - victim].kill(); processes[1 - victim].join()
+        died, last = processes[victim].exitcode, start_two(c)
+        for process in last: process.join()
+        codes = [process.exitcode for process in last]
+        left = [p.name for p in (*tr.Path(c.output).parent.iterdir(), *tr.Path(c.checkpoints).iterdir())
+                if '.partial' in p.name or p.name.endswith('.done') or 'stage' in p.name]
+        tally.held(f'run {seed}', f'exits {died}, then {codes}' if (died, codes) != (-9, [0, 0])
+                   else 'another result' if (tr.Path(c.output) / SEAL).read_bytes() != want
+                   else f'left {left}' if left else '')
