@@ -95,7 +95,7 @@ measure: venv ## run all stages afresh; wall time and peak memory (PSS) of the p
 	python .ci/measure.py dvc repro --force
 
 experiments: venv ## runs of `dvc exp run` side by side: what was changed, and the means of the trained model
-	@dvc exp show --only-changed --drop '^(categories|mean|interval95|gain|shuffled|items|photographs)|[.](py|ipynb)$$|^(data|schedules|artifacts|metrics|foundir_v2|nbs)' \
+	@dvc exp show --only-changed --drop '^(categories|chosen|mean|interval95|gain|shuffled|items|photographs|out_of_distribution|outside|Created|Executor)|[.](py|ipynb)$$|^(data|schedules|artifacts|metrics|foundir_v2|nbs)' \
 	  --keep '^mean\.restored\.(psnr|stlpips)$$'
 
 profile: venv ## P=tiny|smoke|sdxl|released: lay that profile over the committed params.yaml

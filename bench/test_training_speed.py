@@ -2,7 +2,7 @@
 
 Ratios within one run, one thread, the tiny model and the settings of params.yaml, stage 2. Steps are compared by CPU
 time, medians of interleaved rounds; what waits for other processes by the wall clock of the run's own table (notebook
-60a). BENCH_ROUNDS=3 gives a first impression.
+60a). BENCH_ROUNDS=3 gives a first impression. Scoring needs the metrics' weights: `foundir-v2 data fetch`.
 """
 import os, statistics, time
 from dataclasses import replace
