@@ -177,7 +177,7 @@ def _asked(cases: Sequence[Case], metrics: Sequence[str], caption: Callable[[Pat
                 for m in metrics}
     return {c: keys(c) for c in cases}
 
-# %% ../nbs/77_trials.ipynb #77tr0019
+# %% ../nbs/77_trials.ipynb #77tr0030
 def _special(restorer: Restorer, color_fix: str | None) -> Restorer:
     "A pipeline with the colour fix of the set, where the method's own settings name none."
     if color_fix is None or not isinstance(restorer, PipelineRestorer) or "color_fix" in restorer.options:
@@ -193,6 +193,7 @@ def _items(cases: Iterable[Case], caption: Callable[[Path], str]) -> Iterator[Si
         except FoundIRError: continue
         yield item
 
+# %% ../nbs/77_trials.ipynb #77tr0019
 def trial_rows(
     method: str,  # its name in the table
     spec: str | Mapping[str, Any],  # what it is, see notebook 76
