@@ -25,6 +25,7 @@ def read_methods(
     methods: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
+        if ":" in name: equals = ""  # it stands in the restorer itself, such as --in={input}
         spec = parse_yaml(value, f"method {name}") if equals else text
         if (name := name if equals else text) in methods:
             raise FoundIRError(f"two methods are called {name!r}: write NAME=RESTORER")

@@ -7,6 +7,22 @@ __all__ = ['COLUMNS', 'set_folders', 'Case', 'read_cases', 'load_case', 'judge',
            'asked_metrics', 'picture_file', 'trial_rows', 'run_trials', 'trial_summary', 'write_trials', 'extremes',
            'write_trial_pictures']
 
+# %% ../nbs/79_trials.ipynb #77tr0030
+def _special(restorer: Restorer, color_fix: str | None) -> Restorer:
+    "A pipeline with the colour fix of the set, where the method's own settings name none."
+    if color_fix is None or not isinstance(restorer, PipelineRestorer) or "color_fix" in restorer.options:
+        return restorer
+    mine = copy.copy(restorer)
+    mine.options = restorer.options | {"color_fix": color_fix}
+    return mine
+
+def _items(cases: Iterable[Case], caption: Callable[[Path], str]) -> Iterator[SimpleNamespace]:
+    "Those that can be read, one by one; what can't be is told when it is judged."
+    for case in cases:
+        try: item = load_case(case, caption(Path(case.lq)))
+        except FoundIRError: continue
+        yield item
+
 # %% ../nbs/79_trials.ipynb #79tr0004
 import copy, hashlib, json, os, re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

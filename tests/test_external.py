@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from foundir_v2 import cli
+from foundir_v2.cli_benchmark import read_methods
 from foundir_v2.core import FoundIRError, generator, save_image
 from foundir_v2.external import (ApiRestorer, CommandRestorer, check_api, command_files, parse_template, picture_in,
                                  run_command, task_word)
@@ -151,9 +152,10 @@ def test_what_a_command_leaves_behind_is_ended(tmp_path):
 
 
 def test_a_command_does_not_see_who_we_are(monkeypatch, tmp_path):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"): monkeypatch.setenv(name, "1")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "PYTHONPATH"): monkeypatch.setenv(name, "1")
     monkeypatch.setenv("KEPT", "1")
-    run_command([sys.executable, "-c", "import os; assert os.environ['KEPT'] and 'RANK' not in os.environ"])
+    code = "import os; assert os.environ['KEPT'] and not {'RANK', 'PYTHONPATH'} & set(os.environ)"
+    run_command([sys.executable, "-c", code])
 
 
 def test_trials_record_by_picture_and_ask_only_for_what_is_left(script, tmp_path):
@@ -182,6 +184,7 @@ def test_the_command_line_takes_commands(script, tmp_path, capsys):
                      "--metrics", "psnr", "--out", str(tmp_path / "out")]) == 0
     assert "mine" in capsys.readouterr().out
     assert restorer_sources(spec["restorer"], {"folder": str(script)})[0][-1] == script / "run.py"
+    assert list(read_methods(["command:run --in={input} {output}"])) == ["command:run --in={input} {output}"]
 
 
 @pytest.mark.parametrize("spec, options, words", [
