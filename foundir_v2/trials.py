@@ -7,22 +7,6 @@ __all__ = ['COLUMNS', 'set_folders', 'Case', 'read_cases', 'load_case', 'judge',
            'asked_metrics', 'picture_file', 'trial_rows', 'run_trials', 'trial_summary', 'write_trials', 'extremes',
            'write_trial_pictures']
 
-# %% ../nbs/79_trials.ipynb #77tr0030
-def _special(restorer: Restorer, color_fix: str | None) -> Restorer:
-    "A pipeline with the colour fix of the set, where the method's own settings name none."
-    if color_fix is None or not isinstance(restorer, PipelineRestorer) or "color_fix" in restorer.options:
-        return restorer
-    mine = copy.copy(restorer)
-    mine.options = restorer.options | {"color_fix": color_fix}
-    return mine
-
-def _items(cases: Iterable[Case], caption: Callable[[Path], str]) -> Iterator[SimpleNamespace]:
-    "Those that can be read, one by one; what can't be is told when it is judged."
-    for case in cases:
-        try: item = load_case(case, caption(Path(case.lq)))
-        except FoundIRError: continue
-        yield item
-
 # %% ../nbs/79_trials.ipynb #79tr0004
 import copy, hashlib, json, os, re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +22,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from .base import ASSETS, assets_path
 from .benchmark import BENCHMARKS, benchmark, protocols, results_table
 from .checkpoint import run_name
 from .classical import Bicubic
@@ -48,7 +31,7 @@ from .iqa import MetricUnavailable, metric, oriented, prepare
 from .layouts import LAYOUTS, WORDS, DataSet, compile_pattern, read_dataset
 from .listing import list_pictures
 from .memo import Memo
-from .restorers import PipelineRestorer, make_restorer, parse_restorer
+from .restorers import PipelineRestorer, make_restorer, restorer_sources
 from .sliders import write_slider_page
 from .targets import file_hash
 from .tasks import subtask as as_subtask
@@ -157,9 +140,9 @@ def method_id(
     "The name of a method with its settings, weights and code. Raises `FoundIRError` for one that doesn't exist."
     options = dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
     name = options.pop("restorer", "")
-    _, argument = parse_restorer(name, options)
-    places = [assets_path(a) if a in ASSETS else Path(a) for a in argument.split(",") if a]
-    return run_name({"restorer": name} | options, "foundir_v2.restorers", [p for p in places if p.exists()])
+    files, facts = restorer_sources(name, options)
+    told = {"restorer": name, "facts": facts} | options
+    return run_name(told, "foundir_v2.restorers", files)
 
 def protocol_id(
     dataset: str,  # key of `BENCHMARKS`
@@ -197,7 +180,7 @@ def _asked(cases: Sequence[Case], metrics: Sequence[str], caption: Callable[[Pat
                 for m in metrics}
     return {c: keys(c) for c in cases}
 
-# %% ../nbs/79_trials.ipynb #79tr0019
+# %% ../nbs/79_trials.ipynb #79tr0050
 def picture_file(folder: Path, dataset: str, method: str, image: str) -> Path:
     "Where a restored picture is kept; a method may be called as it likes."
     name = re.sub(r"[^\w +-]+", "_", method)
@@ -212,6 +195,14 @@ def _special(restorer: Restorer, color_fix: str | None) -> Restorer:
     mine.options = restorer.options | {"color_fix": color_fix}
     return mine
 
+def _items(cases: Iterable[Case], caption: Callable[[Path], str]) -> Iterator[SimpleNamespace]:
+    "Those that can be read, one by one; what can't be is told when it is judged."
+    for case in cases:
+        try: item = load_case(case, caption(Path(case.lq)))
+        except FoundIRError: continue
+        yield item
+
+# %% ../nbs/79_trials.ipynb #79tr0019
 def trial_rows(
     method: str,  # its name in the table
     spec: str | Mapping[str, Any],  # what it is, see notebook 76
@@ -226,7 +217,9 @@ def trial_rows(
     known = {c: memo.known(who, keys.values()) for c, keys in asked.items()}
     left = {c: [m for m, key in keys.items() if key not in known[c]] for c, keys in asked.items()}
     restorer, failed, options = None, "", dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
-    try: restorer = make_restorer(options.pop("restorer"), options) if any(left.values()) else None
+    try:
+        restorer = make_restorer(options.pop("restorer"), options) if any(left.values()) else None
+        if hasattr(restorer, "prepare"): restorer.prepare(_items((c for c in left if left[c]), caption))
     except (Exception, MemoryError) as e: failed = f"can't be loaded: {error_line(e)}"
     for case, keys in asked.items():
         reason = case.problem or (failed if left[case] else "")
