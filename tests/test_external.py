@@ -93,6 +93,14 @@ def test_a_batch_runs_once_for_each_value_that_it_names(script):
     assert len(runs(script)) == 3
 
 
+def test_an_evaluation_runs_a_batch_once(script):
+    from foundir_v2.evaluate import evaluate
+    some = items(3)
+    for k, i in enumerate(some): i.gt, i.photo = 1 - i.lq, f"photo {k}"
+    table = evaluate(command(script, "invert"), iter(some), ["psnr"])
+    assert len(table) == 3 and (table.value > 60).all() and runs(script) == ["invert"]
+
+
 def test_half_of_a_batch_counts(script):
     mine, some = command(script, "half"), items(4)
     mine.prepare(some)
