@@ -288,12 +288,12 @@ def _choices(config: TrainConfig, devices: int, device_type: str) -> Iterator[tu
     "Price and changes of all combinations of switches."
     accumulate = [n for n in (config.gradient_accumulation * 2**k for k in range(17))
                   if config.batch_size % (n * devices) == 0]
-    options = dict(gradient_accumulation=accumulate, ema_device=["same", "cpu"] if device_type != "cpu" else ["same"],
-                   optimizer=["adamw", "adamw8bit"] if config.optimizer == "adamw" else [config.optimizer],
-                   gradient_checkpointing=[False, True])
+    other = dict(ema_device="cpu" if device_type != "cpu" else config.ema_device, gradient_checkpointing=True,
+                 optimizer="adamw8bit" if config.optimizer == "adamw" else config.optimizer)
+    options = dict(gradient_accumulation=accumulate) | {k: {getattr(config, k): 0, v: 0} for k, v in other.items()}
     for values in itertools.product(*options.values()):
         changes = {k: v for k, v in zip(options, values) if v != getattr(config, k)}
-        if any(getattr(config, k) in ("cpu", True) for k in changes if k != "gradient_accumulation"): continue
+        if not changes: continue
         more = changes.get("gradient_accumulation", config.gradient_accumulation) / config.gradient_accumulation
         yield sum(PRICES[k] * (math.log2(more) if k == "gradient_accumulation" else 1) for k in changes), changes
 
