@@ -233,7 +233,7 @@ def trial_scoring(
     most = max(peak for peak, _ in found)
     return narrow + max(most - narrow, 0) * min(items, 10), items * sum(flops for _, flops in found)
 
-# %% ../nbs/64_plan.ipynb #64pl0027
+# %% ../nbs/64_plan.ipynb #64plspar
 SPARE: Mapping[str, int] = dict(cuda=1_000_000_000)  # context, workspaces of cuBLAS and cuDNN; assumed, not measured
 
 def check_split(config: TrainConfig, devices: int) -> None:
@@ -243,6 +243,7 @@ def check_split(config: TrainConfig, devices: int) -> None:
         raise FoundIRError(f"batch_size={config.batch_size} can't be split into {parts} parts "
                            f"({devices} devices × gradient_accumulation): choose a multiple")
 
+# %% ../nbs/64_plan.ipynb #64pl0027
 def plan_stage(
     config: TrainConfig,
     devices: int = 1,  # processes, each with a device
@@ -261,8 +262,8 @@ def plan_stage(
     prior = 0 if config.init else sum(p.numel() for name, p in skeleton.unet.named_parameters()
                                       if name.split(".")[0] not in OWN_MODULES[1:])
     phases = dict(loading=4 * (unet + others + prior) + spare)
-    if not config.steps: return StagePlan(config, devices, device_type, numbers, {}, phases)
     plan = StagePlan(config, devices, device_type, numbers, {}, phases)
+    if not config.steps: return plan
     several = devices > 1 or config.gradient_accumulation > 1
     activations, flops = trial_step(config, skeleton, plan.micro, device_type, several)
     beside = config.ema_device == "same" or device_type == "cpu"
