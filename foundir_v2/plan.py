@@ -234,7 +234,7 @@ def trial_scoring(
     most = max(peak for peak, _ in found)
     return narrow + max(most - narrow, 0) * min(items, 10), items * sum(flops for _, flops in found)
 
-# %% ../nbs/64_plan.ipynb #64pl0027
+# %% ../nbs/64_plan.ipynb #64plspar
 SPARE: Mapping[str, int] = dict(cuda=1_000_000_000)  # context, workspaces of cuBLAS and cuDNN; assumed, not measured
 
 def check_split(config: TrainConfig, devices: int) -> None:
@@ -244,6 +244,7 @@ def check_split(config: TrainConfig, devices: int) -> None:
         raise FoundIRError(f"batch_size={config.batch_size} can't be split into {parts} parts "
                            f"({devices} devices × gradient_accumulation): choose a multiple")
 
+# %% ../nbs/64_plan.ipynb #64pl0027
 def plan_stage(
     config: TrainConfig,
     devices: int = 1,  # processes, each with a device
@@ -262,8 +263,8 @@ def plan_stage(
     prior = 0 if config.init else sum(p.numel() for name, p in skeleton.unet.named_parameters()
                                       if name.split(".")[0] not in OWN_MODULES[1:])
     phases = dict(loading=4 * (unet + others + prior) + spare)
-    if not config.steps: return StagePlan(config, devices, device_type, numbers, {}, phases)
     plan = StagePlan(config, devices, device_type, numbers, {}, phases)
+    if not config.steps: return plan
     several = devices > 1 or config.gradient_accumulation > 1
     activations, flops = trial_step(config, skeleton, plan.micro, device_type, several)
     beside = config.ema_device == "same" or device_type == "cpu"
@@ -289,12 +290,12 @@ def _choices(config: TrainConfig, devices: int, device_type: str) -> Iterator[tu
     "Price and changes of all combinations of switches."
     accumulate = [n for n in (config.gradient_accumulation * 2**k for k in range(17))
                   if config.batch_size % (n * devices) == 0]
-    options = dict(gradient_accumulation=accumulate, ema_device=["same", "cpu"] if device_type != "cpu" else ["same"],
-                   optimizer=["adamw", "adamw8bit"] if config.optimizer == "adamw" else [config.optimizer],
-                   gradient_checkpointing=[False, True])
+    other = dict(ema_device="cpu" if device_type != "cpu" else config.ema_device, gradient_checkpointing=True,
+                 optimizer="adamw8bit" if config.optimizer == "adamw" else config.optimizer)
+    options = dict(gradient_accumulation=accumulate) | {k: {getattr(config, k): 0, v: 0} for k, v in other.items()}
     for values in itertools.product(*options.values()):
         changes = {k: v for k, v in zip(options, values) if v != getattr(config, k)}
-        if any(getattr(config, k) in ("cpu", True) for k in changes if k != "gradient_accumulation"): continue
+        if not changes: continue
         more = changes.get("gradient_accumulation", config.gradient_accumulation) / config.gradient_accumulation
         yield sum(PRICES[k] * (math.log2(more) if k == "gradient_accumulation" else 1) for k in changes), changes
 
