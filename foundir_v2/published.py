@@ -53,13 +53,14 @@ def _npm_file(release: Release) -> str:
 def _npm_pack(release: Release, folder: Path) -> Path:
     "Let npm put the archive into the cache, whole or not at all."
     by_hand, tmp = f"put {_npm_file(release)} into {folder}", folder / f".pack-{os.getpid()}-{secrets.token_hex(4)}"
-    command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(tmp), str(release)]
+    command = ["npm", "pack", "--loglevel=error", "--ignore-scripts", "--pack-destination", str(tmp), str(release)]
     try:
         tmp.mkdir(parents=True)
         print(f"downloading {release} ({release.size} MB)", file=sys.stderr)
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp)
         if done.returncode or not (tmp / _npm_file(release)).is_file():
-            why = " ".join(done.stderr.split())[:200] or "npm gave no reason"
+            told = [line.removeprefix("npm error ") for line in done.stderr.splitlines() if " error code " not in line]
+            why = told[0][:200] if told else "npm gave no reason"
             raise FoundIRError(f"can't get {release}: {why}; connect to a package registry, or {by_hand}")
         return (tmp / _npm_file(release)).replace(folder / _npm_file(release))
     except FileNotFoundError: raise FoundIRError(f"can't get {release} without npm: install it, or {by_hand}") from None
