@@ -340,8 +340,8 @@ def __getitem__(
         if row["photo"] in quarantined: continue
         try: return dict(self._sample(row, task, seed), quarantined=quarantined)
         except (ImageError, OSError) as e: quarantined[row["photo"]] = error_line(e)
-    raise FoundIRError(f"none of the {len(quarantined)} pictures of task {task!r} can be read, as for the first of "
-                       f"them: {next(iter(quarantined.values()))}")
+    photo, why = next(iter(quarantined.items()))
+    raise FoundIRError(f"none of the {len(quarantined)} pictures of task {task!r} can be used, such as {photo}: {why}")
 
 # %% ../nbs/22_data.ipynb #0fd279d2
 def collate(

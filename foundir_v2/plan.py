@@ -380,7 +380,8 @@ def step_seconds(
     n, side = config.batch_size, torch.tensor([[config.crop] * 2] * config.batch_size)
     batch = dict(lq=torch.rand(n, 3, config.crop, config.crop), gt=torch.rand(n, 3, config.crop, config.crop),
                  seed=torch.arange(n), caption=["a picture"] * n, task=[tasks[i % len(tasks)] for i in range(n)],
-                 original_size=side, crop_top_left=0 * side, target_size=side)
+                 original_size=side, crop_top_left=0 * side, target_size=side, photo=["random"] * n,
+                 quarantined=[{}] * n)
     def timed() -> float:
         start = time.perf_counter()
         learner.step(batch, tasks)

@@ -407,7 +407,8 @@ def test_a_pair_that_is_none_is_named_when_it_is_drawn(manifest, root):
     save_image(torch.rand(3, 31, 50), root / "other.png")
     row = manifest.to_dict("records")[0] | dict(lq="other.png", task="haze")
     ds = RestorationDataset(pd.DataFrame([row]), "train", {"weather": ["haze"]}, crop=32, root=root)
-    with pytest.raises(FoundIRError, match="the pair a: sizes: LQ is 50x31, GT 90x70"): ds["weather", 0, 0]
+    with pytest.raises(FoundIRError, match="task 'weather'.*such as a: sizes: LQ is 50x31, GT 90x70"):
+        ds["weather", 0, 0]
     with pytest.raises(FoundIRError, match="the pair a: sizes: LQ is 50x31, GT 90x70"):
         reference_items(pd.DataFrame([row]), "train", ["haze"], 1, 32, 0, root=root)
     save_image(torch.rand(3, 17, 22), root / "other.png")
@@ -422,8 +423,8 @@ def test_a_task_may_live_on_pairs_alone(manifest, root):
     ds = RestorationDataset(pd.concat([table[table.task != "sr"], film]), "train", tasks, crop=32, root=root)
     assert ds.lengths == {"weather": 2, "film": 1, "old_film": 1}
     s = ds["old_film", 0, 3]
-    assert s["subtask"] == s["task"] == "old_film" and same(s | dict(task="", subtask=""),
-                                                            ds["weather", 0, 3] | dict(task="", subtask=""))
+    named = dict(task="", subtask="", photo="")
+    assert s["subtask"] == s["task"] == "old_film" and same(s | named, ds["weather", 0, 3] | named)
     assert not torch.equal(s["lq"], s["gt"])
 
 
