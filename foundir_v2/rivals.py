@@ -15,14 +15,13 @@ import pandas as pd
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import run_name
-from .core import FoundIRError, Restorer, error_line, to_pil
+from .core import FoundIRError, Restorer, to_pil
 from .evaluate import measure, restore
 from .iqa import metric
 from .memo import Memo
 from .restorers import make_restorers
 from .tasks import CATEGORIES, subtask as as_subtask
-from .trials import method_id
+from .trials import answers, method_id, once
 
 # %% ../nbs/79a_rivals.ipynb #78rv0007
 class Rival(NamedTuple):
@@ -53,9 +52,8 @@ def rival_id(
     reference: Sequence[Any] = (),  # items on which `best:` is chosen
 ) -> str:
     "The name of a system with all that its pictures depend on."
-    kind = str(rival.spec["restorer"]).partition(":")[0]
-    if kind == "network": return run_name(rival.spec, "foundir_v2.networks")
-    seen = _picture_hash(*(x for i in reference for x in (i.lq, i.gt))) if kind == "best" else ""
+    best = str(rival.spec["restorer"]).startswith("best:")
+    seen = _picture_hash(*(x for i in reference for x in (i.lq, i.gt))) if best else ""
     return method_id(rival.spec) + seen[:12]
 
 def item_id(
@@ -90,27 +88,19 @@ def rival_rows(
     until: float = math.inf,  # on the clock of `time.monotonic`
 ) -> Iterator[tuple]:  # of `COLUMNS`, item by item
     "Restore and measure what the memo doesn't know."
-    who, failed, restorer = rival_id(rival, reference), "", None
+    who, load = rival_id(rival, reference), once(lambda: make_restorers({name: rival.spec}, reference)[name])
     for where, items in sets.items():
         for item in items:
-            task, reason = as_subtask(item.subtask), failed
+            task = as_subtask(item.subtask)
             if task.category not in rival.categories: continue
-            keys = _asked(item, metrics)
-            known = memo.known(who, keys.values())
-            if time.monotonic() > until: reason = reason or "not yet: the time is up, run it again to go on"
-            if not reason and (left := [m for m, key in keys.items() if key not in known]):
-                try:
-                    if restorer is None: restorer = make_restorers({name: rival.spec}, reference)[name]
-                    found = {keys[m]: v for m, v in _judged(restorer, item, left).items()}
-                    memo.add(who, found)
-                    known |= found
-                except (Exception, MemoryError) as e:
-                    reason = error_line(e)
-                    if restorer is None: failed = reason
-            for m, key in keys.items():
-                v = known.get(key, {})
-                yield (where, name, task.category, task.name, item.photo, m, v.get("value", float("nan")),
-                       v.get("seconds", float("nan")), "" if v else reason)
+            def ask(left: list[str]) -> dict[str, dict[str, float]]:
+                if time.monotonic() > until: raise FoundIRError("not yet: the time is up, run it again to go on")
+                return _judged(load(), item, left)
+            found, why = answers(memo, who, _asked(item, metrics), ask)
+            for m in metrics:
+                v = found.get(m, {})
+                yield (where, name, task.category, task.name, item.photo, m, v.get("value", math.nan),
+                       v.get("seconds", math.nan), "" if v else why)
 
 # %% ../nbs/79a_rivals.ipynb #78rv0013
 def run_rivals(

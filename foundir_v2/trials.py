@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'set_folders', 'Case', 'read_cases', 'load_case', 'judge', 'method_id', 'protocol_id', 'unavailable',
-           'asked_metrics', 'picture_file', 'trial_rows', 'run_trials', 'trial_summary', 'write_trials', 'extremes',
-           'write_trial_pictures']
+           'asked_metrics', 'Question', 'questions', 'picture_file', 'once', 'answers', 'trial_rows', 'run_trials',
+           'trial_summary', 'write_trials', 'extremes', 'write_trial_pictures']
 
 # %% ../nbs/79_trials.ipynb #79tr0004
-import copy, hashlib, json, os, re
+import copy, hashlib, json, math, os, re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -171,14 +172,25 @@ def asked_metrics(
     b = benchmark(dataset)
     return [m for m in metrics or b.judged_by if b.paired or not metric(m).full_reference]
 
-def _asked(cases: Sequence[Case], metrics: Sequence[str], caption: Callable[[Path], str]) -> dict[Case, dict[str, str]]:
-    "case -> metric -> key in the memo; a case with a problem has none."
-    def keys(c: Case) -> dict[str, str]:
-        if c.problem: return {}
-        files = [file_hash(Path(p)) for p in (c.lq, c.gt) if p] + [caption(Path(c.lq))]
-        return {m: hashlib.sha256(json.dumps([*files, protocol_id(c.dataset, m)]).encode()).hexdigest()
-                for m in metrics}
-    return {c: keys(c) for c in cases}
+class Question(NamedTuple):
+    "What all methods are asked about a case."
+    case: Case
+    caption: str
+    keys: dict[str, str]  # metric -> key in the memo; none for a case with a problem
+
+def questions(
+    cases: Sequence[Case],  # of one set
+    metrics: Sequence[str],  # those that can be had
+    caption: Callable[[Path], str] = lambda path: "",  # of an input
+) -> list[Question]:
+    "Each file is read once, however many methods there are."
+    def ask(c: Case) -> Question:
+        if c.problem: return Question(c, "", {})
+        try: told = [*(file_hash(Path(p)) for p in (c.lq, c.gt) if p), caption(Path(c.lq))]
+        except OSError as e: return Question(c._replace(problem=error_line(e)), "", {})
+        name = lambda m: hashlib.sha256(json.dumps([*told, protocol_id(c.dataset, m)]).encode()).hexdigest()
+        return Question(c, told[-1], {m: name(m) for m in metrics})
+    return [ask(c) for c in cases]
 
 # %% ../nbs/79_trials.ipynb #79tr0050
 def picture_file(folder: Path, dataset: str, method: str, image: str) -> Path:
@@ -195,45 +207,69 @@ def _special(restorer: Restorer, color_fix: str | None) -> Restorer:
     mine.options = restorer.options | {"color_fix": color_fix}
     return mine
 
-def _items(cases: Iterable[Case], caption: Callable[[Path], str]) -> Iterator[SimpleNamespace]:
+def _items(asked: Iterable[Question]) -> Iterator[SimpleNamespace]:
     "Those that can be read, one by one; what can't be is told when it is judged."
-    for case in cases:
-        try: item = load_case(case, caption(Path(case.lq)))
+    for q in asked:
+        try: item = load_case(q.case, q.caption)
         except FoundIRError: continue
         yield item
 
 # %% ../nbs/79_trials.ipynb #79tr0019
+def once(
+    make: Callable[[], Restorer],
+) -> Callable[[], Restorer]:
+    "Makes a method when it is first asked for. That it can't be made is remembered, too: a `FoundIRError` each time."
+    made: list[tuple[Restorer | None, str]] = []
+    def get() -> Restorer:
+        if not made:
+            try: made.append((make(), ""))
+            except (Exception, MemoryError) as e: made.append((None, f"can't be loaded: {error_line(e)}"))
+        if made[0][1]: raise FoundIRError(made[0][1])
+        return made[0][0]
+    return get
+
+def answers(
+    memo: Memo,
+    who: str,
+    keys: Mapping[str, str],  # metric -> key
+    ask: Callable[[list[str]], Mapping[str, Any]],  # metrics -> their answers, for those that the memo lacks
+) -> tuple[dict[str, Any], str]:  # metric -> answer; why the others have none
+    "What is known about one picture, and is found out now."
+    known, why = memo.known(who, keys.values()), ""
+    if left := [m for m, key in keys.items() if key not in known]:
+        try:
+            found = {keys[m]: v for m, v in ask(left).items()}
+            memo.add(who, found)
+            known |= found
+        except (Exception, MemoryError) as e: why = error_line(e)
+    return {m: known[key] for m, key in keys.items() if key in known}, why
+
+# %% ../nbs/79_trials.ipynb #79tr0051
+_SILENT = "the metric has nothing to say about this picture"
+
 def trial_rows(
     method: str,  # its name in the table
     spec: str | Mapping[str, Any],  # what it is, see notebook 76
-    cases: Sequence[Case],  # of one set
-    metrics: Sequence[str],  # those that can be had
+    asked: Sequence[Question],  # about one set
     memo: Memo,
-    caption: Callable[[Path], str] = lambda path: "",  # of an input
     keep: Path | None = None,  # folder for restored pictures
 ) -> Iterator[tuple]:  # of `COLUMNS`
     "Restore and measure what the memo doesn't know, picture by picture."
-    who, asked = method_id(spec), _asked(cases, metrics, caption)
-    known = {c: memo.known(who, keys.values()) for c, keys in asked.items()}
-    left = {c: [m for m, key in keys.items() if key not in known[c]] for c, keys in asked.items()}
-    restorer, failed, options = None, "", dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
-    try:
-        restorer = make_restorer(options.pop("restorer"), options) if any(left.values()) else None
-        if hasattr(restorer, "prepare"): restorer.prepare(_items((c for c in left if left[c]), caption))
-    except (Exception, MemoryError) as e: failed = f"can't be loaded: {error_line(e)}"
-    for case, keys in asked.items():
-        reason = case.problem or (failed if left[case] else "")
-        if left[case] and not reason:
-            try:
-                mine = _special(restorer, benchmark(case.dataset).color_fix)
-                file = keep and picture_file(keep, case.dataset, method, case.image)
-                found = judge(mine, case, left[case], caption(Path(case.lq)), file)
-                memo.add(who, {keys[m]: v for m, v in found.items()})
-                known[case] |= {keys[m]: v for m, v in found.items()}
-            except (Exception, MemoryError) as e: reason = error_line(e)
-        for m in metrics:
-            value = known[case].get(keys.get(m), float("nan"))
-            yield case.dataset, case.image, method, m, value, reason if value != value else ""
+    who, options = method_id(spec), dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
+    load = once(lambda: make_restorer(options.pop("restorer"), options))
+    left = [q for q in asked if len(memo.known(who, q.keys.values())) < len(q.keys)]
+    if left:
+        with suppress(FoundIRError):  # it is told with every picture
+            if hasattr(load(), "prepare"): load().prepare(_items(left))
+    for q in asked:
+        case = q.case
+        def ask(metrics: list[str]) -> dict[str, float]:
+            file = keep and picture_file(keep, case.dataset, method, case.image)
+            return judge(_special(load(), benchmark(case.dataset).color_fix), case, metrics, q.caption, file)
+        found, why = answers(memo, who, q.keys, ask)
+        for m in q.keys:
+            value, said = found.get(m, math.nan), why if m not in found else _SILENT
+            yield case.dataset, case.image, method, m, value, said if math.isnan(value) else ""
 
 # %% ../nbs/79_trials.ipynb #79tr0020
 def run_trials(
@@ -251,17 +287,18 @@ def run_trials(
     cases = {name: read_cases(name, folder) for name, folder in folders.items()}
     wanted = {name: asked_metrics(name, metrics) for name in cases}
     lacking, rows = unavailable(dict.fromkeys(m for some in wanted.values() for m in some)), []
-    bar = tqdm(total=len(methods) * sum(len(c[rank::world]) for c in cases.values()), unit="picture", mininterval=1,
-               disable=rank > 0, delay=2)
-    with bar:
+    here = {name: [m for m in some if m not in lacking] for name, some in wanted.items()}
+    asked = {name: questions(some[rank::world], here[name], caption) for name, some in cases.items()}
+    count = sum(bool(q.keys) for some in asked.values() for q in some)
+    with tqdm(total=len(methods) * count, unit="picture", mininterval=1, disable=rank > 0, delay=2) as bar:
         for method, spec in methods.items():
-            for name, some in cases.items():
-                here = [m for m in wanted[name] if m not in lacking]
-                for row in trial_rows(method, spec, some[rank::world], here, memo, caption, keep):
+            for name, some in asked.items():
+                for row in trial_rows(method, spec, some, memo, keep):
                     rows.append(row)
-                    bar.update(1 / max(1, len(here)))
-                rows += [(name, c.image, method, m, float("nan"), lacking[m])
-                         for c in some[rank::world] for m in wanted[name] if m in lacking]
+                    bar.update(row[3] == here[name][-1])
+                for c in (q.case for q in some):
+                    why = {m: c.problem for m in here[name] if c.problem} | lacking
+                    rows += [(name, c.image, method, m, math.nan, why[m]) for m in wanted[name] if m in why]
     if world > 1: rows = gather_object(rows)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     order = [table[c].map({k: i for i, k in enumerate(dict.fromkeys(keys))})

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -10,14 +11,14 @@ import torch
 from foundir_v2 import cli
 from foundir_v2.benchmark import BENCHMARKS, benchmark, protocols, published, rank_table, ranks, results_table
 from foundir_v2.classical import Bicubic
-from foundir_v2.core import FoundIRError, generator, save_image
-from foundir_v2.iqa import METRICS
+from foundir_v2.core import FoundIRError, generator, load_image, save_image
+from foundir_v2.iqa import METRICS, score
 from foundir_v2.layouts import LAYOUTS
 from foundir_v2.memo import Memo
-from foundir_v2.restorers import SIMPLE
+from foundir_v2.restorers import SIMPLE, PipelineRestorer
 from foundir_v2.tasks import SUBTASKS
-from foundir_v2.trials import (method_id, protocol_id, read_cases, run_trials, set_folders, trial_summary,
-                               write_trials)
+from foundir_v2.trials import (_special, method_id, protocol_id, questions, read_cases, run_trials, set_folders,
+                               trial_summary, write_trials)
 
 SETS = {  # as they are unpacked: folder -> pictures; those that no test set has are behind a "-"
     "4KRD": ["test/002/blur/1.png", "test/002/sharp/1.png", "-train/001/blur/1.png", "-train/001/sharp/1.png"],
@@ -215,6 +216,36 @@ def test_captions_reach_the_method_and_name_the_value(sets, tmp_path, monkeypatc
                                   ["piqe"], lambda path: f"{text} {path.stem}")
     run("a photo of"), run("a photo of"), run("another of")
     assert heard == [("sr_x2", 2, (48, 48), f"{t} {n}") for t in ("a photo of", "another of") for n in "ab"]
+
+
+def test_a_protocol_may_leave_out_a_border_and_name_a_colour_fix(sets, tmp_path, monkeypatch):
+    "Rows from outside: what they say decides about the number, and about its name in the memo."
+    plain = BENCHMARKS["dense_haze"]
+    monkeypatch.setitem(BENCHMARKS, "bordered", replace(plain, border=10))
+    monkeypatch.setitem(BENCHMARKS, "wavelet", replace(plain, color_fix="wavelet"))
+    folder, memo = set_folders(sets, ["dense_haze"])["dense_haze"], Memo(tmp_path / "m.sqlite")
+    folders = {name: folder for name in ("dense_haze", "bordered", "wavelet")}
+    assert len({protocol_id(name, "psnr") for name in folders}) == 3
+    rows = run_trials(folders, {"input": "bicubic"}, memo, ["psnr"]).set_index("dataset").value
+    case = read_cases("bordered", folder)[0]
+    inner = [load_image(p)[:, 10:-10, 10:-10] for p in (case.lq, case.gt)]
+    assert rows["bordered"] == pytest.approx(score("psnr", *inner)) != rows["dense_haze"] == rows["wavelet"]
+    pipe, fixed = PipelineRestorer(None), PipelineRestorer(None, color_fix="none")
+    assert _special(pipe, "wavelet").options == {"color_fix": "wavelet"} and not pipe.options
+    assert _special(fixed, "wavelet") is fixed and _special(pipe, None) is pipe
+
+
+def test_a_metric_with_nothing_to_say_and_a_file_that_went_away_have_a_reason(tmp_path, counting):
+    save_image(torch.full((3, 48, 48), 0.5), tmp_path / "RealPhoto60/blank.png")
+    save_image(picture(3), tmp_path / "RealPhoto60/fine.png")
+    folders, memo = set_folders(tmp_path), Memo(tmp_path / "m.sqlite")
+    for _ in range(2):
+        rows = run_trials(folders, {"c": "counting"}, memo, ["niqe"])
+        assert rows.value.isna().all() and set(rows.reason) == {"the metric has nothing to say about this picture"}
+    assert Counting.calls == 2, "that is an answer, too"
+    gone = read_cases("realphoto60", folders["realphoto60"])[0]._replace(lq=str(tmp_path / "gone.png"))
+    (asked,) = questions([gone], ["piqe"])
+    assert not asked.keys and "gone.png" in asked.case.problem
 
 
 def test_two_processes_share_the_work(sets, tmp_path):
