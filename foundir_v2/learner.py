@@ -42,7 +42,7 @@ from .pipeline import assemble, resolve_settings
 from .process import end_with_parent_alone
 from .sampler import Draw, MixtureSampler
 from .score import read_encoder, reference_set, restore_pictures, score_items
-from .settings import ModelConfig, TrainConfig, build_mixture
+from .settings import ModelConfig, TrainConfig, build_mixture, unshared
 from .texts import caption_encoder
 from .trainlog import read_course
 from .unet import FoundIRUNet
@@ -185,10 +185,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise FoundIRError(f"{accelerator.distributed_type.value} reads checkpoints as pickles, which can run code: "
                            "launch without it, then every process holds the whole model")
-    share = config.gradient_accumulation * accelerator.num_processes
-    if config.batch_size % share:
-        raise FoundIRError(f"batch_size={config.batch_size} can't be split into {share} parts "
-                           "(processes × gradient_accumulation): choose a multiple")
+    if why := unshared(config, accelerator.num_processes): raise FoundIRError(why)
     _save_unwrapped(accelerator)
     return accelerator
 

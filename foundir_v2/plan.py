@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPARE', 'PRICES', 'SMALL', 'training_skeleton', 'StepMeter', 'precision', 'trial_step', 'optimizer_bytes',
-           'StagePlan', 'trial_scoring', 'check_split', 'plan_stage', 'cheapest_switches', 'show_stage', 'step_seconds',
-           'print_plan', 'refuse']
+           'StagePlan', 'trial_scoring', 'plan_stage', 'cheapest_switches', 'show_stage', 'step_seconds', 'print_plan',
+           'refuse']
 
 # %% ../nbs/64_plan.ipynb #64pl0003
 import itertools, math, statistics, time
@@ -32,7 +32,7 @@ from .learner import Denoiser, LatentReader, Learner, make_accelerator
 from .objective import WEIGHTED, sample_losses
 from .optim import make_optimizer
 from .planner import LIBRARIES, available_memory
-from .settings import ModelConfig, TrainConfig
+from .settings import ModelConfig, TrainConfig, unshared
 from .skeleton import (SDXL_TEXT, SDXL_TEXT_2, SDXL_VAE, MemoryMeter, Skeleton, make_skeleton,
                                  read_skeleton)
 from .unet import OWN_MODULES, FoundIRUNet
@@ -237,13 +237,6 @@ def trial_scoring(
 # %% ../nbs/64_plan.ipynb #64plspar
 SPARE: Mapping[str, int] = dict(cuda=1_000_000_000)  # context, workspaces of cuBLAS and cuDNN; assumed, not measured
 
-def check_split(config: TrainConfig, devices: int) -> None:
-    "Raises `FoundIRError` if a step's samples can't be split."
-    parts = devices * config.gradient_accumulation
-    if config.batch_size % parts:
-        raise FoundIRError(f"batch_size={config.batch_size} can't be split into {parts} parts "
-                           f"({devices} devices × gradient_accumulation): choose a multiple")
-
 # %% ../nbs/64_plan.ipynb #64pl0027
 def plan_stage(
     config: TrainConfig,
@@ -252,7 +245,7 @@ def plan_stage(
     skeleton: Skeleton | None = None,  # from `training_skeleton`, if it is there already
 ) -> StagePlan:
     "What a stage needs. Raises `FoundIRError` if its samples can't be split."
-    check_split(config, devices)
+    if why := unshared(config, devices): raise FoundIRError(why)
     skeleton = skeleton or training_skeleton(config)
     trained = [p for p in skeleton.unet.parameters() if p.requires_grad]
     all_of = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())

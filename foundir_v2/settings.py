@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Share', 'Count', 'Steps', 'Side', 'Rate', 'Decay', 'Experts', 'Seed', 'SubTasks', 'SubTaskSet', 'Loss', 'UNET',
            'UPDATES', 'SECTIONS_READ', 'FLAT', 'PARTS', 'NO_INFLUENCE', 'ReadBy', 'fields_read', 'Section',
-           'ReferenceOptions', 'MixtureConfig', 'ModelConfig', 'LoopConfig', 'StageConfig', 'misfits', 'TrainConfig',
-           'build_mixture', 'parameters', 'read_config', 'profile_text', 'profile_configs']
+           'ReferenceOptions', 'MixtureConfig', 'ModelConfig', 'LoopConfig', 'StageConfig', 'unshared', 'misfits',
+           'TrainConfig', 'build_mixture', 'parameters', 'read_config', 'profile_text', 'profile_configs']
 
 # %% ../nbs/61_settings.ipynb #8f65b9dd
 from collections.abc import Collection, Iterator, Mapping
@@ -172,6 +172,16 @@ class StageConfig(Section):
     conditioning_init: Literal["zero", "identity"] = "zero"  # the LQ path starts ignored (paper), or handed through
 
 # %% ../nbs/61_settings.ipynb #ff8eefb2
+def unshared(
+    config: "TrainConfig",
+    processes: int,  # that train
+) -> str:  # empty: they can
+    "Why so many processes can't share the samples of a step."
+    parts = processes * config.gradient_accumulation
+    if config.batch_size % parts == 0: return ""
+    return f"batch_size={config.batch_size} can't be split into {parts} parts (processes × gradient_accumulation): " \
+           "choose a multiple"
+
 def misfits(
     config: "TrainConfig",  # every value on its own is as declared
 ) -> Iterator[str]:  # what doesn't fit together, a line each
@@ -183,10 +193,7 @@ def misfits(
             yield f"{name} is for stage 2: stage {config.stage} has one learning rate"
     if config.stage == 2 and config.init and config.conditioning_init == "identity":
         yield "conditioning_init: identity would undo what stage 1 has taught: choose zero where stage 2 starts from it"
-    share = config.processes * config.gradient_accumulation
-    if config.batch_size % share:
-        yield (f"batch_size={config.batch_size} can't be split into {share} parts (processes × gradient_accumulation): "
-               "choose a multiple")
+    if why := unshared(config, config.processes): yield why
     low, high = config.scale_range
     if low > high: yield f"scale_range={config.scale_range}: expected low <= high"
     if config.update_every and (missing := [t for t in tasks if t not in config.score_metrics]):
