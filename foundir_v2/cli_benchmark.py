@@ -7,7 +7,7 @@ __all__ = ['read_methods', 'run_benchmark', 'add_benchmark']
 
 # %% ../nbs/89_cli_benchmark.ipynb #89cb0004
 import argparse, os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def read_methods(
     "Raises `FoundIRError` for a name that stands twice, and for a restorer that there isn't."
     from foundir_v2.config import parse_yaml
     from foundir_v2.core import FoundIRError
-    from foundir_v2.restorers import parse_restorer
+    from foundir_v2.restorers import parse_restorer, split_spec
     methods: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -29,8 +29,7 @@ def read_methods(
         spec = parse_yaml(value, f"method {name}") if equals else text
         if (name := name if equals else text) in methods:
             raise FoundIRError(f"two methods are called {name!r}: write NAME=RESTORER")
-        options = dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
-        parse_restorer(options.pop("restorer", ""), options)
+        parse_restorer(*split_spec(spec))
         methods[name] = spec
     return methods
 
@@ -45,17 +44,16 @@ def run_benchmark(args: argparse.Namespace) -> int:
     if not (args.datasets and args.methods):
         raise FoundIRError("benchmark needs --datasets FOLDER and --methods; --list shows the test sets")
     from foundir_v2.iqa import metric
-    from foundir_v2.restorers import restorer_sources
+    from foundir_v2.restorers import restorer_sources, split_spec
     methods, metrics = read_methods(args.methods), args.metrics and args.metrics.split(",")
     for name in metrics or (): metric(name)
-    options = [dict(spec) if isinstance(spec, Mapping) else {"restorer": spec} for spec in methods.values()]
-    arguments = [o.pop("restorer") for o in options]
-    places = [str(path) for a, o in zip(arguments, options) for path in restorer_sources(a, o)[0]]
+    quiet_libraries()
+    written = [split_spec(spec) for spec in methods.values()]
+    places = [str(path) for restorer, options in written for path in restorer_sources(restorer, options)[0]]
     check_targets([Target(args.out, "store")], [args.datasets, *places])
     from foundir_v2.trials import set_folders
     folders = set_folders(args.datasets, args.sets)
-    quiet_libraries()
-    reach_hub([a.partition(":")[2] for a in arguments if a.startswith(("pipeline:", "vae:"))], args.caption)
+    reach_hub([r.partition(":")[2] for r, _ in written if r.startswith(("pipeline:", "vae:"))], args.caption)
     from foundir_v2.caption import make_captioner
     from foundir_v2.memo import Memo
     from foundir_v2.trials import run_trials, trial_summary, write_trial_pictures, write_trials

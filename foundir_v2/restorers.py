@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIMPLE', 'OPTIONS', 'KINDS', 'VAEBound', 'EncoderRestorer', 'PipelineRestorer', 'export_inputs', 'FolderRestorer',
            'ByCategory', 'best_by_category', 'chosen_methods', 'load_trained', 'Kind', 'restorer_choices',
-           'parse_restorer', 'restorer_sources', 'make_restorer', 'make_restorers']
+           'parse_restorer', 'restorer_sources', 'make_restorer', 'split_spec', 'make_restorers']
 
 # %% ../nbs/76_restorers.ipynb #a6859a09
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -289,6 +289,15 @@ def make_restorer(
     return SIMPLE[name]() if name in SIMPLE else KINDS[name].make(argument, options, reference)
 
 # %% ../nbs/76_restorers.ipynb #aaba992c
+def split_spec(
+    spec: str | Mapping[str, Any],  # a string, or {"restorer": string, **options}
+) -> tuple[str, dict[str, Any]]:  # the string, and the options
+    "A system as `evaluate.systems` writes it. Raises `FoundIRError` for a mapping without a restorer."
+    options = dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
+    if "restorer" not in options:
+        raise FoundIRError("it lacks `restorer`: write a string, or a mapping with `restorer` and options")
+    return options.pop("restorer"), options
+
 def make_restorers(
     systems: Mapping[str, str | Mapping[str, Any]],  # name in the table -> string, or {"restorer": string, **options}
     reference: Sequence[Any] | None = None,  # as in `make_restorer`
@@ -296,10 +305,6 @@ def make_restorers(
     "All systems of a comparison, in order. Raises `FoundIRError` as `make_restorer` does, naming the system."
     made = {}
     for name, spec in systems.items():
-        options = dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
-        if "restorer" not in options:
-            raise FoundIRError(f"system {name!r} lacks `restorer`: write a string, or a mapping with `restorer` and "
-                               "options")
-        try: made[name] = make_restorer(options.pop("restorer"), options, reference)
+        try: made[name] = make_restorer(*split_spec(spec), reference)
         except FoundIRError as e: raise FoundIRError(f"system {name!r}: {e}") from None
     return made

@@ -32,7 +32,7 @@ from .iqa import MetricUnavailable, metric, oriented, prepare
 from .layouts import LAYOUTS, WORDS, DataSet, compile_pattern, read_dataset
 from .listing import list_pictures
 from .memo import Memo
-from .restorers import PipelineRestorer, make_restorer, restorer_sources
+from .restorers import PipelineRestorer, make_restorer, restorer_sources, split_spec
 from .sliders import write_slider_page
 from .targets import file_hash
 from .tasks import subtask as as_subtask
@@ -139,8 +139,7 @@ def method_id(
     spec: str | Mapping[str, Any],  # as `foundir_v2.restorers.make_restorers` takes it
 ) -> str:  # 12 hexadecimal digits
     "The name of a method with its settings, weights and code. Raises `FoundIRError` for one that doesn't exist."
-    options = dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
-    name = options.pop("restorer", "")
+    name, options = split_spec(spec)
     files, facts = restorer_sources(name, options)
     told = {"restorer": name, "facts": facts} | options
     return run_name(told, "foundir_v2.restorers", files)
@@ -187,7 +186,7 @@ def questions(
     def ask(c: Case) -> Question:
         if c.problem: return Question(c, "", {})
         try: told = [*(file_hash(Path(p)) for p in (c.lq, c.gt) if p), caption(Path(c.lq))]
-        except OSError as e: return Question(c._replace(problem=error_line(e)), "", {})
+        except (OSError, FoundIRError) as e: return Question(c._replace(problem=error_line(e)), "", {})
         name = lambda m: hashlib.sha256(json.dumps([*told, protocol_id(c.dataset, m)]).encode()).hexdigest()
         return Question(c, told[-1], {m: name(m) for m in metrics})
     return [ask(c) for c in cases]
@@ -255,8 +254,7 @@ def trial_rows(
     keep: Path | None = None,  # folder for restored pictures
 ) -> Iterator[tuple]:  # of `COLUMNS`
     "Restore and measure what the memo doesn't know, picture by picture."
-    who, options = method_id(spec), dict(spec) if isinstance(spec, Mapping) else {"restorer": spec}
-    load = once(lambda: make_restorer(options.pop("restorer"), options))
+    who, load = method_id(spec), once(lambda: make_restorer(*split_spec(spec)))
     left = [q for q in asked if len(memo.known(who, q.keys.values())) < len(q.keys)]
     if left:
         with suppress(FoundIRError):  # it is told with every picture
