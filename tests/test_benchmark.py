@@ -246,6 +246,9 @@ def test_a_metric_with_nothing_to_say_and_a_file_that_went_away_have_a_reason(tm
     gone = read_cases("realphoto60", folders["realphoto60"])[0]._replace(lq=str(tmp_path / "gone.png"))
     (asked,) = questions([gone], ["piqe"])
     assert not asked.keys and "gone.png" in asked.case.problem
+    def silent(path): raise FoundIRError(f"nobody has described {path.name}")
+    rows = run_trials(folders, {"c": "counting"}, memo, ["piqe"], silent)
+    assert set(rows.reason) == {"nobody has described blank.png", "nobody has described fine.png"}
 
 
 def test_two_processes_share_the_work(sets, tmp_path):
