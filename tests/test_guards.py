@@ -370,7 +370,7 @@ def test_training_goes_on_without_a_broken_picture(broken, tmp_path, monkeypatch
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_task_without_a_picture_that_can_be_read_ends_the_run(broken, tmp_path, workers):
     for photo in (broken / "photos/train").iterdir(): photo.write_bytes(b"\x89")
-    with pytest.raises(FoundIRError, match="none of the 3 pictures of task .* can be read"):
+    with pytest.raises(FoundIRError, match="none of the 3 pictures of task .* can be used"):
         tr.train(config(broken, tmp_path, num_workers=workers))
 
 
