@@ -16,10 +16,11 @@ from foundir_v2.config import ConfigError, load_params, load_yaml, overlay, pars
 from foundir_v2.contributions import (Experiment, Variant, compare_variants, contributions_table, read_experiment,
                                       read_rows, settings_hash, train_variant, variant_params)
 from foundir_v2.core import FoundIRError
+from foundir_v2.data import Item
 from foundir_v2.runner import assign, check_parameters, notebook_parameters, parser, read_sections
 from foundir_v2.settings import PARTS
 from foundir_v2.params import STAGES
-from foundir_v2.tasks import CATEGORIES
+from foundir_v2.tasks import CATEGORIES, SUBTASKS
 from foundir_v2.trainlog import read_course
 from small_training import TASKS, equal, weights
 
@@ -49,6 +50,15 @@ def test_the_papers_path_trains_as_long_as_the_default():
     assert paper["train_stage0"]["steps"] == 0
     assert paper["train_stage2"]["steps"] == default["train_stage2"]["steps"] + default["train_stage0"]["steps"] // 8, (
         "change variants.yaml with the recipe")
+
+
+def test_longer_trainings_are_multiples_of_the_default():
+    default, variants = load_params(ROOT / "params.yaml"), EXPERIMENT.variants
+    for k in (2, 4):
+        assert variants[f"full_x{k}"].params == {s: dict(steps=k * default[s]["steps"]) for s in STAGES}, (
+            "change variants.yaml with the recipe")
+    assert {n: v.params["train_stage0"]["steps"] // 12000 for n, v in variants.items() if v.encoder_alone} == dict(
+        encoder=1, encoder_x2=2, encoder_x4=4)
 
 
 def test_a_row_is_of_its_seed_and_of_the_recipe_of_today():
@@ -104,6 +114,7 @@ def test_every_stage_gives_its_notebook_all_parameters(monkeypatch, name):
     (dict(a=dict(about="x", against="a")), "compared with 'a'"),
     (dict(a=dict(against=None)), "missing about"),
     (dict(a=dict(about="x", against=None, inference=dict(b=dict(guidance=5)))), "unknown option guidance"),
+    (dict(a=dict(about="x", against=None, inference=dict(b={}), encoder_alone=True)), "no settings of inference"),
     (dict(a=dict(about="x", against=None, steps=4)), "unknown steps")])
 def test_mistakes_in_variants_are_one_line(tmp_path, variants, words):
     (tmp_path / "variants.yaml").write_text(json.dumps(dict(seeds=[0], metrics=["psnr"], variants=variants)))
@@ -172,6 +183,20 @@ def test_another_stage_0_is_trained_for_itself(params, files, tmp_path):
     first, second = (train_variant(p, params, tmp_path / "kept", tmp_path / f"kept/{i}", **files)[0].output
                      for i, p in enumerate((params, other)))
     assert first != second
+
+
+def test_an_encoder_alone_is_stage_0_and_nothing_after_it(params, files, tmp_path):
+    alone = Variant(about="x", encoder_alone=True)
+    (result,) = train_variant(params, params, tmp_path / "kept", tmp_path / "kept/alone", True, **files)
+    assert [p.parent.parent.name for p in tmp_path.glob("kept/**/unet")] == ["alone"], "it goes with the row"
+    noisy = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    items = {"in": [Item(noisy, noisy.flip(1), SUBTASKS["gaussian_noise"], "a", 0, noisy)]}
+    scores = co.measure_variant("alone", alone, result.output, "trained:x", items, ["psnr"])
+    assert scores.restorer.tolist() == ["alone"] and scores.value.notna().all()
+    settings = lambda p, v: settings_hash(variant_params(p, v, 0), v, ["psnr"])
+    later = overlay(TEXTS["tiny"], "train_stage2: {steps: 7}")
+    assert settings(TEXTS["tiny"], alone) == settings(later, alone) != settings(TEXTS["tiny"], Variant(about="x"))
+    assert settings(overlay(TEXTS["tiny"], "train_stage0: {steps: 7}"), alone) != settings(later, alone)
 
 
 def test_without_prior_the_unet_starts_at_random_weights(params, files, bench, tmp_path):
