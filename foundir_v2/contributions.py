@@ -6,7 +6,7 @@
 __all__ = ['RESTORER', 'ENCODER', 'RANDOM', 'MEASURED', 'KEY', 'Variant', 'Experiment', 'read_experiment', 'variant_params',
            'stage_config', 'told', 'settings_hash', 'random_prior', 'trained', 'encoder_model', 'carry_encoder',
            'train_variant', 'benchmarks', 'measure_variant', 'row_name', 'write_row', 'read_row', 'read_rows',
-           'compare_variants', 'contributions_table', 'plot_contributions']
+           'compare_variants', 'contributions_table', 'plot_contributions', 'plot_times']
 
 # %% ../nbs/86_contributions.ipynb #fe8874e7
 import hashlib, json, shutil
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 import torch
-from annotated_types import MinLen
+from annotated_types import Gt, MinLen
 from diffusers import UNet2DConditionModel
 from matplotlib.figure import Figure
 
@@ -50,6 +50,7 @@ class Variant:
     # system -> options: the same weights, run otherwise
     inference: dict[str, dict[str, Any]] = field(default_factory=dict)
     encoder_alone: bool = False  # nothing after stage 0: its LQ encoder is read by the VAE's decoder
+    time: Annotated[float, Gt(0)] = 1.0  # that its training takes, in trainings of the default; for the figure
 
     def __post_init__(self):
         if self.encoder_alone and self.inference:
@@ -349,4 +350,34 @@ def plot_contributions(
                title=f"{benchmark} of distribution" if benchmark == "out" else "in distribution",
                xlabel=f"{metric}, right is better")
     axes[0][0].invert_yaxis()
+    return fig
+
+# %% ../nbs/86_contributions.ipynb #86tm0002
+def plot_times(
+    table: pd.DataFrame,  # from `compare_variants`
+    experiment: Experiment,
+    metric: str = "psnr",
+) -> Figure:
+    "The LQ encoder alone and the whole over training time, a column per benchmark. Raises `FoundIRError` without both."
+    means = table[(table.category == "mean") & (table.metric == metric)].set_index(["benchmark", "restorer"])
+    alone = [n for n, v in experiment.variants.items() if v.encoder_alone and v.against]
+    seen = [r for r in means.index if r[1] in alone and means.paired[r]]
+    if not seen: raise FoundIRError(f"no LQ encoder alone with its partner has values of {metric!r}: train both first")
+    panels = list(dict.fromkeys(benchmark for benchmark, _ in seen))
+    fig, axes = plt.subplots(2, len(panels), figsize=(3.4 * len(panels) + 1, 4.4), dpi=80, layout="constrained",
+                             sharex=True, sharey="row", squeeze=False)
+    plt.close(fig)
+    for (curves, gain), benchmark in zip(axes.T, panels):
+        names = [n for b, n in seen if b == benchmark]
+        times, own = [experiment.variants[n].time for n in names], means.loc[benchmark].loc[names]
+        curves.plot(times, own.value, "o-", label="LQ encoder alone")
+        curves.plot(times, means.loc[benchmark].value[own.against], "o-", label="the whole")
+        spread = [(own.high - own.difference).clip(lower=0), (own.difference - own.low).clip(lower=0)]
+        gain.errorbar(times, -own.difference, yerr=spread, fmt="o-", capsize=2, color="tab:green")
+        gain.axhline(0, color="grey", lw=0.8)
+        curves.set(title=f"{benchmark} of distribution" if benchmark == "out" else "in distribution", ylabel=metric)
+        gain.set(xscale="log", xticks=times, xticklabels=[f"{t:g}" for t in times], xlabel="trainings of the default",
+                 ylabel="gain of the whole")
+        gain.minorticks_off()
+    axes[0][0].legend(fontsize=8)
     return fig

@@ -4,6 +4,7 @@ A test imports `small_training` from this folder: pytest puts it on the path bec
 Property tests try the same examples on every run of `make test`; `make fuzz` looks for new ones."""
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -14,6 +15,9 @@ from hypothesis import settings
 settings.register_profile('fixed', derandomize=True, deadline=None, database=None)
 settings.register_profile('fuzz', deadline=None, database=None, print_blob=True)
 settings.load_profile('fixed')
+
+# A job in the background of a script ignores Ctrl-C, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNTIL = float(os.environ.get('FUZZ_UNTIL', 'inf'))  # set by .ci/fuzz, in seconds since 1970
 

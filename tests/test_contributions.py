@@ -55,10 +55,13 @@ def test_the_papers_path_trains_as_long_as_the_default():
 def test_longer_trainings_are_multiples_of_the_default():
     default, variants = load_params(ROOT / "params.yaml"), EXPERIMENT.variants
     for k in (2, 4):
-        assert variants[f"full_x{k}"].params == {s: dict(steps=k * default[s]["steps"]) for s in STAGES}, (
-            "change variants.yaml with the recipe")
-    assert {n: v.params["train_stage0"]["steps"] // 12000 for n, v in variants.items() if v.encoder_alone} == dict(
-        encoder=1, encoder_x2=2, encoder_x4=4)
+        steps = {s: dict(steps=k * default[s]["steps"]) for s in STAGES}
+        assert variants[f"full_x{k}"].params == steps, "change variants.yaml with the recipe"
+        assert variants[f"full_x{k}"].time == k
+    alone = {n: v for n, v in variants.items() if v.encoder_alone}
+    assert {n: v.params["train_stage0"]["steps"] for n, v in alone.items()} == {
+        n: 12000 * v.time for n, v in alone.items()}
+    assert all(variants[v.against].time == v.time for v in alone.values()) and len(alone) == 3
 
 
 def test_a_row_is_of_its_seed_and_of_the_recipe_of_today():
