@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESTORER', 'ENCODER', 'RANDOM', 'MEASURED', 'KEY', 'Variant', 'Experiment', 'read_experiment', 'variant_params',
            'stage_config', 'told', 'settings_hash', 'random_prior', 'trained', 'encoder_model', 'carry_encoder',
-           'train_variant', 'benchmarks', 'measure_variant', 'row_name', 'write_row', 'read_row', 'read_rows',
-           'compare_variants', 'contributions_table', 'plot_contributions', 'plot_times']
+           'train_variant', 'benchmarks', 'measure_variant', 'row_name', 'write_row', 'read_row', 'row_made',
+           'read_rows', 'compare_variants', 'contributions_table', 'plot_contributions', 'plot_times']
 
 # %% ../nbs/86_contributions.ipynb #fe8874e7
 import hashlib, json, shutil
@@ -263,6 +263,14 @@ def read_row(
         raise FoundIRError(
             f"{Path(path).name} is no row of results ({e}): remove it, and its training runs again") from None
 
+# %% ../nbs/86_contributions.ipynb #86rm0002
+def row_made(
+    path: str | Path,
+    settings: str,  # from `settings_hash`
+) -> bool:
+    "Is there a row that was made with these settings? Raises `FoundIRError` if it is damaged."
+    return Path(path).is_file() and read_row(path)["settings"] == settings
+
 # %% ../nbs/86_contributions.ipynb #572f63f7
 def read_rows(
     folder: str | Path,  # of rows
@@ -275,8 +283,8 @@ def read_rows(
         for seed in experiment.seeds:
             path = Path(folder) / f"{row_name(name, seed)}.json"
             if not path.is_file(): missing[path.stem] = "not there"; continue
-            row, today = read_row(path), settings_hash(variant_params(text, variant, seed), variant, experiment.metrics)
-            if row["settings"] == today: scores.append(row["scores"].assign(run=seed))
+            today = settings_hash(variant_params(text, variant, seed), variant, experiment.metrics)
+            if row_made(path, today): scores.append(read_row(path)["scores"].assign(run=seed))
             else: missing[path.stem] = "made with other settings"
     return (pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(columns=[*KEY, "metric", "value", "run"]),
             missing)
