@@ -172,6 +172,7 @@ def _latex(words: pd.DataFrame, places: pd.DataFrame) -> str:
 
 def _html(words: pd.DataFrame, places: pd.DataFrame) -> str:
     marks = places.map(lambda p: {1: "best", 2: "second"}.get(p, ""))
+    for c in marks: marks[c] += " paper" * (c[0] == PAPER)
     return _escaped(words, "html").set_td_classes(marks).set_uuid("results").to_html()
 
 # %% ../nbs/72_benchmark.ipynb #72bm0027

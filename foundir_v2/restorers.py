@@ -5,26 +5,28 @@
 # %% auto #0
 __all__ = ['SIMPLE', 'OPTIONS', 'KINDS', 'VAEBound', 'EncoderRestorer', 'PipelineRestorer', 'export_inputs', 'FolderRestorer',
            'ByCategory', 'best_by_category', 'chosen_methods', 'load_trained', 'Kind', 'restorer_choices',
-           'parse_restorer', 'restorer_sources', 'make_restorer', 'split_spec', 'make_restorers']
+           'parse_restorer', 'restorer_sources', 'make_restorer', 'split_spec', 'make_restorers', 'described']
 
 # %% ../nbs/76_restorers.ipynb #a6859a09
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import pandas as pd
 from torch import Tensor
 
 from .classical import METHODS, Bicubic, scale_of
-from .config import convert
+from .config import convert, read_json
 from .core import FoundIRError, Restorer, load_image, save_image
 from .evaluate import compare
 from .external import (API_OPTIONS, COMMAND_OPTIONS, ApiRestorer, CommandRestorer, check_api, command_files,
                                  parse_template, picture_hash)
-from .inference import ColorFix, Guidance, Prompt, Start, Steps
+from .inference import ColorFix, Guidance, Prompt, Start, Steps, read_recipe, stored_defaults
 from .iqa import oriented
 from .systems import SYSTEM_OPTIONS, SpandrelRestorer, make_system, system, system_facts, system_files
-from .targets import READABLE
+from .targets import READABLE, content_hash
 from .tasks import SubTask, subtask as as_subtask
 
 # %% ../nbs/76_restorers.ipynb #aab759be
@@ -220,6 +222,12 @@ def _paths(argument: str, options: Mapping[str, Any]) -> list[Path]:
     from foundir_v2.base import ASSETS, assets_path
     return [assets_path(a) if a in ASSETS else Path(a) for a in argument.split(",") if a]
 
+def _model_paths(argument: str, options: Mapping[str, Any]) -> list[Path]:
+    "A model's folder, and that of its base model."
+    found = _paths(argument, options)
+    based = [read_recipe(p).base for p in found if (p / "pipeline.json").is_file()]
+    return found + [p for base in based for p in _paths(base, options)]
+
 class Kind(NamedTuple):
     "Restorers that take an argument, `KIND:ARGUMENT`."
     argument: str  # what to write behind the colon, for messages
@@ -236,9 +244,11 @@ OPTIONS = MappingProxyType(dict(num_inference_steps=Steps, guidance_scale=Guidan
 KINDS: dict[str, Kind] = dict(
     best=Kind("NAME,NAME", lambda names, options, reference: _best(names, reference)),
     vae=Kind("BASE", lambda base, options, reference: _bound(base)),
-    encoder=Kind("NAME_OR_PATH", lambda path, options, reference: _encoder(path)),
-    pipeline=Kind("NAME_OR_PATH", lambda path, options, reference: _diffusion(_load_pipeline, path, options), OPTIONS),
-    trained=Kind("FOLDER", lambda path, options, reference: _diffusion(load_trained, path, options), OPTIONS),
+    encoder=Kind("NAME_OR_PATH", lambda path, options, reference: _encoder(path), files=_model_paths),
+    pipeline=Kind("NAME_OR_PATH", lambda path, options, reference: _diffusion(_load_pipeline, path, options), OPTIONS,
+                  files=_model_paths),
+    trained=Kind("FOLDER", lambda path, options, reference: _diffusion(load_trained, path, options), OPTIONS,
+                 files=_model_paths),
     network=Kind("NAME", lambda name, options, reference: _published(name)),
     folder=Kind("INPUTS,RESULTS", lambda folders, options, reference: _folder(folders)),
     spandrel=Kind("FILE", lambda path, options, reference: SpandrelRestorer(path)),
@@ -308,3 +318,24 @@ def make_restorers(
         try: made[name] = make_restorer(*split_spec(spec), reference)
         except FoundIRError as e: raise FoundIRError(f"system {name!r}: {e}") from None
     return made
+
+# %% ../nbs/76_restorers.ipynb #76de0002
+def _defaults(folder: Path) -> dict[str, Any]:
+    "How a model restores where nothing else is said."
+    for file in (folder / "pipeline.json", folder / "model_index.json"):
+        if file.is_file(): return {"color_fix": "adain where enlarged"} | asdict(stored_defaults(read_json(file), file))
+    return {}
+
+def described(
+    systems: Mapping[str, str | Mapping[str, Any]],  # as `make_restorers` takes them
+) -> pd.DataFrame:  # index: system; columns restorer, settings, weights
+    "Settings, a model's own included, and hashes of files. Raises `FoundIRError` for what doesn't exist."
+    def row(spec: str | Mapping[str, Any]) -> dict[str, str]:
+        restorer, options = split_spec(spec)
+        files, facts = restorer_sources(restorer, options)
+        kind = KINDS.get(restorer.partition(":")[0])
+        own = _defaults(files[0]) if files and kind.options is OPTIONS else {}
+        hashes = [f"{f.name} {content_hash(f)[:12]}" for f in files] + [str(facts)] * bool(facts)
+        return {"restorer": restorer, "settings": ", ".join(f"{k}: {v}" for k, v in {**own, **options}.items()),
+                "weights": "; ".join(hashes)}
+    return pd.DataFrame({name: row(spec) for name, spec in systems.items()}).T
