@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['SIMPLE', 'OPTIONS', 'KINDS', 'VAEBound', 'EncoderRestorer', 'PipelineRestorer', 'export_inputs', 'FolderRestorer',
            'ByCategory', 'best_by_category', 'chosen_methods', 'load_trained', 'Kind', 'restorer_choices',
-           'parse_restorer', 'restorer_sources', 'make_restorer', 'split_spec', 'make_restorers', 'described']
+           'parse_restorer', 'restorer_sources', 'make_restorer', 'split_spec', 'make_restorers', 'weights_hash',
+           'described']
 
 # %% ../nbs/76_restorers.ipynb #a6859a09
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +28,7 @@ from .external import (API_OPTIONS, COMMAND_OPTIONS, ApiRestorer, CommandRestore
 from .inference import ColorFix, Guidance, Prompt, Start, Steps, read_recipe, stored_defaults
 from .iqa import oriented
 from .systems import SYSTEM_OPTIONS, SpandrelRestorer, make_system, system, system_facts, system_files
-from .targets import READABLE, content_hash
+from .targets import READABLE, file_hash
 from .tasks import SubTask, subtask as as_subtask
 
 # %% ../nbs/76_restorers.ipynb #aab759be
@@ -320,6 +322,16 @@ def make_restorers(
     return made
 
 # %% ../nbs/76_restorers.ipynb #76de0002
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+
+def weights_hash(path: Path) -> str:  # 12 hexadecimal digits
+    "Of a file; of a folder's weights with their names, or, where it holds none, of all that it holds."
+    if path.is_file(): return file_hash(path)[:12]
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    files = [p for p in files if p.suffix in _WEIGHTS] or files
+    lines = "".join(f"{file_hash(p)}  {p.relative_to(path).as_posix()}\n" for p in files)
+    return hashlib.sha256(lines.encode()).hexdigest()[:12]
+
 def _defaults(folder: Path) -> dict[str, Any]:
     "How a model restores where nothing else is said."
     for file in (folder / "pipeline.json", folder / "model_index.json"):
@@ -335,7 +347,7 @@ def described(
         files, facts = restorer_sources(restorer, options)
         kind = KINDS.get(restorer.partition(":")[0])
         own = _defaults(files[0]) if files and kind.options is OPTIONS else {}
-        hashes = [f"{f.name} {content_hash(f)[:12]}" for f in files] + [str(facts)] * bool(facts)
+        hashes = [f"{f.name} {weights_hash(f)}" for f in files] + [str(facts)] * bool(facts)
         return {"restorer": restorer, "settings": ", ".join(f"{k}: {v}" for k, v in {**own, **options}.items()),
                 "weights": "; ".join(hashes)}
     return pd.DataFrame({name: row(spec) for name, spec in systems.items()}).T

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'STATES', 'JPEG', 'FORMATS', 'READABLE', 'WRITABLE', 'BEGIN', 'TargetError', 'Target', 'named', 'nearest',
            'check_name', 'folds_case', 'identity', 'check_distinct', 'check_inputs', 'check_existing', 'check_targets',
-           'Format', 'file_hash', 'content_hash', 'is_broken', 'read_records', 'RestoreLog']
+           'Format', 'file_hash', 'is_broken', 'read_records', 'RestoreLog']
 
 # %% ../nbs/01_targets.ipynb #2fcef4b9
 import hashlib, json, os, stat, tempfile, unicodedata
@@ -173,13 +173,6 @@ WRITABLE = tuple(suffix for suffix, form in FORMATS.items() if form.end)
 def file_hash(path: str | Path) -> str:
     "SHA-256 of a file, in hexadecimal digits."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
-def content_hash(path: Path) -> str:
-    "SHA-256 of a file, or of all files below a folder with their names."
-    if path.is_file(): return file_hash(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    lines = "".join(f"{file_hash(p)}  {p.relative_to(path).as_posix()}\n" for p in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 def is_broken(
     path: Path,  # an existing file, whose suffix says what it should hold
