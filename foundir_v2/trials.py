@@ -141,9 +141,10 @@ def method_id(
 ) -> str:  # 12 hexadecimal digits
     "The name of a method with its settings, weights and code. Raises `FoundIRError` for one that doesn't exist."
     name, options = split_spec(spec)
+    code = "foundir_v2.networks" if name.startswith("network:") else "foundir_v2.restorers"
     files, facts = restorer_sources(name, options)
     told = {"restorer": name, "facts": facts} | options
-    return run_name(told, "foundir_v2.restorers", files)
+    return run_name(told, code, files)
 
 def protocol_id(
     dataset: str,  # key of `BENCHMARKS`
