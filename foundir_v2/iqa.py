@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['HUB', 'METRICS', 'Metric', 'MetricUnavailable', 'Unscorable', 'metric', 'oriented', 'weights_folder', 'prepare',
-           'score', 'metric_facts']
+           'score', 'implementation', 'metric_facts']
 
 # %% ../nbs/16_iqa.ipynb #012d1670
 HUB = "hub"  # value of `Metric.weights`: pyiqa downloads them
@@ -242,6 +242,11 @@ def score(
     return sum(values) / len(values)
 
 # %% ../nbs/16_iqa.ipynb #16pr0006
+@functools.cache
+def implementation() -> str:
+    "The library that measures, with its release."
+    return f"pyiqa {version('pyiqa')}"
+
 def metric_facts(
     names: Iterable[str],  # keys of `METRICS`
 ) -> dict[str, dict[str, str]]:  # metric -> what about it -> words
@@ -251,7 +256,6 @@ def metric_facts(
         try: path = _weights_file(m)
         except MetricUnavailable: return f"{m.weights}, not here"
         return f"{path.name} {file_hash(path)[:12]}"
-    release = f"pyiqa {version('pyiqa')}"
     return {m.name: {"compared with": "the ground truth" if m.full_reference else "nothing",
                      "better": "higher" if m.higher_is_better else "lower", "definition": m.note,
-                     "by": f"{release}, {m.pyiqa_name}", "weights": weights(m)} for m in map(metric, names)}
+                     "by": f"{implementation()}, {m.pyiqa_name}", "weights": weights(m)} for m in map(metric, names)}

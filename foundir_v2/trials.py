@@ -12,7 +12,6 @@ import copy, hashlib, json, math, os, re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from .checkpoint import run_name
 from .classical import Bicubic
 from .core import FoundIRError, Restorer, atomic_write, error_line, load_image, save_image
 from .evaluate import intervals, measure, restore
-from .iqa import MetricUnavailable, metric, metric_facts, oriented, prepare
+from .iqa import MetricUnavailable, implementation, metric, metric_facts, oriented, prepare
 from .layouts import LAYOUTS, WORDS, DataSet, compile_pattern, read_dataset
 from .listing import list_pictures
 from .memo import Memo
@@ -152,7 +151,7 @@ def protocol_id(
 ) -> str:
     "The name of what is asked about a restored picture."
     b, m = benchmark(dataset), metric(name)
-    told = [b.subtask, b.scale, b.border, b.color_fix, b.paired, m.pyiqa_name, m.weights, m.minimum, version("pyiqa")]
+    told = [b.subtask, b.scale, b.border, b.color_fix, b.paired, m.pyiqa_name, m.weights, m.minimum, implementation()]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 # %% ../nbs/79_trials.ipynb #79tr0018
