@@ -152,3 +152,9 @@ def test_the_page_works_in_a_browser(run, tmp_path):
     assert told, done.stdout[-500:] + done.stderr[-2000:]
     assert html.unescape(html.unescape(told[1])) == f'[6,"input","{NAME}","25%",true,"700"]'
     assert "Uncaught" not in done.stderr and "Refused" not in done.stderr, done.stderr
+
+
+def test_a_run_without_any_value_has_a_page_with_the_reasons():
+    table = made().assign(value=float("nan"), reason="can't be loaded: <no memory>")
+    text = benchmark_page(table, {"input": "bicubic", NAME: "levels"})
+    assert "no values" in text and "can&#x27;t be loaded" in text or "can't be loaded: &lt;no memory&gt;" in text

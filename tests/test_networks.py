@@ -10,7 +10,7 @@ import torch
 from foundir_v2 import networks
 from foundir_v2.core import FoundIRError, Restorer
 from foundir_v2.evaluate import evaluate
-from foundir_v2.networks import (NETWORKS, SRMD, TOLD_NOISE, Enlarger, FFDNet, Maxim, load_ffdnet, load_maxim,
+from foundir_v2.networks import (NETWORKS, SRMD, Enlarger, FFDNet, Maxim, load_ffdnet, load_maxim,
                                  load_published, load_srmd, maxim_task, network_facts, padded)
 from foundir_v2.outside import recipes
 from foundir_v2.published import RELEASES, Release
@@ -153,7 +153,7 @@ def test_srmd_takes_the_network_of_the_scale(name, channels):
 
 def test_sigma_is_for_those_who_are_told():
     for name in NETWORKS:
-        if name in TOLD_NOISE: assert make_restorer(f"network:{name}", {"sigma": 12}).sigma == 12
+        if name in ("ffdnet", "srmd"): assert make_restorer(f"network:{name}", {"sigma": 12}).sigma == 12
         else:
             with pytest.raises(FoundIRError, match=f"{name} is told no noise"): load_published(name, 12.0)
     for wrong in (-1, 76, "much"):
