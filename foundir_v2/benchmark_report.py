@@ -79,16 +79,16 @@ def ranks_beside(
     both: pd.DataFrame,  # as `foundir_v2.benchmark.beside_published` returns it
 ) -> dict[str, pd.DataFrame]:  # heading -> as `foundir_v2.benchmark.rank_table` returns it
     "Ranks of one's own methods, and among the paper's where there are any; none without a rival."
-    named = both.assign(method=[f"{m} ({PAPER})" if s == PAPER else m for m, s in zip(both.method, both.source)])
-    groups = {"among the methods measured here": named[named.source != PAPER], "with the paper's": named}
-    rivals = lambda t: t.dropna(subset="value").method.nunique()
-    if PAPER not in set(both.source): groups.popitem()
-    return {h: rank_table(t) for h, t in groups.items() if rivals(t) > 1}
+    printed = both[both.source == PAPER]
+    same = both.merge(printed[["dataset", "metric"]].drop_duplicates(), on=["dataset", "metric"])
+    same["method"] = [f"{m} ({PAPER})" if s == PAPER else m for m, s in zip(same.method, same.source)]
+    groups = {"among the methods measured here": both.drop(printed.index), "with the paper's": same}
+    return {h: rank_table(t) for h, t in groups.items() if t.dropna(subset="value").method.nunique() > 1}
 
 # %% ../nbs/80a_benchmark_report.ipynb #80br0018
 _CSS = """table{border-collapse:collapse;font-size:13px;margin:1em 0;display:block;overflow-x:auto}
 th,td{padding:.15em .6em;text-align:right;border-bottom:1px solid #ddd;vertical-align:top}
-th{font-weight:normal;color:#555;white-space:nowrap}.paper{color:#777}
+th{font-weight:normal;color:#555;white-space:nowrap}thead tr:first-child th{text-align:left}.paper{color:#777}
 .best{font-weight:bold}.second{text-decoration:underline}.words td,.words th{text-align:left}figure{margin:1em 0}
 figure img{max-width:100%}h2.part{font-size:1.4em;margin-top:2em}"""
 

@@ -98,6 +98,10 @@ def test_each_source_has_its_own_best(run):
     tables = ranks_beside(both)
     assert list(tables["among the methods measured here"].index.sort_values()) == sorted(["input", NAME])
     assert {"input", NAME, "FoundIR-v2 (paper)"} <= set(tables["with the paper's"].index)
+    more = both[both.source == "here"].assign(metric="piqe", source="here")  # of which the paper prints none here
+    wider = ranks_beside(pd.concat([both, more], ignore_index=True))
+    assert wider["with the paper's"].equals(tables["with the paper's"])
+    assert set(tables["with the paper's"].comparisons) == {4}
     row = results_table(both).splitlines()[2]
     assert row.count("**") == 4, "one here, one in the paper"
 
