@@ -1,11 +1,12 @@
-"""Scoring many pictures, against the usual script that makes its metric for every picture: ratios within one run, equal
-values.
+"""Scoring many pictures, against the usual script that makes its metric for every picture: ratios within one run,
+equal values.
 
 Two things are measured. Scoring what was never seen saves the making of the metric and no more: 1.0 (SSIM, which is
 computing alone) to 1.4 times as fast with the metrics that run offline, of which ST-LPIPS has 10 MB of weights; the
 larger a metric's network beside the picture, the more it is. A whole benchmark has half a second of its own at its
-start, to name its methods by their code, so that a miniature is no faster than the script (0.9). What was seen is not scored again: a benchmark that goes
-on after an interruption, or gets one more method, asks its memo (`foundir_v2.trials`)."""
+start, to name its methods by their code, so that a miniature is no faster than the script (0.9). What was seen is not
+scored again: a benchmark that goes on after an interruption, or gets one more method, asks its memo
+(`foundir_v2.trials`)."""
 import time
 
 import pytest
