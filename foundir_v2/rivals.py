@@ -8,7 +8,6 @@ __all__ = ['COLUMNS', 'Rival', 'read_rivals', 'rival_id', 'item_id', 'rival_rows
 # %% ../nbs/79a_rivals.ipynb #78rv0004
 import hashlib, json, math, time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from .core import FoundIRError, Restorer, to_pil
 from .evaluate import measure, restore
-from .iqa import metric
+from .iqa import implementation, metric
 from .memo import Memo
 from .restorers import make_restorers
 from .tasks import CATEGORIES, subtask as as_subtask
@@ -66,7 +65,7 @@ def item_id(
 def _asked(item: Any, metrics: Sequence[str]) -> dict[str, str]:
     "metric -> key in the memo."
     key, found = item_id(item), [(m, metric(m)) for m in metrics]
-    return {m: f"{key} {m} {about.pyiqa_name} {about.weights} {version('pyiqa')}" for m, about in found}
+    return {m: f"{key} {m} {about.pyiqa_name} {about.weights} {implementation()}" for m, about in found}
 
 # %% ../nbs/79a_rivals.ipynb #78rv0012
 COLUMNS = ("set", "system", "category", "subtask", "photo", "metric", "value", "seconds", "reason")

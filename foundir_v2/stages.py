@@ -10,6 +10,7 @@ __all__ = ['PACKAGE', 'GENERATED', 'PARAMETERS', 'imported_modules', 'notebook_s
 # %% ../nbs/07_stages.ipynb #6d9737f6
 import argparse, ast, importlib, json, re, shlex, sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from .core import FoundIRError, atomic_write, repo_root
 PACKAGE = "foundir_v2"
 GENERATED = ("__init__", "_modidx")  # the version and nbdev's index: they decide about no result
 
+@lru_cache(maxsize=256)
 def imported_modules(
     source: str,  # Python
-) -> set[str]:  # names of our modules, without the package
+) -> frozenset[str]:  # names of our modules, without the package
     "Which modules of this library a source imports, in any of the spellings."
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -34,7 +36,7 @@ def imported_modules(
             names = [f"{module}.{a.name}" for a in node.names] if module == PACKAGE else [module]
         else: continue
         found |= {n.split(".")[1] for n in names if n.startswith(PACKAGE + ".")}
-    return found - {"__version__"}
+    return frozenset(found - {"__version__"})
 
 # %% ../nbs/07_stages.ipynb #84a75318
 def notebook_source(
@@ -52,7 +54,7 @@ def import_closure(
     root: str | Path,  # repository root
 ) -> list[str]:  # paths of modules relative to `root`, sorted
     "The modules of this library that running `source` can load. Raises `FoundIRError` for a module that doesn't exist."
-    done, todo = set(), imported_modules(source)
+    done, todo = set(), set(imported_modules(source))
     while todo:
         name = todo.pop()
         path = Path(root)/PACKAGE/f"{name}.py"

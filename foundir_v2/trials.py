@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'set_folders', 'Case', 'read_cases', 'load_case', 'judge', 'method_id', 'protocol_id', 'unavailable',
            'asked_metrics', 'Question', 'questions', 'picture_file', 'once', 'answers', 'trial_rows', 'run_trials',
-           'trial_summary', 'write_trials', 'extremes', 'write_trial_pictures']
+           'trial_summary', 'write_trials', 'extremes', 'trial_scenes', 'write_trial_pictures']
 
 # %% ../nbs/79_trials.ipynb #79tr0004
 import copy, hashlib, json, math, os, re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,18 +20,19 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm import tqdm
 
-from .benchmark import BENCHMARKS, benchmark, protocols, results_table
+from .benchmark import BENCHMARKS, benchmark, beside_published, protocols, results_table
 from .checkpoint import run_name
 from .classical import Bicubic
 from .core import FoundIRError, Restorer, atomic_write, error_line, load_image, save_image
 from .evaluate import intervals, measure, restore
-from .iqa import MetricUnavailable, metric, oriented, prepare
+from .iqa import MetricUnavailable, implementation, metric, metric_facts, oriented, prepare
 from .layouts import LAYOUTS, WORDS, DataSet, compile_pattern, read_dataset
 from .listing import list_pictures
 from .memo import Memo
-from .restorers import PipelineRestorer, make_restorer, restorer_sources, split_spec
+from .restorers import PipelineRestorer, described, make_restorer, restorer_sources, split_spec
 from .sliders import write_slider_page
 from .targets import file_hash
 from .tasks import subtask as as_subtask
@@ -140,9 +140,10 @@ def method_id(
 ) -> str:  # 12 hexadecimal digits
     "The name of a method with its settings, weights and code. Raises `FoundIRError` for one that doesn't exist."
     name, options = split_spec(spec)
+    code = "foundir_v2.networks" if name.startswith("network:") else "foundir_v2.restorers"
     files, facts = restorer_sources(name, options)
     told = {"restorer": name, "facts": facts} | options
-    return run_name(told, "foundir_v2.restorers", files)
+    return run_name(told, code, files)
 
 def protocol_id(
     dataset: str,  # key of `BENCHMARKS`
@@ -150,7 +151,7 @@ def protocol_id(
 ) -> str:
     "The name of what is asked about a restored picture."
     b, m = benchmark(dataset), metric(name)
-    told = [b.subtask, b.scale, b.border, b.color_fix, b.paired, m.pyiqa_name, m.weights, m.minimum, version("pyiqa")]
+    told = [b.subtask, b.scale, b.border, b.color_fix, b.paired, m.pyiqa_name, m.weights, m.minimum, implementation()]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 # %% ../nbs/79_trials.ipynb #79tr0018
@@ -319,14 +320,19 @@ def trial_summary(
 def write_trials(
     folder: str | Path,  # made if needed
     table: pd.DataFrame,  # as `run_trials` returns it
+    methods: Mapping[str, str | Mapping[str, Any]],  # that it got
 ) -> list[Path]:  # what was written
-    "Values per picture as Parquet and CSV, the summary, the protocols, and a table as papers print it."
+    "Values per picture as Parquet and CSV, the summary, all that the numbers depend on, and tables as papers print."
     summary, folder = trial_summary(table), Path(folder)
-    text = lambda frame: lambda path: frame.to_csv(path, index=False, lineterminator="\n")
-    rules = protocols(dict.fromkeys(table.dataset)).reset_index(names="key")
-    pages = {"results.parquet": lambda path: table.to_parquet(path, index=False), "results.csv": text(table),
-             "summary.csv": text(summary), "protocols.csv": text(rules),
-             "table.md": lambda path: Path(path).write_text(results_table(summary) + "\n", encoding="utf-8")}
+    both, rules = beside_published(summary), protocols(table.dataset.unique())
+    metrics = pd.DataFrame(metric_facts(table.metric.unique())).T
+    csv = lambda frame: lambda path: frame.to_csv(path, index=False, lineterminator="\n")
+    text = lambda style: lambda path: Path(path).write_text(results_table(both, style).rstrip() + "\n", "utf-8")
+    pages = {"results.parquet": lambda path: table.to_parquet(path, index=False), "results.csv": csv(table),
+             "summary.csv": csv(summary), "protocols.csv": csv(rules.reset_index(names="key")),
+             "methods.csv": csv(described(methods).reset_index(names="method")),
+             "metrics.csv": csv(metrics.reset_index(names="metric")),
+             "table.md": text("markdown"), "table.tex": text("latex")}
     for name, write in pages.items():
         with atomic_write(folder / name) as tmp: write(tmp)
     return [folder / name for name in pages]
@@ -343,23 +349,35 @@ def extremes(
     good = pd.Series([oriented(name, v) for v in mine.value], mine.image, dtype=float).sort_values(kind="stable")
     return list(dict.fromkeys([*good.index[:most], *good.index[::-1][:most]]))
 
-def write_trial_pictures(
+def trial_scenes(
     folder: str | Path,  # that `run_trials` kept pictures in
     table: pd.DataFrame,  # as it returned
     folders: Mapping[str, Path],  # of the sets
     method: str,  # whose worst and best are shown
-) -> list[Path]:  # a page for each set of which there are pictures
-    "Sliders of the worst and the best pictures of a method."
-    pages, methods = [], list(dict.fromkeys(table.method))
+    most: int = 3,  # at either end
+) -> Iterator[tuple[str, str, dict[str, dict[str, Tensor]]]]:  # set, metric, title -> system -> picture
+    "The worst and the best pictures of a method, set by set; none where none were kept."
+    methods = list(dict.fromkeys(table.method))
     for dataset, part in table.groupby("dataset", sort=False):
         cases, scenes = {c.image: c for c in read_cases(dataset, folders[dataset])}, {}
         name = asked_metrics(dataset, list(dict.fromkeys(part.metric)))[0]
-        for image in extremes(part, method, name):
+        for image in extremes(part, method, name, most):
             item, files = load_case(cases[image]), {m: picture_file(Path(folder), dataset, m, image) for m in methods}
             shown = {"input": Bicubic()(item.lq, subtask=item.subtask)}
             shown |= {m: load_image(f) for m, f in files.items() if f.is_file()}
             if cases[image].gt: shown["ground truth"] = item.gt
             if method in shown: scenes[image] = shown
+        yield dataset, name, scenes
+
+def write_trial_pictures(
+    folder: str | Path,
+    table: pd.DataFrame,
+    folders: Mapping[str, Path],
+    method: str,  # all as `trial_scenes` takes them
+) -> list[Path]:  # a page for each set of which there are pictures
+    "Sliders of the worst and the best pictures of a method, at their own size."
+    pages = []
+    for dataset, name, scenes in trial_scenes(folder, table, folders, method):
         note = f"The worst and the best pictures of {method} by {name}."
         if scenes: pages.append(write_slider_page(Path(folder) / f"{dataset}.html", scenes, benchmark(dataset).title,
                                                   right=method, note=note))

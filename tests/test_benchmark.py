@@ -77,9 +77,10 @@ def test_ranks_follow_the_metrics_direction_and_share_places():
     assert found.psnr.isna()["v"] and "v" not in rank_table(table).index
     with pytest.raises(FoundIRError, match="no values"): rank_table(table[:0])
     text = results_table(table)
-    assert "**3.00**" in text and "<u>2.00</u>" in text and "psnr ↑" in text and "piqe ↓" in text
-    assert r"\textbf{3.00}" in results_table(table, "latex") and results_table(table[-1:]) == "no values"
-    with pytest.raises(FoundIRError, match="markdown, latex"): results_table(table, "html")
+    assert "**3.00**" in text and "<u>2.00</u>" in text and "PSNR ↑" in text and "PIQE ↓" in text
+    assert r" \textbf{3.00} " in results_table(table, "latex") and results_table(table[-1:]) == "no values"
+    assert "**" not in results_table(table[:1]), "without a rival"
+    with pytest.raises(FoundIRError, match="markdown, latex, html"): results_table(table, "word")
 
 
 def test_every_protocol_can_be_followed():
@@ -178,7 +179,7 @@ def test_bad_files_cost_their_own_rows(tmp_path, counting):
     assert rows.value.isna().all() and Counting.calls == 0
     assert "no ground truth" in told["01_hazy.png"] and "can't read" in told["02_hazy.png"]
     assert "no input" in told["03_GT.png"] and "has 48 x 48 pixels, expected 48 x 20" in told["04_hazy.png"]
-    assert len(write_trials(tmp_path / "out", rows)) == 5
+    assert len(write_trials(tmp_path / "out", rows, {"c": "counting"})) == 8
 
 
 def test_kept_pictures_are_shown(sets, tmp_path):

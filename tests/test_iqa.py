@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from foundir_v2 import iqa
-from foundir_v2.core import FoundIRError
+from foundir_v2.core import FoundIRError, generator
 from foundir_v2.iqa import HUB, METRICS, MetricUnavailable, Unscorable, metric, oriented, score
 
 OFFLINE = [m.name for m in METRICS.values() if m.weights != HUB]
@@ -193,3 +193,27 @@ def test_transformers_llama_stays_its_own():
         print(*{part.__module__ for part in (model.config, model.layers[0].self_attn, model.forward)})"""
     out = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True).stdout.split()
     assert out and all(module.startswith("transformers.models.llama.") for module in out)
+
+
+def test_a_number_follows_its_protocol_and_no_other():
+    "What else goes by the same names gives other numbers; the catalogue says which one is meant."
+    import pyiqa
+    a = torch.nn.functional.interpolate(torch.rand(1, 3, 64, 64, generator=generator("protocol")), (512, 512),
+                                        mode="bicubic").clamp(0, 1)
+    b = (a + .1 * torch.randn(a.shape, generator=generator("noise"))).clamp(0, 1)
+    other = lambda name, **options: float(pyiqa.create_metric(name, device="cpu", **options)(b, a))
+    assert score("psnr", b, a) == pytest.approx(float(-10 * ((a - b) ** 2).mean().log10()), abs=1e-3)
+    assert other("psnry") > score("psnr", b, a) + .5 and "RGB" in METRICS["psnr"].note
+    assert score("ssim", b, a) == pytest.approx(other("ssim", downsample=False, test_y_channel=True), abs=1e-6)
+    assert other("ssim", downsample=True) > score("ssim", b, a) + .05 > other("ssimc") + .05
+    dark = (b * .5, b)
+    assert score("piqe", dark[0]) == pytest.approx(score("piqe", dark[1]), abs=.5), "darkness doesn't count"
+
+
+def test_what_belongs_beside_a_number_is_told():
+    told = iqa.metric_facts(METRICS)
+    assert list(told) == list(METRICS) and all(all(row.values()) for row in told.values())
+    assert told["stlpips"]["weights"].startswith("alex_shift_tolerant.pth ") and told["psnr"]["weights"] == "none"
+    assert "no downsampling" in told["ssim"]["definition"] and "grid" in told["maniqa"]["definition"]
+    assert told["piqe"]["better"] == "lower" and told["lpips"]["by"].startswith("pyiqa 0.")
+    with pytest.raises(FoundIRError, match="unknown metric"): iqa.metric_facts(["pnsr"])

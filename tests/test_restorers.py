@@ -1,15 +1,17 @@
 "Restorers: sizes, ranges, what each one is, and what bad input leads to."
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from foundir_v2.base import assets_path
 from foundir_v2.classical import Bicubic, DarkChannel, Gamma, Identity, Levels, NonLocalMeans, Unsharp
 from foundir_v2.core import FoundIRError, Restorer, save_image
 from foundir_v2.degrade import degrade
 from foundir_v2.restorers import (SIMPLE, FolderRestorer, PipelineRestorer, VAEBound, best_by_category, chosen_methods,
-                                  export_inputs, make_restorer, make_restorers)
+                                  described, export_inputs, make_restorer, make_restorers)
 from foundir_v2.tasks import SUBTASKS, subtask
 
 
@@ -297,3 +299,24 @@ def test_a_folder_without_inputs_is_refused(tmp_path):
 @pytest.mark.parametrize("options", [dict(start="lr"), dict(num_inference_steps=0), dict(guidance_scale="five")])
 def test_options_that_cannot_be_are_refused_when_named(options):
     with pytest.raises(FoundIRError, match="lr|steps|five"): make_restorer("pipeline:tiny", options)
+
+
+def test_settings_and_weights_are_told_beside_a_systems_numbers(tmp_path):
+    from foundir_v2.base import load_base, save_base
+    save_base(load_base("base"), tmp_path / "base")
+    shutil.copytree(assets_path("tiny"), tmp_path / "mine")
+    file = tmp_path / "mine/pipeline.json"
+    file.write_text(file.read_text().replace('"base": "base"', f'"base": "{tmp_path}/base"'))
+    systems = {"input": "bicubic", "plain": f"trained:{tmp_path}/mine",
+               "told": {"restorer": f"trained:{tmp_path}/mine", "prompt": "caption", "color_fix": "none"}}
+    before = described(systems)
+    assert before.weights["input"] == before.settings["input"] == ""
+    assert "prompt: none" in before.settings["plain"] and "color_fix: adain where enlarged" in before.settings["plain"]
+    assert "prompt: caption" in before.settings["told"] and "color_fix: none" in before.settings["told"]
+    weights = next((tmp_path / "base/vae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    (tmp_path / "mine/log.jsonl").write_text("{}")
+    after = described(systems)
+    mine, base = zip(before.weights["plain"].split("; "), after.weights["plain"].split("; "))
+    assert mine[0] == mine[1] and base[0] != base[1], "the base model's weights count, a log doesn't"
+    with pytest.raises(FoundIRError, match="unknown restorer"): described({"a": "nonsense"})

@@ -113,3 +113,15 @@ def test_what_a_value_is_kept_by(monkeypatch):
     assert rival_id(best, [one]) != rival_id(best, others[:1])
     ids = {rival_id(r) for r in read_rivals({n: f"network:{n}" for n in networks.NETWORKS}).values()}
     assert len(ids) == len(networks.NETWORKS)
+
+
+def test_a_published_networks_values_hold_until_its_own_code_changes(monkeypatch):
+    from foundir_v2 import trials
+    asked, real = [], trials.run_name
+    def recorded(told, module, files):
+        asked.append(module)
+        return real(told, module, files)
+    monkeypatch.setattr(trials, "run_name", recorded)
+    for spec in ("network:realsr", "bicubic", {"restorer": "network:ffdnet", "sigma": 12}): trials.method_id(spec)
+    assert asked == ["foundir_v2.networks", "foundir_v2.restorers", "foundir_v2.networks"]
+    assert trials.method_id("network:ffdnet") != trials.method_id({"restorer": "network:ffdnet", "sigma": 12})

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from foundir_v2 import (
-    attention, caption, degrade, iqa, judges, layouts, mixture, networks, objective, optim, restorers, systems, tasks)
+    attention, benchmark, caption, degrade, iqa, judges, layouts, mixture, networks, objective, optim, restorers,
+    systems, tasks)
 from foundir_v2.attention import ConvBlock, GatedFFN, make_expert
 from foundir_v2.caption import CaptionerKind, make_captioner
 from foundir_v2.classical import Unsharp
@@ -108,6 +109,15 @@ def test_a_compared_system_with_an_argument(monkeypatch):
 def test_a_published_network(monkeypatch):
     monkeypatch.setitem(networks.NETWORKS, "mean", lambda: Unsharp(amount=-1.0))
     assert make_restorer("network:mean")(X).std() < X.std()
+    monkeypatch.setitem(networks.NETWORKS, "told", lambda sigma=None: Unsharp(amount=-sigma / 75))
+    assert make_restorer("network:told", {"sigma": 75})(X).equal(make_restorer("network:mean")(X))
+
+
+def test_a_form_of_the_results_table(monkeypatch):
+    monkeypatch.setitem(benchmark.STYLES, "csv", lambda words, places: words.to_csv())
+    paper = benchmark.published()
+    text = benchmark.results_table(paper[paper.dataset == "LSD"], "csv")
+    assert text.splitlines()[0].endswith("FoundIR-v2") and "LSD,PSNR ↑,19.63," in text
 
 
 def test_a_published_system(monkeypatch, tmp_path):
