@@ -27,6 +27,7 @@ from torch.utils.data import get_worker_info
 # %% ../nbs/21_reading.ipynb #21ead004
 from .camera import crop_to_multiple
 from .core import ImageError, from_pil, load_image
+from .shards import mapped
 
 # %% ../nbs/21_reading.ipynb #21ead009
 class Window(NamedTuple):
@@ -125,7 +126,7 @@ def _decode(
 
 def _read(path: str | Path, window: Window | None, halved: int, draft: bool) -> Tensor:
     "As `read`, for files that are well; raises anything for others."
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as data:
+    with mapped(path) as data:
         with Image.open(data) as im: (width, height), drafts = im.size, im.format in DRAFTS
         drafted = min(max(halved - 1, 0), LARGEST_DRAFT) if draft and drafts else 0
         part, size = partial(_decode, data, drafted), (height >> drafted, width >> drafted)
@@ -153,7 +154,7 @@ def size_of(
     path: str | Path,  # of a picture
 ) -> tuple[int, int]:  # height, width, upright
     "The size of a picture, from its header. Raises as `load_image` does."
-    with suppress(Exception), Image.open(path) as im:
+    with suppress(Exception), mapped(path) as data, Image.open(data) as im:
         # a PNG without Exif would be decoded for it
         turned = (im.format != "PNG" or "exif" in im.info) and im.getexif().get(ExifTags.Base.Orientation, 1) > 4
         return im.size if turned else im.size[::-1]
