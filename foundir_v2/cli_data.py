@@ -45,14 +45,15 @@ def run_data_shards(args: argparse.Namespace) -> int:
     from foundir_v2.shards import write_shards
     manifest = load_manifest(named(args.manifest))
     pool, written = write_shards(manifest, args.output, args.root, args.shard_size * 1e9, args.at, args.num_workers)
-    print(f"{args.output}: {len(pool)} rows of {len(manifest)} in {len(written)} shards, {sum(written.values())} of them "
-          "written now")
+    print(f"{args.output}: {len(pool)} rows of {len(manifest)} in {len(written)} shards, {sum(written.values())} of "
+          "them written now")
     return 0
 
 def _add_shards(actions: Any) -> None:
     p = actions.add_parser("shards", help="pack the pictures of a manifest into tar files, for object storage",
-                           description="Pack the pictures of a manifest into tar files in the WebDataset convention, and "
-                                       "write a manifest that finds each picture in them. Shards that are done are kept.")
+                           description="Pack the pictures of a manifest into tar files in the WebDataset convention, "
+                                       "and write a manifest that finds each picture in them. Shards that are done are "
+                                       "kept.")
     p.add_argument("manifest", metavar="MANIFEST", help="for instance artifacts/manifest/manifest.parquet")
     p.add_argument("output", metavar="OUT", help="folder for the shards and their manifest.parquet")
     p.add_argument("--root", default=".", metavar="DIR",

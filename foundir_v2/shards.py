@@ -5,7 +5,7 @@
 # %% ../nbs/13b_shards.ipynb #13sh0003
 from __future__ import annotations
 import hashlib, io, json, math, mmap, os, posixpath, re, tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -55,7 +55,8 @@ def _local(shard: str, start: int, end: int) -> bytes:
             file.seek(start)
             return file.read(end - start)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no shard {shard}: was it moved? Name the folder that the shards lie in as the root") from None
+        where = "name the folder that the shards lie in as the root"
+        raise FileNotFoundError(f"no shard {shard}: was it moved? Then {where}") from None
 
 @lru_cache(_KEPT)
 def _remote(shard: str, start: int, end: int) -> bytes:
@@ -66,7 +67,7 @@ def _remote(shard: str, start: int, end: int) -> bytes:
     except (ImportError, ValueError) as e: raise FoundIRError(f"can't read {shard}: {error_line(e)}") from None
     try: data = store.cat_file(path, start=start, end=end)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no shard {shard}: was it moved? Correct the address in the manifest, or the root") from None
+        raise FileNotFoundError(f"no shard {shard}: was it moved? Then correct the root, or the manifest") from None
     except Exception as e:
         if _length(store, path) < end: return b""  # asked for what lies behind its end
         raise FoundIRError(f"can't reach {shard} ({type(e).__name__}: {error_line(e)}): try again later") from None

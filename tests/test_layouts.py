@@ -353,13 +353,14 @@ def test_patterns_with_a_stray_brace(pattern):
 
 
 # as in Testset_meta_info.txt of github.com/House-Leo/FoundIR
-FOUNDIR_FOLDERS = """01Blur 02Blur_Noise 03Blur_JPEG 04Blur_Noise_JPEG 05Noise 06JPEG 07Noise_JPEG 08Haze 09Lowlight_Haze
-10Rain 11Raindrop 12NightRain 13Rain_Haze 14Lowlight 15Lowlight_Blur 16Lowlight_Noise 17Lowlight_JPEG
+FOUNDIR_FOLDERS = """01Blur 02Blur_Noise 03Blur_JPEG 04Blur_Noise_JPEG 05Noise 06JPEG 07Noise_JPEG 08Haze
+09Lowlight_Haze 10Rain 11Raindrop 12NightRain 13Rain_Haze 14Lowlight 15Lowlight_Blur 16Lowlight_Noise 17Lowlight_JPEG
 18Lowlight_Blur_Noise 19Lowlight_Blur_JPEG 20Lowlight_Noise_JPEG""".split()
 
 
 def test_every_folder_of_foundir_is_one_of_its_sub_tasks(tmp_path):
-    make(tmp_path, [f"{folder}/{side}/{i:04d}.png" for i, folder in enumerate(FOUNDIR_FOLDERS) for side in ("GT", "LQ")])
+    make(tmp_path, [f"{folder}/{side}/{i:04d}.png" for i, folder in enumerate(FOUNDIR_FOLDERS)
+                    for side in ("GT", "LQ")])
     lines = [f"{folder}/GT/{i:04d}.png, {folder}/LQ/{i:04d}.png" for i, folder in enumerate(FOUNDIR_FOLDERS)]
     (tmp_path / "Testset_meta_info.txt").write_text("\n".join(lines))
     by_folder = read_dataset(DataSet(name="f", root=".", layout="foundir", split="test"), tmp_path).entries
@@ -384,7 +385,8 @@ def test_a_meta_file_chooses_pairs(tmp_path):
     assert {e.split for e in read(task="rain", split="reference")} == {"reference"}
     assert sum(e.split == "test" for e in read(task="rain", split=dict(test=1))) == 1
     for text, words in (("a/GT/1.png\n", "line 1: expected a ground truth and an input"),
-                        ("a/GT/1.png, b.png\nx, y, z\n", "line 2"), ("a/GT/1.png,\n", "line 1"), ("GT/3.png, LQ/3.png", "Write task: NAME"),
+                        ("a/GT/1.png, b.png\nx, y, z\n", "line 2"), ("a/GT/1.png,\n", "line 1"),
+                        ("GT/3.png, LQ/3.png", "Write task: NAME"),
                         (b"\xff\xfe\x00", "can't read Million_train_meta_info.txt as text")):
         (tmp_path / "Million_train_meta_info.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(FoundIRError, match=words) as e: read()

@@ -135,7 +135,8 @@ def test_what_cannot_be_packed_is_told_in_one_line(loose, tmp_path):
         write_shards(pd.concat([manifest, manifest.head(1)]), tmp_path, root / "nowhere")
     assert "\n" not in str(e.value)
     wrong = manifest.assign(sha256="0" * 64)
-    with pytest.raises(FoundIRError, match="0.png has changed since it was indexed"): write_shards(wrong, tmp_path, root)
+    with pytest.raises(FoundIRError, match="0.png has changed since it was indexed"):
+        write_shards(wrong, tmp_path, root)
     assert not list(tmp_path.iterdir()), "half a shard stays"
     (tmp_path / "old-000009.tar").touch()
     with pytest.raises(FoundIRError, match="old-000009.tar, which is no part"): write_shards(manifest, tmp_path, root)
@@ -209,7 +210,7 @@ def test_reference_items_are_those_of_loose_files(loose, packed):
 
 
 def test_a_pool_can_be_ingested_as_a_table(loose, packed):
-    (root, manifest), (folder, pool) = loose, packed
+    (_, manifest), (folder, pool) = loose, packed
     pool.to_parquet(folder / "manifest.parquet")
     data = DataSet(name="p", root=str(folder / "manifest.parquet"), layout="table")
     entries = read_dataset(data).entries
@@ -238,8 +239,8 @@ def test_captions_and_cleaning_know_pictures_in_shards(loose, packed):
     from foundir_v2.caption import CachedCaptioner, NoCaption
     from foundir_v2.clean import Statistics, clean
     (root, manifest), (folder, pool) = loose, packed
-    tables = [clean(m, [Statistics()], [], r).drop(columns=["path", "lq"]) for m, r in ((manifest, root), (pool, folder))]
-    pd.testing.assert_frame_equal(*tables)
+    judged = [clean(m, [Statistics()], [], r) for m, r in ((manifest, root), (pool, folder))]
+    pd.testing.assert_frame_equal(*(table.drop(columns=["path", "lq"]) for table in judged))
     assert CachedCaptioner(NoCaption(), folder).describe([folder / p for p in pool.path]) == [""] * len(pool)
 
 
@@ -294,7 +295,8 @@ def test_addresses_may_stand_in_the_manifest_and_workers_read_them(loose, packed
     far, first = dataset(tmp_path, pool), dataset(root, manifest)
     far[DRAWS[0]]  # before the workers start, as scoring does
     loader = DataLoader(far, batch_sampler=[DRAWS[:8], DRAWS[8:]], collate_fn=collate, num_workers=2)
-    for batch, draws in zip(loader, (DRAWS[:8], DRAWS[8:]), strict=True): same(batch, collate([first[d] for d in draws]))
+    for batch, draws in zip(loader, (DRAWS[:8], DRAWS[8:]), strict=True):
+        same(batch, collate([first[d] for d in draws]))
 
 
 def test_a_store_that_fails_ends_the_run_and_changes_no_sample(packed, store):
@@ -308,7 +310,7 @@ def test_a_store_that_fails_ends_the_run_and_changes_no_sample(packed, store):
 
 
 def test_what_is_missing_or_cut_in_a_store_is_that_pictures_loss(packed, store, tmp_path):
-    (folder, pool), (address, _, handler) = packed, store
+    (folder, pool), (address, *_) = packed, store
     with pytest.raises(FileNotFoundError, match="no shard .*none.tar"): load_image(f"{address}/none.tar/512+9/a.png")
     name = member(pool.path[0]).shard
     length = (folder / name).stat().st_size
@@ -359,7 +361,7 @@ def test_a_damaged_shard_is_told_and_other_pictures_take_the_place(loose, tmp_pa
 
 def test_a_pool_that_moved_says_so(loose, packed, tmp_path):
     lost = dataset(tmp_path, packed[1])
-    with pytest.raises(FoundIRError, match="no shard .*was it moved\\? Name the folder"): lost["film", 0, 1]
+    with pytest.raises(FoundIRError, match="no shard .*was it moved\\? Then name the folder"): lost["film", 0, 1]
     with pytest.raises(FileNotFoundError, match="no shard"): file_hash(tmp_path / packed[1].path[0])
 
 
