@@ -6,6 +6,7 @@
 from __future__ import annotations
 import argparse, sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,8 @@ def add_clean(sub: Any) -> None:
 # %% ../nbs/90_cli.ipynb #15b5d3c1
 def run_caption(args: argparse.Namespace) -> int:
     "`foundir-v2 caption`"
-    from foundir_v2.caption import CaptionerError, make_captioner
-    from foundir_v2.core import atomic_write
+    from foundir_v2.caption import CachedCaptioner, CaptionerError, make_captioner
+    from foundir_v2.core import ImageError, atomic_write
     captioner = make_captioner(args.captioner, args.cache_dir, device=args.device or "auto")
     planned = plan_files(args.input, f"{named(args.output)}/")
     pairs = [(picture, target.with_suffix(".txt")) for picture, target in planned]
@@ -218,6 +219,8 @@ def run_caption(args: argparse.Namespace) -> int:
                   [*pictures, *sidecars(args.captioner, pictures)], args.force)
     quiet_libraries()
     reach_hub(captioner=args.captioner)
+    if isinstance(captioner, CachedCaptioner):  # several at once; what can't be read is told below
+        with suppress(ImageError, OSError): captioner.describe(pictures, args.num_workers, args.batch_size)
     def work(picture: Path, target: Path) -> None:
         text = captioner(picture)
         print(f"{picture}: {text}")
@@ -235,6 +238,11 @@ def add_caption(sub: Any) -> None:
     p.add_argument("--cache-dir", default=".cache/captions", metavar="DIR",
                    help="captions of models are kept here (default: %(default)s)")
     p.add_argument("--device", help="cpu, cuda, mps (default: an accelerator if there is one)")
+    p.add_argument("--num-workers", type=argument(Workers), default=0, metavar="N",
+                   help="processes with a model each, at most one per accelerator (default: %(default)s, this one "
+                        "alone)")
+    p.add_argument("--batch-size", type=argument(Count), default=8, metavar="N",
+                   help="pictures per call of a model (default: %(default)s)")
     p.add_argument("--skip-existing", action="store_true", help="leave captions that are there")
     p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_caption)
