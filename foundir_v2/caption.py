@@ -288,7 +288,7 @@ class VLMCaptioner:
 
     def __call__(self, path: str | Path) -> str: return self.describe([path])[0]
 
-# %% ../nbs/20_caption.ipynb #d58941ad
+# %% ../nbs/20_caption.ipynb #20cp0005
 def describe_batch(
     captioner: Captioner,  # that takes several pictures
     paths: Sequence[str],
@@ -299,6 +299,7 @@ def describe_batch(
         if len(paths) == 1: return [None]
         return [text for path in paths for text in describe_batch(captioner, [path])]
 
+# %% ../nbs/20_caption.ipynb #d58941ad
 class CachedCaptioner:
     "Remembers what a captioner said, across runs, by the content of the picture's file."
 
