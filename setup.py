@@ -16,7 +16,7 @@ metrics = ['pyiqa>=0.1.14', 'pandas>=2.0', 'pyarrow>=15']
 pipeline = ['dvc>=3.50', 'dvclive>=3.40', 'papermill>=2.6', 'jupyterlab>=4.0', 'ipykernel>=6.29', 'nbdev==2.4.14',
             'execnb==0.1.18', 'fastcore==1.12.47', 'ghapi==1.0.16', 'fastgit==0.0.6', 'ruamel.yaml>=0.18',
             'pandas>=2.0', 'pyarrow>=15', 'matplotlib>=3.8', 'scipy>=1.11', 'scikit-image>=0.22', 'psutil>=5.9',
-            'filelock>=3.25', 'albumentations==2.0.8', 'timm>=1.0.22',
+            'filelock>=3.25', 'albumentations==2.0.8', 'imagecodecs>=2024.9', 'timm>=1.0.22',
             'open_clip_torch>=3.0', 'requests>=2.31', 'spandrel>=0.4']
 
 setup(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'FRAMES', 'BLOCK', 'DRAFTS', 'LARGEST_DRAFT', 'CACHE', 'Window', 'cut', 'halve', 'halved_window', 'shorten',
-           'read', 'size_of', 'Photos']
+           'is_plain_png', 'read', 'size_of', 'Photos']
 
 # %% ../nbs/21_reading.ipynb #21ead002
 import mmap, sys, warnings, zlib
@@ -23,6 +23,9 @@ from fastcore.basics import patch
 from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
+
+try: from imagecodecs import spng_decode
+except ImportError: spng_decode = None  # Pillow gives the same pixels
 
 # %% ../nbs/21_reading.ipynb #21ead004
 from .camera import crop_to_multiple
@@ -102,6 +105,20 @@ def shorten(
         at, enough = _jpeg_height(data), (rows // BLOCK + 1) * BLOCK
         if enough < int.from_bytes(data[at:at + 2]): data[at:at + 2] = enough.to_bytes(2)
 
+# chunks of a PNG that change no pixel, and texts, which may say how a picture is turned
+_SILENT = {*b"IHDR IDAT gAMA cHRM sRGB iCCP sBIT bKGD pHYs tIME".split()}
+_TEXTS, _TURNING = {b"tEXt", b"zTXt", b"iTXt"}, (b"Raw profile", b"XML:com.adobe.xmp")
+
+def is_plain_png(data: bytearray | mmap.mmap) -> bool:
+    "Is this a whole PNG of 8-bit colours that are shown as they are stored: not turned, transparent, or in passes?"
+    if data[:4] != b"\x89PNG" or data[24:29] != b"\x08\x02\0\0\0": return False
+    at = 8
+    while (kind := bytes(data[at + 4:at + 8])) != b"IEND":
+        told = kind in _TEXTS and not data[at + 8:at + 25].startswith(_TURNING)
+        if kind not in _SILENT and not told: return False
+        at += 12 + int.from_bytes(data[at:at + 4])
+    return True
+
 # %% ../nbs/21_reading.ipynb #21ead015
 DRAFTS = ("JPEG", "MPO")  # formats whose decoder can shrink
 LARGEST_DRAFT = 3  # halvings
@@ -114,6 +131,10 @@ def _decode(
     "Decode no more rows than a window needs. Raises `ImageError` where the file's rows are not the picture's."
     top, left, bottom, right = *window[:2], window.top + window.height, window.left + window.width
     shorten(data, bottom << drafted)
+    if spng_decode and is_plain_png(data):
+        with suppress(Exception):  # for a damaged one, Pillow's word counts
+            part_HWC = spng_decode(data)[top:bottom, left:right]
+            if part_HWC.shape == (*window[2:], 3): return torch.from_numpy(part_HWC.transpose(2, 0, 1).copy())
     with Image.open(data) as im:
         if drafted: im.draft(None, (im.width >> drafted, im.height >> drafted))
         if im.getexif().get(ExifTags.Base.Orientation, 1) != 1: raise ImageError("stored on its side")
