@@ -11,12 +11,12 @@ cfg = settings['DEFAULT']
 
 readme = here / 'README.md'
 core = ['torch>=2.7', 'diffusers>=0.40', 'transformers>=5.0', 'accelerate>=1.3', 'safetensors>=0.4', 'Pillow>=10.1',
-        'numpy>=2.0', 'tqdm>=4.66', 'annotated-types>=0.6', 'fastcore>=1.12']
+        'numpy>=2.0', 'fsspec>=2024.2', 'tqdm>=4.66', 'annotated-types>=0.6', 'fastcore>=1.12']
 metrics = ['pyiqa>=0.1.14', 'pandas>=2.0', 'pyarrow>=15']
 pipeline = ['dvc>=3.50', 'dvclive>=3.40', 'papermill>=2.6', 'jupyterlab>=4.0', 'ipykernel>=6.29', 'nbdev==2.4.14',
             'execnb==0.1.18', 'fastcore==1.12.47', 'ghapi==1.0.16', 'fastgit==0.0.6', 'ruamel.yaml>=0.18',
             'pandas>=2.0', 'pyarrow>=15', 'matplotlib>=3.8', 'scipy>=1.11', 'scikit-image>=0.22', 'psutil>=5.9',
-            'filelock>=3.25', 'albumentations==2.0.8', 'timm>=1.0.22',
+            'filelock>=3.25', 'albumentations==2.0.8', 'imagecodecs>=2024.9', 'timm>=1.0.22',
             'open_clip_torch>=3.0', 'requests>=2.31', 'spandrel>=0.4']
 
 setup(

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['CAPTION_COLUMNS', 'PROMPT', 'CAPTIONERS', 'Captioner', 'NoCaption', 'SidecarCaptioner', 'read_captions',
            'CSVCaptioner', 'shipped_captions', 'shorten', 'FoundIRv2Captioner', 'VLMConfig', 'CaptionerError',
-           'SeededChoice', 'VLM', 'VLMCaptioner', 'CachedCaptioner', 'describe_all', 'CaptionerKind',
-           'captioner_choices', 'parse_captioner', 'make_captioner']
+           'SeededChoice', 'processes_for', 'device_here', 'VLM', 'VLMCaptioner', 'describe_batch', 'CachedCaptioner',
+           'describe_all', 'CaptionerKind', 'captioner_choices', 'parse_captioner', 'make_captioner']
 
 # %% ../nbs/20_caption.ipynb #7cd3bf9c
-import csv, hashlib, json, re
+import csv, hashlib, json, multiprocessing, re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -20,7 +21,7 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 
-from .core import FoundIRError, hash_seed, load_image, pick_device, to_pil
+from .core import FoundIRError, ImageError, hash_seed, load_image, pick_device, to_pil
 from .memo import Memo, remembered, work_through
 from .targets import file_hash
 
@@ -196,6 +197,21 @@ class SeededChoice:
         return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None].to(scores.device), 0)
 
 # %% ../nbs/20_caption.ipynb #c20a0001
+def processes_for(
+    device: torch.device,  # of a model
+    num_workers: int,  # processes that may be used
+) -> int:  # 0: this one
+    "How many processes hold a model each: no more than accelerators of that kind, unless one of them is named."
+    if device.type == "cpu": return num_workers
+    several = min(num_workers, torch.accelerator.device_count()) if device.index is None else 0
+    return several if several > 1 else 0
+
+def device_here(device: torch.device) -> torch.device:
+    "In a worker process, the accelerator of its number; else the device itself."
+    number = re.search(r"\d+$", multiprocessing.current_process().name)
+    if device.type == "cpu" or device.index is not None or not number: return device
+    return torch.device(device.type, int(number[0]) % torch.accelerator.device_count())
+
 class VLM:
     "A vision-language model of transformers that answers questions about pictures; loaded at the first question."
     def __init__(
@@ -204,12 +220,14 @@ class VLM:
         device: str = "auto",
     ): self.model, self.device, self._loaded = model, pick_device(device), None
 
+    def __getstate__(self) -> dict[str, Any]: return vars(self) | dict(_loaded=None)  # each process loads its own
+
     def _load(self) -> tuple[Any, Any]:
         "Processor and model. Raises `CaptionerError` if they can't be had or have no chat template."
         from transformers import AutoModelForImageTextToText, AutoProcessor
         try:
             processor = AutoProcessor.from_pretrained(self.model)
-            model = AutoModelForImageTextToText.from_pretrained(self.model, dtype="auto").to(self.device).eval()
+            model = AutoModelForImageTextToText.from_pretrained(self.model, dtype="auto").eval()
         except (OSError, ValueError) as e:
             raise CaptionerError(f"can't load the vision-language model {self.model} ({str(e).splitlines()[0]}): "
                                  "name a folder or a model of transformers' image-text-to-text family, "
@@ -217,7 +235,7 @@ class VLM:
         if not getattr(processor, "chat_template", None):
             raise CaptionerError(f"{self.model} has no chat template: choose a model that was tuned on conversations")
         processor.tokenizer.padding_side = "left"  # answers are written at the right
-        return processor, model
+        return processor, model.to(device_here(self.device))
 
 # %% ../nbs/20_caption.ipynb #c20a0002
 @patch
@@ -235,7 +253,7 @@ def ask(
              for image, text in questions]
     inputs = processor.apply_chat_template(
         chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"padding": True}).to(self.device, model.dtype)
+        processor_kwargs={"padding": True}).to(model.device, model.dtype)
     tokens = model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None,
                             max_new_tokens=max_new_tokens, logits_processor=list(sampling))
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
@@ -266,7 +284,20 @@ class VLMCaptioner:
         texts = self.vlm.ask([(image, c.prompt) for image in images], c.max_new_tokens, sampling)
         return [shorten(text, c.drop_words, c.sentences) for text in texts]
 
+    def processes(self, num_workers: int) -> int: return processes_for(self.vlm.device, num_workers)
+
     def __call__(self, path: str | Path) -> str: return self.describe([path])[0]
+
+# %% ../nbs/20_caption.ipynb #20cp0005
+def describe_batch(
+    captioner: Captioner,  # that takes several pictures
+    paths: Sequence[str],
+) -> list[str | None]:  # None for a picture that can't be read
+    "Describe a batch; with a damaged picture in it, one by one."
+    try: return captioner.describe(paths)
+    except (ImageError, OSError):
+        if len(paths) == 1: return [None]
+        return [text for path in paths for text in describe_batch(captioner, [path])]
 
 # %% ../nbs/20_caption.ipynb #d58941ad
 class CachedCaptioner:
@@ -281,22 +312,26 @@ class CachedCaptioner:
     def describe(
         self,
         paths: Sequence[str | Path],
-        num_workers: int = 0,  # processes, for captioners that take one picture at a time
+        num_workers: int = 0,  # processes; of those that hold a model, no more than there are accelerators
         batch_size: int = 8,  # pictures per call, for those that take several
     ) -> list[str]:
-        "Describe pictures, in batches if the captioner can; what is known already isn't asked again."
+        """Describe pictures, in batches if the captioner can; what is known already isn't asked again.
+        Raises what a picture that can't be read raises, when all others are kept."""
         keys = [file_hash(p) for p in paths]
         files = dict(zip(keys, map(str, paths)))
         if not hasattr(self.captioner, "describe"):
             found = remembered(self.captioner, files, self.name, self.memo, num_workers, "captions")
             return [found[k] for k in keys]
         found = self.memo.known(self.name, files)
-        missing = [k for k in files if k not in found]
-        batches = [missing[i:i + batch_size] for i in range(0, len(missing), batch_size)]
-        ask = lambda batch: self.captioner.describe([files[k] for k in batch])
-        for batch, texts in work_through(ask, batches, desc="captions"):
-            self.memo.add(self.name, dict(zip(batch, texts)))
-            found |= dict(zip(batch, texts))
+        missing = {path: key for key, path in files.items() if key not in found}
+        batches = [[*missing][i:i + batch_size] for i in range(0, len(missing), batch_size)]
+        if hasattr(self.captioner, "processes"): num_workers = self.captioner.processes(num_workers)
+        for batch, texts in work_through(partial(describe_batch, self.captioner), batches, num_workers, "captions"):
+            fresh = {missing[path]: text for path, text in zip(batch, texts) if text is not None}
+            self.memo.add(self.name, fresh)
+            found |= fresh
+        for path, key in missing.items():
+            if key not in found: found[key] = self.captioner.describe([path])[0]
         return [found[k] for k in keys]
 
     def __call__(self, path: str | Path) -> str: return self.describe([path])[0]
@@ -305,7 +340,7 @@ class CachedCaptioner:
 def describe_all(
     captioner: Captioner,
     paths: Sequence[str | Path],  # of pictures
-    num_workers: int = 0,  # processes, for captioners without a model; 0: in this one
+    num_workers: int = 0,  # processes; 0: this one
     batch_size: int = 8,  # pictures per call of a model
 ) -> list[str]:
     "Describe pictures, the way that suits the captioner."

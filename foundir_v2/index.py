@@ -4,7 +4,7 @@
 
 # %% ../nbs/14_index.ipynb #581a4130
 from __future__ import annotations
-import hashlib, json, os, sys
+import json, os, sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,6 +16,8 @@ from .core import MAX_PIXELS, FoundIRError, ImageError, atomic_write, load_image
 from .fetch import SPLITS
 from .listing import Entry, scan
 from .memo import Memo, remembered
+from .shards import file_of
+from .targets import file_hash
 
 if TYPE_CHECKING:  # torch is imported where pictures are looked at: a list of data sets is checked without it
     from torch import Tensor
@@ -151,13 +153,10 @@ def misalignment(
 
 # %% ../nbs/14_index.ipynb #7ae792ba
 def file_stamp(path: str) -> tuple[int, int]:  # size in bytes, time of the last change in ns; zeros: there is none
-    "What changes when a file does."
-    try: info = os.stat(path)
+    "What changes when a file does, or the shard that it lies in."
+    try: info = os.stat(file_of(path))
     except OSError: return 0, 0
     return info.st_size, info.st_mtime_ns
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def _decode(path: str, max_pixels: int) -> Tensor:
     if os.path.exists(path) and not os.path.isfile(path): raise ImageError(f"{path} is no file")
@@ -167,7 +166,7 @@ def _decode(path: str, max_pixels: int) -> Tensor:
 def _ground_truth(path: str, stamp: tuple[int, int], max_pixels: int) -> tuple[Tensor, str, str]:
     "Picture, hash of its bytes, hash of its look."
     gt = _decode(path, max_pixels)
-    return gt, _sha256(path), dhash(gt)
+    return gt, file_hash(path), dhash(gt)
 
 def _check_pair(gt: Tensor, lq: Tensor) -> tuple[int, int, int]:
     "Scale; height and width of the GT that the LQ covers. Raises `Misfit`."
@@ -189,7 +188,7 @@ def measure(
     (height, width), scale, lq_sha256 = gt.shape[1:], 1, ""
     if entry.lq:
         scale, height, width = _check_pair(gt, _decode(entry.lq, max_pixels))
-        if (lq_sha256 := _sha256(entry.lq)) == sha256: raise Misfit("same file: LQ and GT have the same bytes")
+        if (lq_sha256 := file_hash(entry.lq)) == sha256: raise Misfit("same file: LQ and GT have the same bytes")
     if min(height, width) < min_side:
         raise Misfit(f"small: {width}x{height}, the shorter side must have {min_side} pixels")
     return dict(width=width, height=height, sha256=sha256, dhash=look, scale=scale, lq_sha256=lq_sha256)

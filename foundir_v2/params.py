@@ -55,7 +55,7 @@ class CleanConfig:
 class ManifestConfig:
     "Section `manifest`."
     captioner: Text  # a usage of `caption.CAPTIONERS`
-    num_workers: Workers  # processes for captions from files; 0: none
+    num_workers: Workers  # processes for captions, with a model one per accelerator; 0: none
     batch_size: Count  # pictures per call of a captioning model
 
 # %% ../nbs/82_params.ipynb #783105e8

@@ -53,9 +53,9 @@ def data_roots(
     data_dir: str,  # `ingest.data_dir`
     datasets: Sequence[Mapping[str, Any]] | None,  # `ingest.datasets`
 ) -> list[str]:  # as written
-    "What ingestion reads, for DVC: folders; of a table the folder around it."
+    "What ingestion reads, for DVC: folders; of a file the folder around it."
     if datasets is None: return [data_dir]
-    around = lambda d: (os.path.dirname(d.root) or d.root) if d.layout == "table" else d.root
+    around = lambda d: (os.path.dirname(d.root) or d.root) if LAYOUTS[d.layout].of_file else d.root
     return sorted({around(d) for d in read_config(datasets)})
 
 def check_tracked(

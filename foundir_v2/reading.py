@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'FRAMES', 'BLOCK', 'DRAFTS', 'LARGEST_DRAFT', 'CACHE', 'Window', 'cut', 'halve', 'halved_window', 'shorten',
-           'read', 'size_of', 'Photos']
+           'is_plain_png', 'read', 'size_of', 'Photos']
 
 # %% ../nbs/21_reading.ipynb #21ead002
 import mmap, sys, warnings, zlib
@@ -24,9 +24,13 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+try: from imagecodecs import spng_decode
+except ImportError: spng_decode = None  # Pillow gives the same pixels
+
 # %% ../nbs/21_reading.ipynb #21ead004
 from .camera import crop_to_multiple
 from .core import ImageError, from_pil, load_image
+from .shards import mapped
 
 # %% ../nbs/21_reading.ipynb #21ead009
 class Window(NamedTuple):
@@ -101,6 +105,20 @@ def shorten(
         at, enough = _jpeg_height(data), (rows // BLOCK + 1) * BLOCK
         if enough < int.from_bytes(data[at:at + 2]): data[at:at + 2] = enough.to_bytes(2)
 
+# chunks of a PNG that change no pixel, and texts, which may say how a picture is turned
+_SILENT = {*b"IHDR IDAT gAMA cHRM sRGB iCCP sBIT bKGD pHYs tIME".split()}
+_TEXTS, _TURNING = {b"tEXt", b"zTXt", b"iTXt"}, (b"Raw profile", b"XML:com.adobe.xmp")
+
+def is_plain_png(data: bytearray | mmap.mmap) -> bool:
+    "Is this a whole PNG of 8-bit colours that are shown as they are stored: not turned, transparent, or in passes?"
+    if data[:4] != b"\x89PNG" or data[24:29] != b"\x08\x02\0\0\0": return False
+    at = 8
+    while (kind := bytes(data[at + 4:at + 8])) != b"IEND":
+        told = kind in _TEXTS and not data[at + 8:at + 25].startswith(_TURNING)
+        if kind not in _SILENT and not told: return False
+        at += 12 + int.from_bytes(data[at:at + 4])
+    return True
+
 # %% ../nbs/21_reading.ipynb #21ead015
 DRAFTS = ("JPEG", "MPO")  # formats whose decoder can shrink
 LARGEST_DRAFT = 3  # halvings
@@ -113,6 +131,10 @@ def _decode(
     "Decode no more rows than a window needs. Raises `ImageError` where the file's rows are not the picture's."
     top, left, bottom, right = *window[:2], window.top + window.height, window.left + window.width
     shorten(data, bottom << drafted)
+    if spng_decode and is_plain_png(data):
+        with suppress(Exception):  # for a damaged one, Pillow's word counts
+            part_HWC = spng_decode(data)[top:bottom, left:right]
+            if part_HWC.shape == (*window[2:], 3): return torch.from_numpy(part_HWC.transpose(2, 0, 1).copy())
     with Image.open(data) as im:
         if drafted: im.draft(None, (im.width >> drafted, im.height >> drafted))
         if im.getexif().get(ExifTags.Base.Orientation, 1) != 1: raise ImageError("stored on its side")
@@ -125,7 +147,7 @@ def _decode(
 
 def _read(path: str | Path, window: Window | None, halved: int, draft: bool) -> Tensor:
     "As `read`, for files that are well; raises anything for others."
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as data:
+    with mapped(path) as data:
         with Image.open(data) as im: (width, height), drafts = im.size, im.format in DRAFTS
         drafted = min(max(halved - 1, 0), LARGEST_DRAFT) if draft and drafts else 0
         part, size = partial(_decode, data, drafted), (height >> drafted, width >> drafted)
@@ -153,7 +175,7 @@ def size_of(
     path: str | Path,  # of a picture
 ) -> tuple[int, int]:  # height, width, upright
     "The size of a picture, from its header. Raises as `load_image` does."
-    with suppress(Exception), Image.open(path) as im:
+    with suppress(Exception), mapped(path) as data, Image.open(data) as im:
         # a PNG without Exif would be decoded for it
         turned = (im.format != "PNG" or "exif" in im.info) and im.getexif().get(ExifTags.Base.Orientation, 1) > 4
         return im.size if turned else im.size[::-1]

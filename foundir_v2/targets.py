@@ -171,8 +171,12 @@ WRITABLE = tuple(suffix for suffix, form in FORMATS.items() if form.end)
 
 # %% ../nbs/01_targets.ipynb #f526795c
 def file_hash(path: str | Path) -> str:
-    "SHA-256 of a file, in hexadecimal digits."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    "SHA-256 of a file, in hexadecimal digits; it may lie in a shard (notebook 13b)."
+    try: file = open(path, "rb")
+    except (FileNotFoundError, NotADirectoryError):
+        from foundir_v2.shards import opened
+        file = opened(path)
+    with file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 def is_broken(
     path: Path,  # an existing file, whose suffix says what it should hold

@@ -33,6 +33,7 @@ from .mixture import MixtureError, write_mixture
 from .process import Stopped, exit_with_parent, leaving_later
 from .score import reference_set
 from .settings import TrainConfig, parameters, read_config
+from .shards import file_of
 from .trainlog import COURSE, TrainLog, TrainResult, check_steps, read_log, write_incidents, write_log
 
 # %% ../nbs/62_train.ipynb #69097f1b
@@ -88,7 +89,7 @@ def check_output(
     output, needed = Path(config.output).resolve(), [*input_files(config), Path(config.root), Path(config.checkpoints)]
     if output.is_dir():
         pictures = load_manifest(config.manifest)[["path", "lq"]].to_numpy().ravel()
-        needed += sorted({(Path(config.root) / p).parent for p in pictures if p})
+        needed += sorted({file_of(Path(config.root) / p).parent for p in pictures if p})
     for path in needed:
         if path.resolve().is_relative_to(output):
             raise FoundIRError(f"output={config.output!r} is, or holds, {path}, which this run needs: "

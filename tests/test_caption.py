@@ -294,6 +294,83 @@ def test_captioners_without_a_model_may_use_processes(pictures):
         assert describe_all(captioner, paths, 2) == ["picture a", "picture b"]
 
 
+@pytest.fixture
+def seven(tmp_path):
+    for i in range(7):
+        x = torch.rand(3, 20 + i, 24, generator=torch.Generator().manual_seed(i))
+        save_image(x, tmp_path/f"many/{i}.png")
+    return sorted((tmp_path/"many").iterdir())
+
+
+def test_processes_with_a_model_each_give_the_captions_of_one(tiny_vlm, seven, tmp_path):
+    made = lambda name: CachedCaptioner(VLMCaptioner(config(tiny_vlm[0]), "cpu"), tmp_path/name)
+    alone = describe_all(made("one"), seven, batch_size=2)
+    here = made("two")
+    here.captioner(seven[0])  # a model that is loaded here is not sent to the others
+    assert describe_all(here, seven, num_workers=2, batch_size=2) == alone and len(set(alone)) > 4
+    half = made("three")
+    describe_all(half, seven[2:5], batch_size=3)
+    assert describe_all(half, seven, num_workers=3, batch_size=1) == alone, "resumed by more processes"
+    again = made("two")
+    again.captioner.describe = None  # nobody is asked
+    assert describe_all(again, seven, num_workers=2) == alone
+
+
+def test_a_damaged_picture_costs_its_own_caption(tiny_vlm, seven, tmp_path):
+    whole = [VLMCaptioner(config(tiny_vlm[0]), "cpu")(p) for p in seven]
+    seven[3].write_bytes(seven[3].read_bytes()[:100])
+    cached = CachedCaptioner(VLMCaptioner(config(tiny_vlm[0]), "cpu"), tmp_path/"cache")
+    with pytest.raises(FoundIRError, match="can't read .*3.png"): describe_all(cached, seven, batch_size=4)
+    known = cached.memo.known(cached.name, map(sha256, seven))
+    assert known == {sha256(p): text for i, (p, text) in enumerate(zip(seven, whole)) if i != 3}
+
+
+def test_a_model_is_held_once_per_accelerator(monkeypatch):
+    import multiprocessing
+    from foundir_v2.caption import device_here, processes_for
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    asked = {("cuda", 8): 4, ("cuda", 3): 3, ("cuda", 1): 0, ("cuda", 0): 0, ("cuda:2", 8): 0, ("cpu", 8): 8}
+    assert {k: processes_for(torch.device(k[0]), k[1]) for k in asked} == asked
+    assert device_here(torch.device("cuda")) == torch.device("cuda"), "in the main process, torch's own choice"
+    taken = []
+    for number in range(11, 15):
+        process = multiprocessing.Process(name=f"SpawnProcess-{number}")
+        monkeypatch.setattr(multiprocessing, "current_process", lambda process=process: process)
+        taken.append(device_here(torch.device("cuda")).index)
+        assert device_here(torch.device("cuda:1")) == torch.device("cuda:1")
+        assert device_here(torch.device("cpu")) == torch.device("cpu")
+    assert sorted(taken) == [0, 1, 2, 3]
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert processes_for(torch.device("mps"), 8) == 0
+
+
+def test_workers_are_numbered_one_after_the_other():
+    "What `device_here` relies on."
+    from foundir_v2.memo import work_through
+    names = {name for _, name in work_through(name_of_this_process, range(6), 3)}
+    numbers = sorted(int(re.search(r"-(\d+)$", name)[1]) for name in names)
+    assert numbers[-1] - numbers[0] < 3
+
+
+def name_of_this_process(item):
+    import multiprocessing
+    return multiprocessing.current_process().name
+
+
+def test_pictures_are_described_in_batches_from_a_shell(tiny_vlm, seven, tmp_path, capsys, monkeypatch):
+    from foundir_v2.cli import main
+    sizes, describe = [], VLMCaptioner.describe
+    monkeypatch.setattr(VLMCaptioner, "describe", lambda self, paths: sizes.append(len(paths)) or describe(self, paths))
+    seven[6].write_bytes(b"no picture")
+    status = main(["caption", str(seven[0].parent), str(tmp_path/"out"), "--captioner", f"vlm:{tiny_vlm[0]}",
+                   "--cache-dir", str(tmp_path/"cache"), "--device", "cpu", "--batch-size", "3"])
+    told = capsys.readouterr()
+    assert status == 2 and "6.png" in told.err and "Traceback" not in told.err
+    texts = {p.stem: p.read_text().strip() for p in (tmp_path/"out").iterdir()}
+    alone = make_captioner(f"vlm:{tiny_vlm[0]}", tmp_path/"other", "cpu")
+    assert texts == {p.stem: alone(p) for p in seven[:6]} and sizes[:2] == [3, 3]
+
+
 def test_names_of_models_with_other_settings_differ(tiny_vlm):
     names = {VLMCaptioner(config(tiny_vlm[0], **c), "cpu").name
              for c in ({}, {"prompt": "what is it"}, {"seed": 3}, {"temperature": 0.5})}

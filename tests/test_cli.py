@@ -62,7 +62,8 @@ def run(*argv):
 
 
 @pytest.mark.parametrize('argv', [
-    [], ['restore'], ['degrade'], ['data'], ['data', 'fetch'], ['clean'], ['report'], ['caption'], ['train'],
+    [], ['restore'], ['degrade'], ['data'], ['data', 'fetch'], ['data', 'shards'],
+    ['clean'], ['report'], ['caption'], ['train'],
     ['evaluate'], ['benchmark'], ['mixture'], ['mixture', 'update'], ['mixture', 'show'], ['mixture', 'simulate'],
     ['mixture', 'fit'], ['mixture', 'recommend'], ['mixture', 'plot'], ['mixture', 'replay']], ids=' '.join)
 def test_help(argv, capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from foundir_v2.core import FoundIRError
 from foundir_v2.layouts import LAYOUTS, DataSet, compile_pattern, hold_out, read_dataset
-from foundir_v2.tasks import SUBTASKS
+from foundir_v2.tasks import FOUNDIR, SUBTASKS
 
 # [layout], then a GT per line, each followed by its inputs (<); what belongs to nothing (-)
 TEXT = """
@@ -92,10 +92,10 @@ DIV2K_valid_HR/0801.png
 < DIV2K_valid_LR_bicubic/X4/0801x4.png
 - DIV2K_train_LR_bicubic/X2/0001x2.png
 [foundir]
-Train/haze/GT/a/1.png
-< Train/haze/LQ/a/1.png
-low_light/GT/2.png
-< low_light/LQ/2.png
+08Haze/GT/0551.png
+< 08Haze/LQ/0551.jpg
+Train/lowlight+noise/GT/a/2.png
+< Train/lowlight+noise/LQ/a/2.png
 - meta/1.png
 [fourkrd]
 train/001/sharp/1.png
@@ -208,7 +208,7 @@ def found(root, entries):
 
 
 def test_every_layout_has_a_miniature():
-    assert set(LAYOUTS) == {*MINIATURES, *UNPAIRED, "table"}
+    assert set(LAYOUTS) == {*MINIATURES, *UNPAIRED, "table", "foundir_meta"}
 
 
 @pytest.mark.parametrize("layout", MINIATURES)
@@ -277,7 +277,8 @@ def test_what_is_refused_says_what_to_write(tmp_path):
             (dict(root="ab", layout="splits", gt="A/{key}"), ["reads no patterns", "layout: pairs"]),
             (dict(root="~/r", layout="reside"), ["nothing at ~/r", "whole path"]),
             (dict(root="r/ITS/clear/1.png", layout="reside"), ["is a file, expected a folder"]),
-            (dict(root="r", layout="table"), ["is a folder", "CSV or Parquet"]),
+            (dict(root="r", layout="table"), ["is a folder", "layout: table reads a file"]),
+            (dict(root="r", layout="foundir_meta"), ["is a folder", "layout: foundir_meta reads a file"]),
             (dict(root=".", layout="reside"), ["write root: ./r"]),
             (dict(root="r", layout="reside", task=dict(ITS="haze")), ["write task: NAME in place of a mapping"]),
             (dict(root="ab", layout="pairs", split="train", task="rain", gt="A/{key}.png", lq="B/{key}"),
@@ -349,3 +350,44 @@ def test_patterns_without_a_key(pattern):
 @pytest.mark.parametrize("pattern", ["{key}_{1}", "{key}_{no 1}", "{key}}", "{key}/{x"])
 def test_patterns_with_a_stray_brace(pattern):
     with pytest.raises(FoundIRError, match="brace stands alone"): compile_pattern(pattern)
+
+
+# as in Testset_meta_info.txt of github.com/House-Leo/FoundIR
+FOUNDIR_FOLDERS = """01Blur 02Blur_Noise 03Blur_JPEG 04Blur_Noise_JPEG 05Noise 06JPEG 07Noise_JPEG 08Haze
+09Lowlight_Haze 10Rain 11Raindrop 12NightRain 13Rain_Haze 14Lowlight 15Lowlight_Blur 16Lowlight_Noise 17Lowlight_JPEG
+18Lowlight_Blur_Noise 19Lowlight_Blur_JPEG 20Lowlight_Noise_JPEG""".split()
+
+
+def test_every_folder_of_foundir_is_one_of_its_sub_tasks(tmp_path):
+    make(tmp_path, [f"{folder}/{side}/{i:04d}.png" for i, folder in enumerate(FOUNDIR_FOLDERS)
+                    for side in ("GT", "LQ")])
+    lines = [f"{folder}/GT/{i:04d}.png, {folder}/LQ/{i:04d}.png" for i, folder in enumerate(FOUNDIR_FOLDERS)]
+    (tmp_path / "Testset_meta_info.txt").write_text("\n".join(lines))
+    by_folder = read_dataset(DataSet(name="f", root=".", layout="foundir", split="test"), tmp_path).entries
+    by_file = read_dataset(DataSet(name="f", root="Testset_meta_info.txt", layout="foundir_meta"), tmp_path).entries
+    tasks = [e.task for e in by_file]
+    assert sorted(tasks) == sorted(FOUNDIR) and tasks[:2] == ["motion_blur", "blur_noise"]
+    assert tasks[13:16] == ["low_light", "low_light_blur", "low_light_noise"]
+    facts = lambda entries: sorted((e.photo, e.path, e.lq, e.task, e.split) for e in entries)
+    assert facts(by_folder) == facts(by_file) and by_file[0].split == "test"
+
+
+def test_a_meta_file_chooses_pairs(tmp_path):
+    (tmp_path / "Million_train_meta_info.txt").write_text(
+        "Single/Blur/GT/a/1.png, Single/Blur/LQ/a/1.jpg\r\n\nFog/GT/2.png, Fog/LQ/2.png\n")
+    read = lambda **more: read_dataset(
+        DataSet(name="f", root="Million_train_meta_info.txt", layout="foundir_meta", **more), tmp_path).entries
+    entries = read()
+    assert [(e.photo, e.task, e.split) for e in entries] == [
+        ("Single/Blur/LQ/a/1", "motion_blur", "train"), ("Fog/LQ/2", "Fog", "train")]
+    assert [e.task for e in read(task={"Blur": "defocus_blur", "Fog": "haze"})] == ["defocus_blur", "haze"]
+    assert entries[0].lq == str(tmp_path / "Single/Blur/LQ/a/1.jpg")
+    assert {e.split for e in read(task="rain", split="reference")} == {"reference"}
+    assert sum(e.split == "test" for e in read(task="rain", split=dict(test=1))) == 1
+    for text, words in (("a/GT/1.png\n", "line 1: expected a ground truth and an input"),
+                        ("a/GT/1.png, b.png\nx, y, z\n", "line 2"), ("a/GT/1.png,\n", "line 1"),
+                        ("GT/3.png, LQ/3.png", "Write task: NAME"),
+                        (b"\xff\xfe\x00", "can't read Million_train_meta_info.txt as text")):
+        (tmp_path / "Million_train_meta_info.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(FoundIRError, match=words) as e: read()
+        assert "\n" not in str(e.value)

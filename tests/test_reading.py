@@ -104,14 +104,70 @@ def test_draft_mode_is_near_and_gives_any_window_the_same_pixels(files, name):
             assert torch.equal(read(path, window, k, draft=True), cut(near, window)), (k, window)
 
 
+def with_chunk(data, kind, content, before=b"IEND"):
+    at = data.index(before) - 4
+    return data[:at] + struct.pack(">I", len(content)) + kind + content + struct.pack(
+        ">I", zlib.crc32(kind + content)) + data[at:]
+
+
+def rotated_exif(): return turned(6).tobytes().removeprefix(b"Exif\0\0")
+
+
+PNGS = {  # what a PNG may hold besides its pixels -> is it plain?
+    "nothing": (lambda d: d, True),
+    "text": (lambda d: with_chunk(d, b"tEXt", b"Software\0by hand"), True),
+    "gamma": (lambda d: with_chunk(d, b"gAMA", struct.pack(">I", 45455), b"IDAT"), True),
+    "turned": (lambda d: with_chunk(d, b"eXIf", rotated_exif(), b"IDAT"), False),
+    "turned, told at the end": (lambda d: with_chunk(d, b"eXIf", rotated_exif()), False),
+    "metadata of an editor": (lambda d: with_chunk(d, b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<x/>"), False),
+    "one colour shines through": (lambda d: with_chunk(d, b"tRNS", bytes(6), b"IDAT"), False),
+    "end is missing": (lambda d: d[:-12], False),
+    "cut": (lambda d: d[:len(d) // 2], False)}
+
+
+@pytest.mark.parametrize("name", PNGS)
+def test_pngs_are_read_alike_with_and_without_libspng(files, tmp_path, monkeypatch, name):
+    pytest.importorskip("imagecodecs")
+    change, plain = PNGS[name]
+    (path := tmp_path / "a.png").write_bytes(change((files / "rgb.png").read_bytes()))
+    assert reading.is_plain_png(bytearray(path.read_bytes())) == plain
+    windows = [(None, 0), (Window(3, 5, 9, 7), 0), (Window(60, 0, 30, 90), 1)]
+    def answers():
+        found = []
+        for window, halved in windows:
+            try: found.append(read(path, window, halved))
+            except ImageError as e: found.append(str(e))
+        return found
+    with_it = answers()
+    monkeypatch.setattr(reading, "spng_decode", None)
+    for a, b in zip(with_it, answers(), strict=True): assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+    if name == "cut": assert "truncated" in with_it[0]
+    elif "missing" not in name: assert torch.equal(with_it[0], decoded(path))
+
+
+def test_damage_that_only_one_decoder_minds_changes_nothing(files, tmp_path, monkeypatch):
+    pytest.importorskip("imagecodecs")
+    data = bytearray((files / "rgb.png").read_bytes())
+    end = data.index(b"IDAT") + 4 + int.from_bytes(data[data.index(b"IDAT") - 4:data.index(b"IDAT")])
+    data[end] ^= 1  # a wrong checksum, of which Pillow takes no notice
+    (path := tmp_path / "a.png").write_bytes(data)
+    asked, real = [], reading.spng_decode
+    monkeypatch.setattr(reading, "spng_decode", lambda d: asked.append(1) or real(d))
+    assert torch.equal(read(path, Window(3, 5, 9, 7)), cut(decoded(files / "rgb.png"), Window(3, 5, 9, 7))) and asked
+
+
 def count_rows(monkeypatch):
     "How many rows every decoded picture has."
-    rows, opened = [], Image.open
+    rows, opened, decode = [], Image.open, reading.spng_decode
     def spy(data):
         im = opened(data)
         rows.append(im.height)
         return im
+    def spng(data):
+        rows.append(int.from_bytes(data[20:24]))
+        return decode(data)
     monkeypatch.setattr(reading.Image, "open", spy)
+    if decode: monkeypatch.setattr(reading, "spng_decode", spng)
     return rows
 
 
