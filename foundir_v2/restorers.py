@@ -17,11 +17,11 @@ from torch import Tensor
 
 from .classical import METHODS, Bicubic, scale_of
 from .config import convert
-from .core import FoundIRError, Restorer, load_image, save_image
+from .core import FoundIRError, Restorer, load_image, pick_device, save_image
 from .evaluate import compare
 from .external import (API_OPTIONS, COMMAND_OPTIONS, ApiRestorer, CommandRestorer, check_api, command_files,
                                  parse_template, picture_hash)
-from .inference import ColorFix, Guidance, Prompt, Start, Steps
+from .inference import ColorFix, Guidance, Prompt, Start, Steps, find_recipe
 from .iqa import oriented
 from .systems import SYSTEM_OPTIONS, SpandrelRestorer, make_system, system, system_facts, system_files
 from .targets import READABLE
@@ -180,6 +180,15 @@ def _diffusion(load: Callable[[str], Any], argument: str, options: Mapping[str, 
     resolve_settings(pipe, 1, **{k: v for k, v in restorer.options.items() if k not in texts})  # refuses what can't be
     return restorer
 
+def _trained(folder: str, options: Mapping[str, Any]) -> Restorer:
+    "Of whatever architecture."
+    recipe = find_recipe(Path(folder))
+    if recipe is None or recipe.architecture == "foundir_v2": return _diffusion(load_trained, folder, options)
+    if options:
+        raise FoundIRError(f"trained:{folder} is a {recipe.architecture}, which takes no option {', '.join(options)}")
+    from foundir_v2.pixels import PixelRestorer, read_network
+    return PixelRestorer(read_network(folder), recipe.architecture, recipe.inference, pick_device())
+
 def _bound(base: str) -> VAEBound:
     from foundir_v2.base import load_base
     return VAEBound(load_base(base, prior=False).vae)
@@ -238,7 +247,7 @@ KINDS: dict[str, Kind] = dict(
     vae=Kind("BASE", lambda base, options, reference: _bound(base)),
     encoder=Kind("NAME_OR_PATH", lambda path, options, reference: _encoder(path)),
     pipeline=Kind("NAME_OR_PATH", lambda path, options, reference: _diffusion(_load_pipeline, path, options), OPTIONS),
-    trained=Kind("FOLDER", lambda path, options, reference: _diffusion(load_trained, path, options), OPTIONS),
+    trained=Kind("FOLDER", lambda path, options, reference: _trained(path, options), OPTIONS),
     network=Kind("NAME", lambda name, options, reference: _published(name)),
     folder=Kind("INPUTS,RESULTS", lambda folders, options, reference: _folder(folders)),
     spandrel=Kind("FILE", lambda path, options, reference: SpandrelRestorer(path)),
