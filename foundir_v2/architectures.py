@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
-from annotated_types import Interval
+from annotated_types import Interval, MaxLen, MinLen
 
 from .core import FoundIRError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING: from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['Width', 'Number', 'ARCHITECTURES', 'Trainee', 'Architecture', 'FoundIRv2', 'PixelArchitecture', 'PromptIR',
-           'find_architecture']
+           'FoundIRv1', 'find_architecture']
 
 # %% ../nbs/60b_architectures.ipynb #60b00007
 class Trainee(Protocol):
@@ -60,7 +60,7 @@ class PixelArchitecture(Architecture):
 
     @staticmethod
     def network_class() -> type:
-        "A diffusers `ModelMixin`, made from the row's fields, with the side that it works in multiples of, `multiple`."
+        "A `foundir_v2.pixelnet.PixelNetwork` whose arguments are the row's fields."
         raise NotImplementedError
 
     @classmethod
@@ -97,7 +97,30 @@ class PromptIR(PixelArchitecture):
         return network
 
 # %% ../nbs/60b_architectures.ipynb #60b00015
-ARCHITECTURES: dict[str, type[Architecture]] = dict(foundir_v2=FoundIRv2, promptir=PromptIR)
+@dataclass(frozen=True, kw_only=True)
+class FoundIRv1(PixelArchitecture):
+    "The generalist of FoundIR (Li et al., ICCV 2025)."
+    width: Width = 64  # channels of the first level
+    factors: Annotated[tuple[Number, ...], MinLen(2), MaxLen(6)] = (1, 2, 4, 8)  # widths of the levels, in multiples
+    groups: Number = 8  # of the norms; divides every width
+    steps: Annotated[int, Interval(ge=1, le=1000)] = 4  # passes that a restoration takes
+    delta_end: Annotated[float, Interval(gt=0, le=0.01)] = 1.4e-3  # how fast the degraded picture fades
+    start_noise: Annotated[float, Interval(ge=0, le=1)] = 0.1  # strength of the noise that a restoration starts from
+
+    @staticmethod
+    def network_class() -> type:
+        from foundir_v2.foundir_v1 import FoundIRv1Network
+        return FoundIRv1Network
+
+    @classmethod
+    def released(cls, path: str | Path) -> nn.Module:
+        from foundir_v2.foundir_v1 import load_official
+        network = cls.network_class()()
+        load_official(path, network)
+        return network
+
+# %% ../nbs/60b_architectures.ipynb #60b00017
+ARCHITECTURES: dict[str, type[Architecture]] = dict(foundir_v2=FoundIRv2, promptir=PromptIR, foundir_v1=FoundIRv1)
 
 def find_architecture(
     name: str,  # as a file or a catalogue names it

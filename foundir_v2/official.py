@@ -103,6 +103,7 @@ def _reader(path: Path) -> Callable:
 def read_weights(
     path: str | Path,  # written by `torch.save`, or a safetensors file
     entry: str | None = None,  # of a training's checkpoint that holds the weights, where the file is one
+    prefix: str = "",  # only those whose names begin so; they lose it
 ) -> dict[str, Tensor]:  # on the CPU, mapped from the file where the format allows it
     """Read a state dict without executing anything.
     Raises `FoundIRError` for what is missing, damaged, of another kind or holds more than weights."""
@@ -119,6 +120,8 @@ def read_weights(
         raise FoundIRError(f"can't read {path} ({' '.join(str(e).split()).split('. ')[0][:120]}): "
                            "truncated or damaged? Copy or download it again") from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get(entry), Mapping): loaded = loaded[entry]
+    if prefix and isinstance(loaded, Mapping):
+        loaded = {k.removeprefix(prefix): v for k, v in loaded.items() if str(k).startswith(prefix)}
     return _state_dict(loaded, path)
 
 def _state_dict(loaded, source: str | Path) -> dict[str, Tensor]:

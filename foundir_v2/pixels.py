@@ -6,12 +6,13 @@
 __all__ = ['restore_pixels', 'read_network', 'PixelRestorer']
 
 # %% ../nbs/60c_pixels.ipynb #60c00004
+from collections.abc import Sequence
 from pathlib import Path
 
 # %% ../nbs/60c_pixels.ipynb #60c00005
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 # %% ../nbs/60c_pixels.ipynb #60c00006
@@ -20,14 +21,16 @@ from .base import reading_model
 from .core import FoundIRError
 from .degrade import upsample_lq
 from .inference import InferenceConfig, read_recipe
+from .pixelnet import PixelNetwork
 from .tasks import SubTask, subtask as as_subtask
 from .tiling import map_tiles, tile_grid
 
 # %% ../nbs/60c_pixels.ipynb #60c00009
 @torch.no_grad()
 def restore_pixels(
-    network: nn.Module,  # pictures in [0, 1] → the same shape; `multiple`: of both sides
-    x_BCHW: Tensor,  # degraded, at the size of the result
+    network: PixelNetwork,
+    x_BCHW: Tensor,  # degraded, in [0, 1], at the size of the result
+    seeds: Sequence[int],  # of each picture's noise
     tile_size: int = 0,  # pixels, a multiple of `multiple`; 0: no tiles
     tile_overlap: float = 0.25,  # fraction that neighbouring tiles share
     tile_batch: int = 1,  # tiles per call of the network
@@ -36,13 +39,16 @@ def restore_pixels(
     multiple, (h, w) = network.multiple, x_BCHW.shape[-2:]
     x = pad(x_BCHW, (0, -w % multiple, 0, -h % multiple), mode="replicate")
     grid = tile_grid(*x.shape[-2:], tile_size, tile_overlap, multiple)
-    call = lambda tiles: network(torch.stack([grid.crop(x[t.picture], t.top, t.left) for t in tiles]))
+    cut = lambda whole, tiles: torch.stack([grid.crop(whole[t.picture], t.top, t.left) for t in tiles])
+    draw = lambda seed: torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed))
+    noise = torch.stack(list(map(draw, seeds))).to(x) if network.starts_from_noise else None
+    call = lambda tiles: network.restore(cut(x, tiles), None if noise is None else cut(noise, tiles))
     return map_tiles(call, len(x), grid, tile_batch)[..., :h, :w].float().clamp(0, 1)
 
 # %% ../nbs/60c_pixels.ipynb #60c00012
 def read_network(
     folder: str | Path,  # a result: `network/` and `pipeline.json`
-) -> nn.Module:
+) -> PixelNetwork:
     "The trained network of a folder. Raises `FoundIRError` if there is none, or it is damaged."
     design = find_architecture(name := read_recipe(folder).architecture)
     if design.latent: raise FoundIRError(f"{folder} holds a {name}, which is no network on pixels: use load_pipeline")
@@ -57,7 +63,7 @@ def read_network(
 class PixelRestorer:
     "A network on pixels as a restorer; for super-resolution it gets the picture enlarged."
     def __init__(self,
-        network: nn.Module,
+        network: PixelNetwork,
         name: str,
         inference: InferenceConfig = InferenceConfig(),  # its tiles
         device: str | torch.device = "cpu",
@@ -68,4 +74,4 @@ class PixelRestorer:
     def __call__(self, lq: Tensor, *, subtask: SubTask | str | None = None, seed: int = 0, caption: str = "") -> Tensor:
         k = 1 if subtask is None else as_subtask(subtask).scale
         x = upsample_lq(lq, [k * n for n in lq.shape[-2:]])[None].to(self.device)
-        return restore_pixels(self.network, x, **self.tiles)[0].to(lq)
+        return restore_pixels(self.network, x, [seed], **self.tiles)[0].to(lq)

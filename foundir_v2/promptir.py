@@ -14,19 +14,18 @@ from pathlib import Path
 # %% ../nbs/49a_promptir.ipynb #49a00005
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/49a_promptir.ipynb #49a00006
 from .attention import ConvBlock, GatedFFN, TransposedAttention
-from .core import FoundIRError
 from .official import block_key, read_weights
+from .pixelnet import PixelNetwork, load_renamed
 
 # %% ../nbs/49a_promptir.ipynb #49a00009
 class PromptGeneration(nn.Module):
-    "Features (B, C, H, W) → their prompt (B, width, H, W). PromptIR, Eq. 3."
+    "PromptIR's prompt generation: features (B, C, H, W) → their prompt (B, width, H, W)."
     def __init__(self,
         channels: int,  # C
         prompts: int,  # components, N
@@ -56,7 +55,7 @@ def transformer_block(
     return ConvBlock(channels, TransposedAttention(channels, heads), GatedFFN(channels, expansion))
 
 class PromptInteraction(nn.Module):
-    "Features (B, C, H, W) → (B, out, H, W), having met their prompt. PromptIR, Eq. 5."
+    "PromptIR's prompt interaction: features (B, C, H, W) → (B, out, H, W), having met their prompt."
     def __init__(self,
         channels: int,  # C
         out: int,
@@ -80,9 +79,8 @@ def _down(channels: int) -> nn.Sequential: return nn.Sequential(_conv(channels, 
 
 def _up(channels: int) -> nn.Sequential: return nn.Sequential(_conv(channels, 2 * channels, 3), nn.PixelShuffle(2))
 
-class PromptIRNetwork(ModelMixin, ConfigMixin):
+class PromptIRNetwork(PixelNetwork):
     "PromptIR (NeurIPS 2023), at its published size by default. Raises `FoundIRError` for heads that divide no width."
-    _supports_gradient_checkpointing = True
     multiple = 8  # of both sides of a picture
 
     @register_to_config
@@ -110,16 +108,8 @@ class PromptIRNetwork(ModelMixin, ConfigMixin):
         self.merge = nn.ModuleList([nn.Identity(), _conv(two + two, two, 1), _conv(two + four, four, 1)])
         self.decoder = nn.ModuleList(map(stack, after, heads, blocks))
         self.refine, self.out = stack(two, heads[0], refinement), _conv(two, 3, 3)
-        self.gradient_checkpointing = False
 
 # %% ../nbs/49a_promptir.ipynb #49a00016
-@patch
-def _run(self: PromptIRNetwork, blocks: nn.Sequential, x_BCHW: Tensor) -> Tensor:
-    "Blocks in a row; the backward pass makes their activations again if it is told to."
-    again = self.gradient_checkpointing and torch.is_grad_enabled()
-    for block in blocks: x_BCHW = self._gradient_checkpointing_func(block, x_BCHW) if again else block(x_BCHW)
-    return x_BCHW
-
 @patch
 def forward(
     self: PromptIRNetwork,
@@ -128,13 +118,13 @@ def forward(
     "Restore pictures."
     x, skips = self.embed(picture_BCHW), []
     for level in range(3):
-        skips.append(self._run(self.encoder[level], x))
+        skips.append(self.run(self.encoder[level], x))
         x = self.down[level](skips[-1])
-    x = self._run(self.encoder[3], x)
+    x = self.run(self.encoder[3], x)
     for level in (2, 1, 0):
         x = torch.cat([self.up[level](self.interact[level](x)), skips[level]], 1)
-        x = self._run(self.decoder[level], self.merge[level](x))
-    return picture_BCHW + self.out(self._run(self.refine, x))
+        x = self.run(self.decoder[level], self.merge[level](x))
+    return picture_BCHW + self.out(self.run(self.refine, x))
 
 # %% ../nbs/49a_promptir.ipynb #49a00024
 _RULES: Sequence[tuple[str, str]] = (  # our place, as a pattern → theirs; k is the level, counted from 0 here
@@ -172,17 +162,9 @@ def load_official(
     network: PromptIRNetwork,  # changed in place
 ) -> list[str]:  # what the file holds besides: layers that are never used
     "Load weights in the authors' layout, without running code. Raises `FoundIRError` if they don't fit."
-    weights = dict(source) if isinstance(source, Mapping) else read_weights(source, entry="state_dict")
-    where, wanted = "the state dict" if isinstance(source, Mapping) else source, to_official(network)
-    weights = {k if k.startswith("net.") else f"net.{k}": v for k, v in weights.items()}
-    unused = [k for k in weights if k.removeprefix("net.").startswith(UNUSED)]
-    wrong = dict(missing=[k for k in wanted if k not in weights],
-                 unknown=[k for k in weights if k not in wanted and k not in unused],
-                 shape=[k for k, v in wanted.items() if k in weights and weights[k].shape != v.shape])
-    if any(wrong.values()):
-        what = "; ".join(f"{len(found)} {kind}, such as {found[0]}" for kind, found in wrong.items() if found)
-        raise FoundIRError(f"{where} doesn't hold the weights of this PromptIR ({what}): build the network with the "
-                           "sizes that they were trained with")
-    ours = zip(network.state_dict().items(), wanted)
-    network.load_state_dict({k: weights[theirs].reshape(v.shape) for (k, v), theirs in ours})
+    weights = source if isinstance(source, Mapping) else read_weights(source, entry="state_dict")
+    where = "the state dict" if isinstance(source, Mapping) else source
+    weights = {k.removeprefix("net."): v for k, v in weights.items()}
+    unused = [k for k in weights if k.startswith(UNUSED)]
+    load_renamed(network, {k: v for k, v in weights.items() if k not in unused}, official_name, where)
     return unused

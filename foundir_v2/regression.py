@@ -20,13 +20,14 @@ from .core import FoundIRError, hash_seed
 from .data import Item
 from .inference import Recipe, read_recipe, write_recipe
 from .objective import sample_losses
+from .pixelnet import PixelNetwork
 from .pixels import read_network, restore_pixels
 from .settings import TrainConfig
 
 # %% ../nbs/61c_regression.ipynb #61c00011
 def build_network(
     config: TrainConfig,
-) -> nn.Module:  # trainable
+) -> PixelNetwork:  # trainable
     "The network that training starts from. Raises `FoundIRError` if `config.init` belongs to another configuration."
     sizes, plain = asdict(config.design), lambda v: list(v) if isinstance(v, tuple) else v
     if config.init:
@@ -57,15 +58,16 @@ class PixelModel:
         return [dict(name="network", params=list(self.network.parameters()), lr=self.config.learning_rate)]
 
     def losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        "Distance to the ground truth: (B,)."
+        "Distance to what the network should predict: (B,)."
         lq, gt = (batch[k].to(self.device) for k in ("lq", "gt"))
         if self.config.channels_last: lq = lq.contiguous(memory_format=torch.channels_last)
-        return sample_losses(model(lq), gt, self.config.loss)
+        inputs, target = self.network.objective(lq, gt, batch["seed"].tolist())
+        return sample_losses(model(*inputs), target, self.config.loss)
 
     def restore(self, items: Sequence[Item]) -> list[Tensor]:
         "Restored pictures, (3, H, W) each."
         x = torch.stack([i.input for i in items]).to(self.device)
-        return list(restore_pixels(self.network, x, tile_batch=len(items), **self.tiles))
+        return list(restore_pixels(self.network, x, [i.seed for i in items], tile_batch=len(items), **self.tiles))
 
     def save(self, folder: Path) -> None:
         "`network/` and `pipeline.json`."

@@ -47,6 +47,7 @@ class System(NamedTuple):
     words: Mapping[str, str] = _NONE
     paths: Mapping[str, str] = _NONE  # further placeholder -> what belongs there
     setup: str = ""
+    architecture: str = ""  # of this library, if that runs it
     tried: bool = False  # has anybody run this row?
 
 # %% ../nbs/75_systems.ipynb #75sy0009
@@ -154,7 +155,7 @@ def make_system(
     if lack := lacking(name, options):
         raise FoundIRError(f"{s.title} can't run here, it lacks {'; '.join(lack)}{s.setup and f'. Besides: {s.setup}'}")
     if s.runs == "spandrel": return SpandrelRestorer(paths["weights"])
-    if s.runs == "native": return load_released(name, paths["weights"], s.title)
+    if s.runs == "native": return load_released(s.architecture, paths["weights"], s.title)
     some = {k: options[k] for k in ("timeout", "tasks") if k in options}
     if s.runs == "api": return ApiRestorer(s.source, options["model"], s.title, **some)
     given = {"python": options.get("python", "python"), **paths}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest, torch
 
-from foundir_v2 import train as tr
-from foundir_v2.architectures import ARCHITECTURES, PromptIR
+from foundir_v2 import foundir_v1, train as tr
+from foundir_v2.architectures import ARCHITECTURES
 from foundir_v2.core import FoundIRError
+from foundir_v2.foundir_v1 import TIMESTEPS, FoundIRv1Network, mix, residual_schedule
 from foundir_v2.index import load_manifest
 from foundir_v2.inference import read_recipe
 from foundir_v2.learner import Learner, make_accelerator
@@ -18,19 +19,29 @@ from foundir_v2.plan import plan_stage
 from foundir_v2.promptir import UNUSED, PromptIRNetwork, load_official, to_official
 from foundir_v2.restorers import make_restorer, restorer_sources
 from foundir_v2.score import reference_set
-from foundir_v2.systems import SYSTEMS, load_released
+from foundir_v2.systems import load_released
 from foundir_v2.trainlog import read_log
 from small_training import TASKS, config, equal
 
 SMALL = dict(width=8, blocks=[1, 1, 1, 1], refinement=1, heads=[1, 1, 2, 2], prompts=3, prompt_width=[8, 8, 16],
              prompt_size=[8, 4, 2])
-SHAPES = {row["key"]: tuple(map(int, row["shape"].split("x")))
-          for row in csv.DictReader(open(Path(__file__).with_name("data") / "promptir_keys.csv"))}
+SIZES = dict(promptir=SMALL, foundir_v1=dict(width=8, factors=[1, 2], groups=4, steps=2))
+NETWORKS = dict(promptir=PromptIRNetwork, foundir_v1=FoundIRv1Network)
+every = pytest.mark.parametrize("name", SIZES)
 
 
-def promptir(bench, out, **changes):
-    own = dict(stage=2, architecture="promptir", architecture_options=SMALL, update_every=2)
+def shapes(name):
+    "What the authors' class holds: name -> shape."
+    with open(Path(__file__).with_name("data") / f"{name}_keys.csv") as f:
+        return {row["key"]: tuple(map(int, row["shape"].split("x"))) for row in csv.DictReader(f)}
+
+
+def small(bench, out, name, **changes):
+    own = dict(stage=2, architecture=name, architecture_options=SIZES[name], update_every=2)
     return config(bench, out, **(own | changes))
+
+
+def promptir(bench, out, **changes): return small(bench, out, "promptir", **changes)
 
 
 def network_weights(folder): return read_network(folder).state_dict()
@@ -40,7 +51,8 @@ def network_weights(folder): return read_network(folder).state_dict()
 
 @pytest.mark.parametrize("changes, words", [
     (dict(stage=0), "architecture promptir trains by stage 2 alone: it has no stage 0"),
-    (dict(stage=1), "it has no stage 1"), (dict(architecture="promtir"), "expected one of foundir_v2, promptir"),
+    (dict(stage=1), "it has no stage 1"),
+    (dict(architecture="promtir"), "expected one of foundir_v2, promptir, foundir_v1"),
     (dict(architecture_options=dict(depth=3)), "unknown depth; the choices are width, blocks"),
     (dict(architecture_options=dict(blocks=[1, 1])), "architecture_options.blocks: expected 4 values, got 2"),
     (dict(architecture="foundir_v2"), "architecture_options: unknown width"),
@@ -66,8 +78,9 @@ def test_a_plan_of_another_architecture_is_refused(bench, tmp_path):
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-def test_promptir_trains_with_des_and_restores_as_it_was_scored(bench, tmp_path):
-    c = promptir(bench, tmp_path, steps=4, keep_best=True, tensorboard=True)
+@every
+def test_it_trains_with_des_and_restores_as_it_was_scored(bench, tmp_path, name):
+    c = small(bench, tmp_path, name, steps=4, keep_best=True, tensorboard=True)
     result = tr.train(c)
     updates = [r for r in read_log(result.output / "log.jsonl") if r["kind"] == "mixture"]
     assert [r["step"] for r in updates] == [0, 2, 4] and all(set(r["scores"]) == set(TASKS) for r in updates)
@@ -75,7 +88,7 @@ def test_promptir_trains_with_des_and_restores_as_it_was_scored(bench, tmp_path)
     assert result.steps[-1]["lr"].keys() == {"network"}
     assert sorted(p.name for p in (result.output / "network").iterdir()) == [
         "config.json", "diffusion_pytorch_model.safetensors"]
-    assert read_recipe(result.output).architecture == "promptir" == read_recipe(result.output / "best").architecture
+    assert read_recipe(result.output).architecture == name == read_recipe(result.output / "best").architecture
     items = [some[0] for some in reference_set(load_manifest(c.manifest), TASKS, 1, 32, root=str(bench)).values()]
     learner, restorer = Learner(replace(c, init=str(result.output)), make_accelerator(c)), make_restorer(
         f"trained:{result.output}")
@@ -88,8 +101,9 @@ def test_promptir_trains_with_des_and_restores_as_it_was_scored(bench, tmp_path)
         p for root in restorer_sources(f"trained:{result.output}")[0] for p in root.rglob("*")]
 
 
-def test_a_killed_run_of_promptir_ends_as_the_straight_one(bench, tmp_path, monkeypatch):
-    c = promptir(bench, tmp_path, steps=6, output=str(tmp_path / "straight"))
+@every
+def test_a_killed_run_ends_as_the_straight_one(bench, tmp_path, monkeypatch, name):
+    c = small(bench, tmp_path, name, steps=6, output=str(tmp_path / "straight"))
     straight, save = tr.train(c), tr.Checkpoints.save
     def dying(self, accelerator, step, *state):
         path = save(self, accelerator, step, *state)
@@ -132,19 +146,29 @@ def test_switches_that_save_memory_change_no_result(bench, tmp_path):
 
 # --- the network and the authors' layout ------------------------------------------------------------------------------
 
-def test_every_weight_of_the_authors_has_its_partner():
+def count(found): return sum(torch.Size(s).numel() for s in found.values())
+
+
+def test_every_weight_of_promptirs_authors_has_its_partner():
     "Names and shapes as their class has them at the published size; 215,296 numbers of it are never used."
     with torch.device("meta"): ours = {k: tuple(v.shape) for k, v in to_official(PromptIRNetwork()).items()}
-    used = {f"net.{k}": v for k, v in SHAPES.items() if not k.startswith(UNUSED)}
-    assert ours == used
-    count = lambda shapes: sum(torch.Size(s).numel() for s in shapes.values())
-    assert count(SHAPES) == 35_592_263 and count(SHAPES) - count(used) == 215_296
+    theirs = shapes("promptir")
+    used = {f"net.{k}": v for k, v in theirs.items() if not k.startswith(UNUSED)}
+    assert ours == used and count(theirs) == 35_592_263 and count(theirs) - count(used) == 215_296
 
 
-def test_the_row_declares_the_networks_sizes():
-    with torch.device("meta"): network = PromptIRNetwork()
+def test_every_weight_of_foundirs_authors_has_its_partner():
+    with torch.device("meta"): ours = foundir_v1.to_official(FoundIRv1Network())
+    assert {k: tuple(v.shape) for k, v in ours.items()} == shapes("foundir_v1")
+    assert count(shapes("foundir_v1")) == 36_261_187
+
+
+@every
+def test_the_row_declares_the_networks_sizes(name):
+    with torch.device("meta"): network = NETWORKS[name]()
     assert {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in network.config.items()
-            if not k.startswith("_")} == asdict(PromptIR())
+            if not k.startswith("_")} == asdict(ARCHITECTURES[name]())
+    assert ARCHITECTURES[name].network_class() is NETWORKS[name]
 
 
 def checkpoint(path, network, prefix="net.", **more):
@@ -160,7 +184,7 @@ def test_a_lightning_checkpoint_of_the_authors_layout_loads(tmp_path, prefix):
     torch.manual_seed(0)
     one, two, x = PromptIRNetwork(**SMALL).eval(), PromptIRNetwork(**SMALL).eval(), torch.rand(1, 3, 16, 24)
     unused = load_official(checkpoint(tmp_path / "model.ckpt", one, prefix), two)
-    assert unused == ["net.chnl_reduce1.weight"]
+    assert unused == ["chnl_reduce1.weight"]
     with torch.no_grad(): assert torch.equal(one(x), two(x))
 
 
@@ -169,27 +193,84 @@ def test_weights_that_do_not_fit_change_nothing_and_nothing_is_run(tmp_path):
     before = {k: v.clone() for k, v in network.state_dict().items()}
     other = to_official(PromptIRNetwork(**(SMALL | dict(prompts=4))))
     more = to_official(network) | {"net.more": torch.ones(1)}
-    for weights, words in (({}, "missing, such as net.patch_embed"), (more, "1 unknown, such as net.more"),
-                           (other, "9 shape, such as net.prompt1.prompt_param")):
+    for weights, words in (({}, "missing, such as patch_embed"), (more, "1 unknown, such as more"),
+                           (other, "9 of another shape, such as prompt1.prompt_param")):
         with pytest.raises(FoundIRError, match=words): load_official(weights, network)
     trap = checkpoint(tmp_path / "trap.ckpt", network, hyper_parameters=Path("anywhere"))
     with pytest.raises(FoundIRError, match="nothing of it was executed"): load_official(trap, network)
     assert equal(before, network.state_dict())
 
 
-def test_the_released_weights_are_a_system(tmp_path, monkeypatch):
+def average(path, network):
+    "A checkpoint as FoundIR's training writes it."
+    of = lambda prefix, scale: {prefix + k: v * scale for k, v in foundir_v1.to_official(network).items()}
+    ema = of(foundir_v1.PREFIX, 1) | of("online_model.model.unet0.", 2) | {"initted": torch.tensor(True)}
+    torch.save({"step": 9, "model": of("model.unet0.", 2), "ema": ema, "opt0": {}, "scaler": None}, path)
+    return path
+
+
+@pytest.mark.parametrize("system, name, write", [
+    ("promptir", "promptir", checkpoint), ("foundir", "foundir_v1", average)])
+def test_the_released_weights_are_a_system(tmp_path, monkeypatch, system, name, write):
     torch.manual_seed(0)
-    monkeypatch.setattr(PromptIR, "network_class", staticmethod(lambda: partial(PromptIRNetwork, **SMALL)))
-    network, x = PromptIRNetwork(**SMALL).eval(), torch.rand(3, 21, 30)
-    path = checkpoint(tmp_path / "model.ckpt", network)
-    spec, options = "system:promptir", {"paths": {"weights": str(path)}}
-    restored = make_restorer(spec, options)(x)
-    assert torch.allclose(restored, restore_pixels(network, x[None])[0], atol=1e-6)
+    make = partial(NETWORKS[name], **SIZES[name])
+    monkeypatch.setattr(ARCHITECTURES[name], "network_class", staticmethod(lambda: make))
+    network, x = make().eval(), torch.rand(3, 21, 30)
+    path = write(tmp_path / "weights.pt", network)
+    spec, options = f"system:{system}", {"paths": {"weights": str(path)}}
+    restored = make_restorer(spec, options)(x, seed=3)
+    assert torch.allclose(restored, restore_pixels(network, x[None], [3])[0], atol=1e-6)
     assert make_restorer(spec, options)(x, subtask="sr_x2").shape == (3, 42, 60)
     assert path in restorer_sources(spec, options)[0]
     with pytest.raises(FoundIRError, match="lacks paths.weights"): make_restorer(spec)
-    assert all(name in ARCHITECTURES for name, s in SYSTEMS.items() if s.runs == "native")
-    with pytest.raises(FoundIRError, match="no weight file"): load_released("promptir", tmp_path / "none", "PromptIR")
+    with pytest.raises(FoundIRError, match="no weight file"): load_released(name, tmp_path / "none", "It")
+
+
+# --- the first FoundIR's diffusion ------------------------------------------------------------------------------------
+
+def grey_pair():
+    "A degraded picture and a clean one that differ by less than the sampler's clipping lets through."
+    g = torch.Generator().manual_seed(0)
+    return (.25 + .5 * torch.rand(1, 3, 16, 16, generator=g) for _ in range(2))
+
+
+def test_a_network_that_knows_the_residual_restores_perfectly():
+    (lq, gt), noise = grey_pair(), torch.randn(1, 3, 16, 16)
+    class Knows(FoundIRv1Network):
+        def forward(self, mixture, lq, share): return lq - (2 * gt - 1)
+    for steps in (1, 4, 7):
+        assert torch.allclose(Knows(width=8, groups=4, steps=steps).restore(lq, noise), gt, atol=1e-6)
+
+
+def test_a_sampler_follows_the_mixture_of_its_own_prediction():
+    "With the true residual, every mixture that the sampler makes is the schedule's, but for the noise it began with."
+    (lq, gt), seen = grey_pair(), []
+    class Watch(FoundIRv1Network):
+        def forward(self, mixture, lq, share):
+            seen.append((mixture, share))
+            return lq - (2 * gt - 1)
+    Watch(width=8, groups=4, start_noise=0.0).restore(lq, torch.randn(1, 3, 16, 16))
+    schedule, none = residual_schedule(), torch.zeros(1, 3, 16, 16)
+    rest = (1 - schedule.residual[-1]) * (2 * lq - 2 * gt)  # the schedule's end is not quite the degraded picture
+    for (mixture, share), t in zip(seen, (999, 749, 499, 249)):
+        assert share == schedule.residual[t]
+        there = mix(schedule, 2 * gt - 1, 2 * lq - 1, none, torch.tensor([t]))
+        assert torch.allclose(mixture, there + rest, atol=1e-5)
+
+
+def test_samples_are_functions_of_their_seeds():
+    network, lq, gt = FoundIRv1Network(**SIZES["foundir_v1"]), torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    (mixture, _, share), target = network.objective(lq, gt, [5, 6])
+    (alone, _, other), _ = network.objective(lq[1:], gt[1:], [6])
+    assert torch.equal(mixture[1:], alone) and torch.equal(share[1:], other) and share[0] != share[1]
+    assert torch.allclose(target, 2 * (lq - gt), atol=1e-6)
+    shares = network.objective(*[x[:1].expand(512, -1, -1, -1) for x in (lq, gt)], range(512))[0][2]
+    expected = residual_schedule().residual.mean()
+    assert abs(shares.mean() - expected) < 0.06 and len(residual_schedule().noise) == TIMESTEPS
+    network.eval()
+    with torch.no_grad():
+        one, same, new = (restore_pixels(network, lq[:1], [seed]) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, new)
 
 
 # --- its folder, where a pipeline is expected -------------------------------------------------------------------------
