@@ -202,7 +202,7 @@ def _foreign(config: "TrainConfig") -> Iterator[str]:
         yield f"loss={config.loss!r} weighs errors as a VAE's decoder does, and {name} has none: choose from {plain}"
     unused = dict(lq_encoder_learning_rate=None, path_learning_rate=None, conditioning_init="zero")
     for key, value in unused.items():
-        if getattr(config, key) != value: yield f"{key} is for foundir_v2: with {name} it is {shown(value)}"
+        if getattr(config, key) != value: yield f"{key} is for foundir_v2: with {name} it is {value or 'null'}"
 
 # %% ../nbs/61_settings.ipynb #ff8eefb2
 def unshared(

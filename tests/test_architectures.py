@@ -57,8 +57,8 @@ def network_weights(folder): return read_network(folder).state_dict()
     (dict(architecture_options=dict(blocks=[1, 1])), "architecture_options.blocks: expected 4 values, got 2"),
     (dict(architecture="foundir_v2"), "architecture_options: unknown width"),
     (dict(loss="psnr"), "promptir has none: choose from l1, l2"),
-    (dict(lq_encoder_learning_rate=1e-4), "lq_encoder_learning_rate is for foundir_v2: with promptir it is None"),
-    (dict(conditioning_init="identity"), "with promptir it is 'zero'"),
+    (dict(lq_encoder_learning_rate=1e-4), "lq_encoder_learning_rate is for foundir_v2: with promptir it is null"),
+    (dict(conditioning_init="identity"), "with promptir it is zero"),
     (dict(reference_options=dict(num_inference_steps=1)), "reference_options.num_inference_steps is for foundir_v2")])
 def test_what_an_architecture_does_not_have_is_refused_in_one_line(bench, tmp_path, changes, words):
     with pytest.raises(FoundIRError) as e: promptir(bench, tmp_path, **changes)
