@@ -8,12 +8,13 @@ import pytest, torch
 
 from foundir_v2 import foundir_v1, train as tr
 from foundir_v2.architectures import ARCHITECTURES
-from foundir_v2.core import FoundIRError
+from foundir_v2.core import FoundIRError, save_image
 from foundir_v2.foundir_v1 import TIMESTEPS, FoundIRv1Network, mix, residual_schedule
 from foundir_v2.index import load_manifest
 from foundir_v2.inference import read_recipe
 from foundir_v2.learner import Learner, make_accelerator
 from foundir_v2.loading import load_pipeline
+from foundir_v2.memo import Memo
 from foundir_v2.pixels import read_network, restore_pixels
 from foundir_v2.plan import plan_stage
 from foundir_v2.promptir import UNUSED, PromptIRNetwork, load_official, to_official
@@ -21,6 +22,7 @@ from foundir_v2.restorers import make_restorer, restorer_sources
 from foundir_v2.score import reference_set
 from foundir_v2.systems import load_released
 from foundir_v2.trainlog import read_log
+from foundir_v2.trials import run_trials
 from small_training import TASKS, config, equal
 
 SMALL = dict(width=8, blocks=[1, 1, 1, 1], refinement=1, heads=[1, 1, 2, 2], prompts=3, prompt_width=[8, 8, 16],
@@ -116,6 +118,16 @@ def test_a_killed_run_ends_as_the_straight_one(bench, tmp_path, monkeypatch, nam
     resumed = tr.train(again)
     assert resumed.resumed_from == 4 and resumed.log == straight.log
     assert equal(network_weights(resumed.output), network_weights(straight.output))
+
+
+def test_it_takes_part_in_the_benchmark(bench, tmp_path):
+    "Beside bicubic, on whole pictures of a size that the network doesn't halve evenly, in tiles."
+    c = promptir(bench, tmp_path, steps=1, update_every=0, inference=dict(tile_size=16, tile_batch=4))
+    mine = f"trained:{tr.train(c).output}"
+    for side in ("hazy", "GT"): save_image(torch.rand(3, 21, 30), tmp_path / f"sets/1_{side}.png")
+    rows = run_trials({"nh_haze": tmp_path / "sets"}, {"mine": mine, "input": "bicubic"}, Memo(tmp_path / "m.sqlite"),
+                      ["psnr"])
+    assert rows.value.notna().tolist() == [True, True]
 
 
 def test_promptir_learns(bench, tmp_path):
