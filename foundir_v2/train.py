@@ -158,8 +158,7 @@ def train_steps(
         with saving("the times", checkpoints.folder):
             add_times(times_path(checkpoints.folder), feed.step, clock.read())
     def rebalance():
-        looking, restore = log.board if main else None, learner.restore
-        network = learner.trainee.network
+        looking, restore, network = log.board if main else None, learner.restore, learner.trainee.network
         watched = looking.scoring(restore, feed.items, network, feed.step) if looking else nullcontext(restore)
         with clock.part("scoring"), averaged(learner.ema, learner.parameters), watched as restore:
             record = feed.rebalance(restore)
