@@ -14,7 +14,7 @@ from unittest import mock
 import psutil, torch
 from diffusers import EulerDiscreteScheduler
 
-from foundir_v2 import learner as learning
+from foundir_v2 import diffusion
 from foundir_v2.base import SDXL_SCHEDULE, TINY_SCHEDULE, Base, assets_path, load_tokenizers
 from foundir_v2.pipeline import FoundIRv2Pipeline
 from foundir_v2.plan import StepMeter, plan_stage, step_seconds, training_skeleton
@@ -72,7 +72,7 @@ def measured_step(config: TrainConfig, skeleton: Skeleton, schedule: dict, steps
     loaded = psutil.Process().memory_info().rss - before
     cuda = torch.cuda.is_available()
     if cuda: torch.cuda.reset_peak_memory_stats()
-    with mock.patch.multiple(learning, load_base=load, build_unet=build): seconds = step_seconds(config, steps)
+    with mock.patch.multiple(diffusion, load_base=load, build_unet=build): seconds = step_seconds(config, steps)
     if cuda: return seconds, torch.cuda.max_memory_allocated(), loaded
     peak = 1024 * int(next(x.split()[1] for x in open("/proc/self/status") if x.startswith("VmHWM")))
     return seconds, peak - before, loaded

@@ -57,8 +57,8 @@ def bare_step(learner, batch, encode):
     target = torch.randn_like(seen[0][1])
     def step():
         if encode:
-            with torch.no_grad(): encode_latents(learner.vae, gt)
-        losses = sample_losses(learner.model(*seen[0]), target, learner.config.loss, learner.gain)
+            with torch.no_grad(): encode_latents(learner.trainee.vae, gt)
+        losses = sample_losses(learner.model(*seen[0]), target, learner.config.loss, learner.trainee.gain)
         losses.mean().backward()
         learner.optimizer.step(); learner.optimizer.zero_grad()
     return step

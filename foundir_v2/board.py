@@ -52,11 +52,12 @@ class Board:
     def scoring(self,
         restore: Callable[[Sequence[Item]], list[Tensor]],
         items: Mapping[str, Sequence[Item]],  # task -> its reference items; the first is shown, if this process has it
-        unet: nn.Module,  # a `FoundIRUNet`
+        network: nn.Module,  # that restores; the gates of a `FoundIRUNet` are shown
         step: int,
     ) -> Iterator[Callable[[Sequence[Item]], list[Tensor]]]:  # `restore`, watched
         "In the block what is restored is shown, and afterwards each expert's mean share over all pixels."
-        tasks, gates, moe = {id(some[0]): task for task, some in items.items()}, [], unet.moe_scheduler
+        tasks, gates = {id(some[0]): task for task, some in items.items()}, []
+        moe = getattr(network, "moe_scheduler", None)
         def watched(some: Sequence[Item]) -> list[Tensor]:
             restored = restore(some)
             for item, picture in zip(some, restored):
@@ -70,5 +71,6 @@ class Board:
         finally:
             if hook: hook.remove()
         shares = torch.stack(gates).mean(0).tolist() if gates else []  # stage 0 runs no experts
-        for kind, share in zip(unet.config.moe_experts, shares): self.writer.add_scalar(f"gate/{kind}", share, step)
+        kinds = network.config.moe_experts if shares else ()
+        for kind, share in zip(kinds, shares): self.writer.add_scalar(f"gate/{kind}", share, step)
         self.writer.flush()

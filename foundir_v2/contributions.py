@@ -28,7 +28,7 @@ from .config import ConfigError, from_dict, load_yaml, overlay, parse_yaml, read
 from .core import FoundIRError, atomic_write, hash_seed
 from .data import Item, reference_items
 from .evaluate import compare, gains, intervals, summary
-from .learner import build_unet
+from .diffusion import build_unet
 from .outside import outside_items
 from .params import STAGES, MetricName, check_params
 from .restorers import make_restorers, parse_restorer

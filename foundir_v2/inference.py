@@ -48,10 +48,11 @@ class InferenceConfig:
 # %% ../nbs/03_inference.ipynb #03a00012
 @dataclass(frozen=True)
 class Recipe:
-    "What `load_pipeline` needs besides a trained U-Net. Raises `ConfigError`."
+    "What is needed to use trained weights, besides them. Raises `ConfigError`."
     base: Annotated[str, MinLen(1)] = "base"  # as `foundir_v2.base.resolve_model` takes it
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     offset_unit: OffsetUnit = "pixel"
+    architecture: Annotated[str, MinLen(1)] = "foundir_v2"  # row of `foundir_v2.architectures`
 
     def __post_init__(self):
         from foundir_v2.config import check_fields
@@ -61,13 +62,19 @@ class Recipe:
     def defaults(self) -> dict[str, Any]:  # arguments of `FoundIRv2Pipeline`
         return {f"default_{k}": v for k, v in dict(asdict(self.inference), offset_unit=self.offset_unit).items()}
 
+    @property
+    def stored(self) -> dict[str, Any]:  # keys of `pipeline.json`
+        "What concerns the architecture."
+        if self.architecture == "foundir_v2": return {"base": self.base, **self.defaults}
+        return {"architecture": self.architecture, **{k: v for k, v in self.defaults.items() if "_tile_" in k}}
+
 def write_recipe(
     recipe: Recipe,
     folder: str | Path,
 ) -> None:
     "Write `pipeline.json`, completely or not at all."
     from foundir_v2.core import atomic_write
-    text = json.dumps({"base": recipe.base, **recipe.defaults}, indent=2) + "\n"
+    text = json.dumps(recipe.stored, indent=2) + "\n"
     with atomic_write(Path(folder) / "pipeline.json") as tmp: tmp.write_text(text, encoding="utf-8")
 
 # %% ../nbs/03_inference.ipynb #03a00014
@@ -93,14 +100,14 @@ def read_recipe(
     "Read `pipeline.json`. Raises `FoundIRError` if it can't be used."
     from foundir_v2.config import read_json
     from foundir_v2.core import FoundIRError
-    path, names = Path(folder) / "pipeline.json", ["base", *Recipe().defaults]
+    path, names = Path(folder) / "pipeline.json", ["base", "architecture", *Recipe().defaults]
     try: found = read_json(path)
     except FoundIRError as e: raise FoundIRError(f"{e}; write it again with save_restorer") from None
     if not isinstance(found, dict): raise FoundIRError(f"{path} holds no object: expected some of {', '.join(names)}")
     inference = stored_defaults(found, path)
     if unknown := sorted(set(found) - set(names)):
         raise FoundIRError(f"{path} has unknown keys {', '.join(unknown)[:200]}: choose from {', '.join(names)}")
-    own = dict(base="base", offset_unit="default_offset_unit")
+    own = dict(base="base", architecture="architecture", offset_unit="default_offset_unit")
     return Recipe(inference=inference, **{field: found[key] for field, key in own.items() if key in found})
 
 # %% ../nbs/03_inference.ipynb #03a00018

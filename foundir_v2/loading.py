@@ -132,6 +132,9 @@ def _load(
         raise FoundIRError(f"{source} is no whole pipeline, and only such can be quantised while it is loaded: "
                            "write one with load_pipeline(...).save_pretrained(FOLDER)")
     if recipe := find_recipe(source):
+        if recipe.architecture != "foundir_v2":
+            raise FoundIRError(f"{source} holds a {recipe.architecture}, which is no diffusion pipeline: compare it as "
+                               f"trained:{source}, for instance with `foundir-v2 evaluate`")
         return assemble(load_base(recipe.base, dtype, prior=False), _unet_folder(source, dtype).eval(), recipe)
     base = load_base(source, dtype)
     return assemble(base, build_foundir_unet(base).eval(), Recipe())

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,11 +28,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 # %% ../nbs/64_plan.ipynb #64pl0005
 from .base import SDXL_UNET, resolve_model
 from .core import FoundIRError, pick_dtype
-from .learner import Denoiser, LatentReader, Learner, make_accelerator
+from .diffusion import Denoiser, LatentReader
+from .learner import Learner, make_accelerator
 from .objective import WEIGHTED, sample_losses
 from .optim import make_optimizer
 from .planner import LIBRARIES, available_memory
-from .settings import ModelConfig, TrainConfig, unshared
+from .settings import TrainConfig, unshared
 from .skeleton import (SDXL_TEXT, SDXL_TEXT_2, SDXL_VAE, MemoryMeter, Skeleton, make_skeleton,
                                  read_skeleton)
 from .unet import OWN_MODULES, FoundIRUNet
@@ -42,13 +43,15 @@ from .vae import decode_latents, encode_latents, vae_scale_factor
 def training_skeleton(
     config: TrainConfig,
 ) -> Skeleton:  # on the meta device; what the stage trains requires gradients
-    "The models of a training stage, without weights."
+    "The models of a training stage, without weights. Raises `FoundIRError` for an architecture other than FoundIR-v2."
+    if not config.design.latent:
+        raise FoundIRError(f"--plan reckons with the parts of foundir_v2, and architecture {config.architecture} has "
+                           "none of them: train a few steps of it instead")
     source = resolve_model(config.base)
     base = (read_skeleton(source) if isinstance(source, Path) else
             make_skeleton(SDXL_UNET, SDXL_VAE, SDXL_TEXT, SDXL_TEXT_2))
-    own = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if f.name != "base"}
     arguments = {k: v for k, v in base.unet.config.items() if not k.startswith("_")}
-    with torch.device("meta"): unet = FoundIRUNet(**arguments | own)
+    with torch.device("meta"): unet = FoundIRUNet(**arguments | config.unet_options)
     for model in (unet, base.vae, base.text_encoder, base.text_encoder_2): model.requires_grad_(False)
     for group in unet.trainable_parameters(config.stage):
         for p in group["params"]: p.requires_grad_(True)

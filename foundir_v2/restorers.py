@@ -22,11 +22,11 @@ from torch import Tensor
 
 from .classical import METHODS, Bicubic, scale_of
 from .config import convert, read_json
-from .core import FoundIRError, Restorer, load_image, save_image
+from .core import FoundIRError, Restorer, load_image, pick_device, save_image
 from .evaluate import compare
 from .external import (API_OPTIONS, COMMAND_OPTIONS, ApiRestorer, CommandRestorer, check_api, command_files,
                                  parse_template, picture_hash)
-from .inference import ColorFix, Guidance, Prompt, Start, Steps, read_recipe, stored_defaults
+from .inference import ColorFix, Guidance, Prompt, Start, Steps, find_recipe, read_recipe, stored_defaults
 from .iqa import oriented
 from .systems import SYSTEM_OPTIONS, SpandrelRestorer, make_system, system, system_facts, system_files
 from .targets import READABLE, file_hash
@@ -185,6 +185,15 @@ def _diffusion(load: Callable[[str], Any], argument: str, options: Mapping[str, 
     resolve_settings(pipe, 1, **{k: v for k, v in restorer.options.items() if k not in texts})  # refuses what can't be
     return restorer
 
+def _trained(folder: str, options: Mapping[str, Any]) -> Restorer:
+    "Of whatever architecture."
+    recipe = find_recipe(Path(folder))
+    if recipe is None or recipe.architecture == "foundir_v2": return _diffusion(load_trained, folder, options)
+    if options:
+        raise FoundIRError(f"trained:{folder} is a {recipe.architecture}, which takes no option {', '.join(options)}")
+    from foundir_v2.pixels import PixelRestorer, read_network
+    return PixelRestorer(read_network(folder), recipe.architecture, recipe.inference, pick_device())
+
 def _bound(base: str) -> VAEBound:
     from foundir_v2.base import load_base
     return VAEBound(load_base(base, prior=False).vae)
@@ -232,7 +241,8 @@ def _paths(argument: str, options: Mapping[str, Any]) -> list[Path]:
 def _model_paths(argument: str, options: Mapping[str, Any]) -> list[Path]:
     "A model's folder, and that of its base model."
     found = _paths(argument, options)
-    based = [read_recipe(p).base for p in found if (p / "pipeline.json").is_file()]
+    recipes = [read_recipe(p) for p in found if (p / "pipeline.json").is_file()]
+    based = [r.base for r in recipes if r.architecture == "foundir_v2"]
     return found + [p for base in based for p in _paths(base, options)]
 
 class Kind(NamedTuple):
@@ -256,8 +266,7 @@ KINDS: dict[str, Kind] = dict(
     encoder=Kind("NAME_OR_PATH", lambda path, options, reference: _encoder(path), files=_model_paths),
     pipeline=Kind("NAME_OR_PATH", lambda path, options, reference: _diffusion(_load_pipeline, path, options), OPTIONS,
                   files=_model_paths),
-    trained=Kind("FOLDER", lambda path, options, reference: _diffusion(load_trained, path, options), OPTIONS,
-                 files=_model_paths),
+    trained=Kind("FOLDER", lambda path, options, reference: _trained(path, options), OPTIONS, files=_model_paths),
     network=Kind("NAME", lambda name, options, reference: _published(name, options), NETWORK_OPTIONS,
                  files=lambda name, options: [], facts=_releases),
     folder=Kind("INPUTS,RESULTS", lambda folders, options, reference: _folder(folders)),
@@ -343,7 +352,9 @@ def weights_hash(path: Path) -> str:  # 12 hexadecimal digits
 def _defaults(folder: Path) -> dict[str, Any]:
     "How a model restores where nothing else is said."
     for file in (folder / "pipeline.json", folder / "model_index.json"):
-        if file.is_file(): return {"color_fix": "adain where enlarged"} | asdict(stored_defaults(read_json(file), file))
+        if not file.is_file(): continue
+        if (stored := read_json(file)).get("architecture", "foundir_v2") != "foundir_v2": return stored
+        return {"color_fix": "adain where enlarged"} | asdict(stored_defaults(stored, file))
     return {}
 
 def described(

@@ -17,13 +17,14 @@ from typing import Annotated, Any, Literal, get_args
 # %% ../nbs/61_settings.ipynb #387829e1
 from annotated_types import Gt, Interval, MinLen, MultipleOf, Unit
 
+from .architectures import ARCHITECTURES, Architecture
 from .config import (ConfigError, OneOf, check_early, check_fields, declarations, from_dict, load_params,
                                load_yaml, overlay, parse_yaml, shown)
 from .core import FoundIRError, repo_root
 from .inference import ColorFix, Guidance, InferenceConfig, Prompt, Steps as SolverSteps
 from .iqa import METRICS
 from .mixture import POLICIES, FixedMixture, Mixture, MixtureError, check_weights, policy_for, policy_options
-from .objective import LOSSES
+from .objective import LOSSES, WEIGHTED
 from .optim import OPTIMIZERS
 from .tasks import SETS, SUBTASKS, task_table
 
@@ -108,7 +109,9 @@ class MixtureConfig(Section):
 # %% ../nbs/61_settings.ipynb #9bd42e00
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    "Section `model`: what `FoundIRUNet` adds to the base model's U-Net."
+    "Section `model`: which model is trained. After the first two fields, what `FoundIRUNet` adds to its base model."
+    architecture: Annotated[str, OneOf(ARCHITECTURES)] = "foundir_v2"
+    architecture_options: dict[str, Any] = field(default_factory=dict)  # its sizes: fields of its row
     base: Annotated[str, MinLen(1)] = "base"  # "base": the tiny one in this package; or an SDXL-like folder
     lq_context_width: Annotated[int, Interval(ge=0, le=8192)] = 0  # width of the LQ features' context; 0: none
     lq_norm_groups: Annotated[int, Interval(ge=0, le=1024)] = 32  # GroupNorm of the LQ embedding; 0: none
@@ -117,6 +120,17 @@ class ModelConfig(Section):
     moe_layers: Annotated[int, Interval(ge=1, le=64)] = 2  # blocks per expert
     moe_heads: Annotated[int, Interval(ge=1, le=256)] = 8  # attention heads of the experts
     moe_top_k: Annotated[int, Interval(ge=1, le=64)] = 1  # experts per pixel with hard gating
+
+    @property
+    def design(self) -> Architecture:
+        "The architecture with its options. Raises `ConfigError` naming the choices."
+        return from_dict(ARCHITECTURES[self.architecture], self.architecture_options, "architecture_options")
+
+    @property
+    def unet_options(self) -> dict[str, Any]:
+        "`FoundIRUNet`'s own arguments."
+        others = ("architecture", "architecture_options", "base")
+        return {name: getattr(self, name) for name in declarations(ModelConfig) if name not in others}
 
 # %% ../nbs/61_settings.ipynb #56a6283f
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +185,25 @@ class StageConfig(Section):
     update_every: Steps = 0  # between two updates of the mixture; 0: none
     conditioning_init: Literal["zero", "identity"] = "zero"  # the LQ path starts ignored (paper), or handed through
 
+# %% ../nbs/61_settings.ipynb #61a00003
+def _foreign(config: "TrainConfig") -> Iterator[str]:
+    "What the architecture has no use for."
+    name = config.architecture
+    try: design = config.design
+    except ConfigError as e: yield str(e); return
+    if config.stage not in design.stages:
+        yield (f"architecture {name} trains by stage {', '.join(map(str, design.stages))} alone: "
+               f"it has no stage {config.stage}")
+    if design.latent: return
+    if told := config.reference_options.call:
+        yield f"reference_options.{next(iter(told))} is for foundir_v2: {name} has only autocast"
+    if config.loss in WEIGHTED:
+        plain = ", ".join(loss for loss in LOSSES if loss not in WEIGHTED)
+        yield f"loss={config.loss!r} weighs errors as a VAE's decoder does, and {name} has none: choose from {plain}"
+    unused = dict(lq_encoder_learning_rate=None, path_learning_rate=None, conditioning_init="zero")
+    for key, value in unused.items():
+        if getattr(config, key) != value: yield f"{key} is for foundir_v2: with {name} it is {value or 'null'}"
+
 # %% ../nbs/61_settings.ipynb #ff8eefb2
 def unshared(
     config: "TrainConfig",
@@ -187,6 +220,7 @@ def misfits(
 ) -> Iterator[str]:  # what doesn't fit together, a line each
     "The checks that take more than one value."
     tasks = config.task_table
+    yield from _foreign(config)
     if config.stage and not config.steps: yield "steps=0: only stage 0 may have none"
     for name in ("lq_encoder_learning_rate", "path_learning_rate"):
         if config.stage != 2 and getattr(config, name) is not None:

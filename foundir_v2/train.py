@@ -26,7 +26,6 @@ from .clock import add_times, times_path
 from .config import describe
 from .core import FoundIRError, error_line
 from .index import load_manifest
-from .inference import Recipe, write_recipe
 from .kept import keep_result, remove_others, remove_run, take_result
 from .learner import Feed, Learner, make_accelerator
 from .mixture import MixtureError, write_mixture
@@ -37,10 +36,9 @@ from .shards import file_of
 from .trainlog import COURSE, TrainLog, TrainResult, check_steps, read_log, write_incidents, write_log
 
 # %% ../nbs/62_train.ipynb #69097f1b
-def write_model(folder: Path, config: TrainConfig, learner: Learner) -> None:
+def write_model(folder: Path, learner: Learner) -> None:
     "The averaged weights and how they restore."
-    with averaged(learner.ema, learner.parameters): learner.unet.save_pretrained(folder / "unet")
-    write_recipe(Recipe(config.base, config.inference), folder)
+    with averaged(learner.ema, learner.parameters): learner.trainee.save(folder)
 
 def write_output(
     folder: Path,  # empty
@@ -51,7 +49,7 @@ def write_output(
     checkpoints: Checkpoints,
 ) -> None:
     "Write the averaged weights and how they restore, the log, and the mixture's course; last, the best weights."
-    write_model(folder, config, learner)
+    write_model(folder, learner)
     shutil.copyfile(log, folder / "log.jsonl")
     result = TrainResult(folder, read_log(log), None)
     write_mixture(result.mixture, folder / "mixture.csv")
@@ -62,16 +60,17 @@ def write_output(
     if config.dvclive: shutil.copytree(log.parent / "dvclive", folder / "dvclive")
     if feed.best:
         checkpoints.read_best(feed.best["step"], learner.ema)
-        write_model(folder / "best", config, learner)
+        write_model(folder / "best", learner)
 
 # %% ../nbs/62_train.ipynb #67a82cce
 def input_files(
     config: TrainConfig,
 ) -> list[Path]:  # files and folders
     "What the result is made from, apart from the pictures."
-    table, base = config.options.get("table"), resolve_model(config.base)
+    table, design = config.options.get("table"), config.design
+    base = resolve_model(config.base) if design.latent else None
     schedule = [Path(config.root) / table] if isinstance(table, str) else []
-    start = [Path(config.init) / name for name in ("unet", COURSE)] if config.init else []
+    start = [Path(config.init) / name for name in (design.folder, COURSE)] if config.init else []
     start = [p for p in start if p.name != COURSE or p.exists()]
     return [Path(config.manifest), *schedule, *start, *([base] if isinstance(base, Path) else [])]
 
@@ -103,7 +102,7 @@ def bytes_needed(
     "What will be written, apart from logs."
     size = lambda tensors: sum(t.nbytes for t in tensors)
     model, average = size(learner.model.state_dict().values()), size(learner.ema.shadow_params)
-    return model + average + 2 * size(learner.parameters), size(learner.unet.state_dict().values())
+    return model + average + 2 * size(learner.parameters), size(learner.trainee.network.state_dict().values())
 
 def check_disk(
     config: TrainConfig,
@@ -160,8 +159,8 @@ def train_steps(
         with saving("the times", checkpoints.folder):
             add_times(times_path(checkpoints.folder), feed.step, clock.read())
     def rebalance():
-        looking, restore = log.board if main else None, learner.restore
-        watched = looking.scoring(restore, feed.items, learner.unet, feed.step) if looking else nullcontext(restore)
+        looking, restore, network = log.board if main else None, learner.restore, learner.trainee.network
+        watched = looking.scoring(restore, feed.items, network, feed.step) if looking else nullcontext(restore)
         with clock.part("scoring"), averaged(learner.ema, learner.parameters), watched as restore:
             record = feed.rebalance(restore)
         if main: log.write(kind="mixture", step=feed.step, **record)

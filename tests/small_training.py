@@ -49,7 +49,7 @@ def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for
 
 # --- a process that dies ----------------------------------------------------------------------------------------------
 
-NAMES = ("checkpoint", "kept", "learner", "train", "trainlog")
+NAMES = ("checkpoint", "diffusion", "kept", "learner", "pixels", "train", "trainlog")
 OURS = tuple(str(Path(tr.__file__).with_name(f"{name}.py")) for name in NAMES)
 FORKS = multiprocessing.get_context("forkserver")  # its processes come with torch loaded
 FORKS.set_forkserver_preload(

@@ -27,7 +27,8 @@ def refused(module, *argv):
 
 @pytest.mark.parametrize('setting, word', [
     ('loss=l3', 'l1, l2'), ('moe=sfot', 'soft, hard'), ('mixed_precision=fp17', 'auto, no'),
-    ('optimizer=moun', 'adamw, adamw8bit, muon'), ('conditioning_init=identiy', 'zero, identity'),
+    ('optimizer=moun', 'adamw, adamw8bit, muon'), ('architecture=promptr', 'foundir_v2, promptir'),
+    ('conditioning_init=identiy', 'zero, identity'),
     ('policy=dess', 'fixed, '),
     ('tasks={weather: [hazee]}', 'haze'), ('score={deblur: pnsr}', 'psnr'), ('inference={start: lqq}', 'lq, noise'),
     ('reference_options={prompt: captions}', 'none, caption'), ('stpes=3', 'steps'), ('crop=100', 'multiple of 8'),

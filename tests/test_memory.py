@@ -12,7 +12,8 @@ from foundir_v2.base import load_base
 from foundir_v2.checkpoint import HostEMA, make_ema
 from foundir_v2.config import ConfigError
 from foundir_v2.core import FoundIRError
-from foundir_v2.learner import build_unet, make_accelerator
+from foundir_v2.diffusion import build_unet
+from foundir_v2.learner import make_accelerator
 from foundir_v2.optim import make_optimizer
 from foundir_v2.settings import parameters, read_config
 from foundir_v2.vae import PatchEncoder

@@ -9,7 +9,7 @@ from torch import nn
 from foundir_v2 import cli, plan
 from foundir_v2.base import load_base
 from foundir_v2.core import FoundIRError
-from foundir_v2.learner import build_unet
+from foundir_v2.diffusion import build_unet
 from foundir_v2.optim import OPTIMIZERS, make_optimizer
 from foundir_v2.settings import TrainConfig, profile_configs
 

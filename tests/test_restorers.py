@@ -106,7 +106,7 @@ def test_the_best_method_is_chosen_in_each_category_and_kept():
 
 
 def test_the_encoder_alone_is_what_stage_0_trains():
-    from foundir_v2.learner import LatentReader
+    from foundir_v2.diffusion import LatentReader
     from foundir_v2.loading import load_pipeline
     pipe, x = load_pipeline("tiny", "cpu"), rand(40, 36)
     alone = make_restorer("encoder:tiny")

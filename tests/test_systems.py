@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from foundir_v2.architectures import ARCHITECTURES
 from foundir_v2.benchmark import published
 from foundir_v2.core import FoundIRError
 from foundir_v2.external import parse_template, placeholders
@@ -45,7 +46,8 @@ def test_a_row_is_complete(name):
     assert s.runs in WAYS and bool(s.command) == (s.runs == "command")
     assert re.fullmatch(r"[0-9a-f]{7} \d{4}-\d\d-\d\d", s.read) or s.runs == "api", "which files say so"
     assert set(s.words) <= {*SUBTASKS, *CATEGORIES} and placeholders(s.result) == {"name"}
-    assert (s.runs == "spandrel") <= ("weights" in s.paths)
+    assert s.architecture in ARCHITECTURES if s.runs == "native" else not s.architecture
+    assert (s.runs in ("spandrel", "native")) <= ("weights" in s.paths)
     if s.runs == "folder": assert s.setup, "why there is no command"
 
 

@@ -1,22 +1,27 @@
 "Every table of the library takes a row from outside, which then works by its name in the configuration."
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from foundir_v2 import (
-    attention, benchmark, caption, degrade, iqa, judges, layouts, mixture, networks, objective, optim, restorers,
-    systems, tasks)
+    architectures, attention, benchmark, caption, degrade, iqa, judges, layouts, mixture, networks, objective, optim,
+    restorers, systems, tasks)
+from foundir_v2.architectures import PixelArchitecture
 from foundir_v2.attention import ConvBlock, GatedFFN, make_expert
 from foundir_v2.caption import CaptionerKind, make_captioner
 from foundir_v2.classical import Unsharp
 from foundir_v2.clean import make_thresholds
 from foundir_v2.degrade import degrade as damage
+from foundir_v2.learner import make_trainee
 from foundir_v2.mixture import FixedMixture, policy_for
 from foundir_v2.params import check_params
+from foundir_v2.pixelnet import PixelNetwork
 from foundir_v2.restorers import Kind, make_restorer
 from foundir_v2.settings import TrainConfig
 from foundir_v2.tasks import Step, SubTask, Uniform
@@ -42,6 +47,32 @@ def test_an_expert(monkeypatch):
     monkeypatch.setitem(attention.EXPERTS, "local", local)
     assert config(moe_experts=["spatial", "local"]).moe_experts == ("spatial", "local")
     assert make_expert("local", 8, 2, 2)(torch.rand(1, 8, 6, 6)).shape == (1, 8, 6, 6)
+
+
+def test_an_architecture(monkeypatch, tmp_path):
+    class Filter(PixelNetwork):
+        "One convolution."
+        @register_to_config
+        def __init__(self, kernel):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, kernel, padding=kernel // 2)
+        def forward(self, x): return self.conv(x)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Row(PixelArchitecture):
+        kernel: int = 3
+        @staticmethod
+        def network_class(): return Filter
+
+    monkeypatch.setitem(architectures.ARCHITECTURES, "filter", Row)
+    c = config(stage=2, architecture="filter", architecture_options=dict(kernel=5), reference_per_task=1)
+    model = make_trainee(c, torch.device("cpu"))
+    losses = model.losses(model.module, dict(lq=X[None], gt=1 - X[None], seed=torch.zeros(1).long()))
+    losses.mean().backward()
+    assert losses.shape == (1,) and model.parameter_groups()[0]["params"][0].grad.shape == (3, 3, 5, 5)
+    model.save(tmp_path)
+    with torch.no_grad(): expected = model.network(X[None])[0].clamp(0, 1)
+    assert torch.allclose(make_restorer(f"trained:{tmp_path}")(X), expected, atol=1e-6)
 
 
 def test_a_policy_with_an_option(monkeypatch):

@@ -7,13 +7,14 @@ from pathlib import Path
 import psutil, pytest, torch
 from diffusers import DDPMScheduler
 
-from foundir_v2 import learner as learning, train as tr
+from foundir_v2 import diffusion, learner as learning, train as tr
 from foundir_v2.base import load_base
 from foundir_v2.checkpoint import SEAL, Checkpoints, broken_seal, only_writer
 from foundir_v2.clock import PARTS, read_times, times_path
 from foundir_v2.core import FoundIRError, generator
+from foundir_v2.diffusion import build_unet, parameter_groups
 from foundir_v2.inference import InferenceConfig, read_recipe
-from foundir_v2.learner import Feed, Learner, build_unet, make_accelerator, parameter_groups
+from foundir_v2.learner import Feed, Learner, make_accelerator
 from foundir_v2.mixture import read_mixture, replay_scores
 from foundir_v2.objective import decoder_gain, draw_noise, prediction_target, sample_losses
 from foundir_v2.optim import OPTIMIZERS
@@ -189,10 +190,10 @@ def test_the_priors_memory_is_free_once_the_restorer_is_built(bench, tmp_path, m
         base = load_base(*args, **options)
         priors.append(base.unet_prior and weakref.ref(base.unet_prior))
         return base
-    monkeypatch.setattr(learning, "load_base", spy)
+    monkeypatch.setattr(diffusion, "load_base", spy)
     one = config(bench, tmp_path, steps=1)
     learner = Learner(one, make_accelerator(one)); gc.collect()
-    assert priors[0]() is None and learner.prompt("")[0].shape[0] == 1
+    assert priors[0]() is None and learner.trainee.prompt("")[0].shape[0] == 1
     tr.train(one)
     two = config(bench, tmp_path, stage=2, init=one.output)
     Learner(two, make_accelerator(two))
@@ -362,7 +363,7 @@ def test_scores_come_from_the_averaged_weights(bench, tmp_path, monkeypatch):
     def spy(pipe, *pictures, **options):
         seen.append({k: v.clone() for k, v in pipe.unet.state_dict().items()})
         return restore_pictures(pipe, *pictures, **options)
-    monkeypatch.setattr(learning, "restore_pictures", spy)
+    monkeypatch.setattr(diffusion, "restore_pictures", spy)
     result = tr.train(config(bench, tmp_path, steps=4, update_every=4, ema_decay=.9))
     final = weights(result.output)
     assert equal(final, {k: v for k, v in seen[-1].items()})   # what was scored last is what is delivered
@@ -377,15 +378,16 @@ def test_every_text_is_encoded_once_in_a_run(bench, tmp_path):
     learner, feed = Learner(c, make_accelerator(c)), Feed(replace(c, update_every=2))
     items = [replace(i, caption=f"photo {k}") for some in feed.items.values() for k, i in enumerate(some)]
     seen = []
-    hook = learner.pipe.text_encoder.register_forward_pre_hook(lambda module, args: seen.append(args))
+    pipe = learner.trainee.pipe
+    hook = pipe.text_encoder.register_forward_pre_hook(lambda module, args: seen.append(args))
     first = learner.restore(items)
     texts = len({i.caption for i in items} | {""})
     assert len(seen) == texts
     assert all(torch.equal(a, b) for a, b in zip(first, learner.restore(items))) and len(seen) == texts
     hook.remove()
-    embeds, _, pooled, _ = type(learner.pipe).encode_prompt(learner.pipe, [""], device="cpu", negative_prompt="",
+    embeds, _, pooled, _ = type(pipe).encode_prompt(pipe, [""], device="cpu", negative_prompt="",
                                                             do_classifier_free_guidance=False)
-    assert torch.equal(embeds, learner.prompt("")[0]) and torch.equal(pooled, learner.prompt("")[1])
+    assert torch.equal(embeds, learner.trainee.prompt("")[0]) and torch.equal(pooled, learner.trainee.prompt("")[1])
 
 
 def test_a_stage_is_scored_as_the_evaluation_will_use_it(bench, tmp_path):
@@ -406,7 +408,7 @@ def test_a_stage_is_scored_as_the_evaluation_will_use_it(bench, tmp_path):
         for x, i in zip(scored, items):
             used = evaluated(i.lq, subtask=i.subtask, seed=i.seed, caption=i.caption)
             torch.testing.assert_close(x, used, atol=1e-4, rtol=0)
-        assert learner.unet.training
+        assert learner.trainee.network.training
         results.append(scored)
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(*results))
     options = dict(num_inference_steps=1, guidance_scale=1, prompt="none", color_fix="none")
