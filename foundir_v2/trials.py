@@ -38,7 +38,9 @@ from .targets import file_hash
 from .tasks import subtask as as_subtask
 
 # %% ../nbs/79_trials.ipynb #79tr0008
-def _plain(name: str) -> str: return re.sub(r"[^a-z0-9]", "", name.lower())
+def _plain(name: str) -> str:
+    "What counts of a folder's name: FoundIR numbers its own, such as 14Lowlight."
+    return re.sub(r"[^a-z0-9]", "", name.lower()).lstrip("0123456789")
 
 def set_folders(
     root: str | Path,  # a folder with a folder for each test set

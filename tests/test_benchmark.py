@@ -32,7 +32,7 @@ SETS = {  # as they are unpacked: folder -> pictures; those that no test set has
     "WeatherBench": ["test/snow/input/2.png", "test/snow/target/2.png", "-test/rain/input/3.png",
                      "-test/rain/target/3.png"],
     "UHD-LL": ["testing_set/input/1.png", "testing_set/gt/1.png"],
-    "FoundIR": ["low_light/LQ/2.png", "low_light/GT/2.png", "Lowlight_Noise/LQ/3.png", "Lowlight_Noise/GT/3.png",
+    "FoundIR": ["low_light/LQ/2.png", "low_light/GT/2.png", "16Lowlight_Noise/LQ/3.png", "16Lowlight_Noise/GT/3.png",
                 "-haze/LQ/4.png", "-haze/GT/4.png"],
     "RealPhoto60": ["a.png", "sub/b.png"],
     "RealDeg": ["old/c.png", "Face/d.png"]}
@@ -42,7 +42,7 @@ INPUTS = {
     "nh_haze": ["01_hazy.png", "02_hazy.png"], "rs_cloud": ["RICE1/cloud/0.png"],
     "hq_nightrain": ["RS/test/input/2.png"], "uav_rain1k": ["input/2.png"], "weatherbench": ["test/snow/input/2.png"],
     "uhd_ll": ["testing_set/input/1.png"], "foundir_l": ["low_light/LQ/2.png"],
-    "foundir_ln": ["Lowlight_Noise/LQ/3.png"], "realphoto60": ["a.png", "sub/b.png"], "realdeg_old": ["old/c.png"],
+    "foundir_ln": ["16Lowlight_Noise/LQ/3.png"], "realphoto60": ["a.png", "sub/b.png"], "realdeg_old": ["old/c.png"],
     "realdeg_face": ["Face/d.png"]}
 
 
@@ -123,7 +123,7 @@ def test_sets_that_are_not_there_are_named(sets, tmp_path):
     with pytest.raises(FoundIRError, match="no test set below"): set_folders(tmp_path)
     with pytest.raises(FoundIRError, match="no folder"): set_folders(tmp_path / "none")
     make_sets(tmp_path, {"FoundIR": ["haze/LQ/4.png", "haze/GT/4.png"]})
-    with pytest.raises(FoundIRError, match="no folder called Lowlight; there are haze"):
+    with pytest.raises(FoundIRError, match="no folder called 14Lowlight; there are haze"):
         read_cases("foundir_l", tmp_path / "FoundIR")
 
 
