@@ -202,6 +202,7 @@ def _add_modules(
     self.lq_context = LQContext(self.lq_features.out_channels, lq_context_width) if lq_context_width else None
     self.lq_embedding = LQEmbedding(self.lq_features.out_channels, c0, lq_norm_groups)
     self.moe_scheduler = moe(2 * c0)
+    if self.moe_scheduler is None: self.lq_embedding.conv_out.reset_parameters()  # of two zero layers neither learns
     self.moe_projection = nn.Conv2d(2 * c0, c0, 1)
     nn.init.zeros_(self.moe_projection.weight); nn.init.zeros_(self.moe_projection.bias)
 

@@ -175,9 +175,10 @@ def test_trainable_parameters():
     assert all(id(p) not in ids(build(moe=None).trainable_parameters(1)[0]["params"]) for p in encoder["params"])
 
 
-def test_gradient_reaches_every_parameter_after_a_few_steps():
-    """Two zero-initialised layers in a row wake up one after the other."""
-    unet = build()
+@pytest.mark.parametrize("moe", ["soft", "hard", None])
+def test_gradient_reaches_every_parameter_after_a_few_steps(moe):
+    """Two zero-initialised layers in a row wake up one after the other; without a mixture between them there is one."""
+    unet = build(moe=moe)
     args, lq, extra = inputs()
     optimizer = torch.optim.AdamW(unet.parameters(), 1e-2)
     seen = set()
