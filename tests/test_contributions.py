@@ -18,7 +18,7 @@ from foundir_v2.contributions import (Experiment, Variant, compare_variants, con
 from foundir_v2.core import FoundIRError
 from foundir_v2.data import Item
 from foundir_v2.runner import assign, check_parameters, notebook_parameters, parser, read_sections
-from foundir_v2.settings import PARTS
+from foundir_v2.settings import PARTS, ModelConfig
 from foundir_v2.params import STAGES
 from foundir_v2.tasks import CATEGORIES, SUBTASKS
 from foundir_v2.trainlog import read_course
@@ -72,10 +72,8 @@ def test_a_row_is_of_its_seed_and_of_the_recipe_of_today():
 
 def test_experts_and_one_deep_expert_have_as_many_parameters():
     model, base = load_params(ROOT / "params.yaml")["model"], load_base("base")
-    count = {n: sum(p.numel()
-                    for p in build_foundir_unet(
-                        base, **{k: v for k, v in (model | EXPERIMENT.variants[n].params.get("model", {})).items()
-                                 if k != "base"}).parameters())
+    options = lambda name: ModelConfig(**model | EXPERIMENT.variants[name].params.get("model", {})).unet_options
+    count = {n: sum(p.numel() for p in build_foundir_unet(base, **options(n)).parameters())
              for n in ("soft_moe_same_start", "hard_moe", "one_expert", "no_moe")}
     assert count["hard_moe"] == count["soft_moe_same_start"]
     assert count["one_expert"] == pytest.approx(count["hard_moe"], rel=5e-3) and count["no_moe"] < count["one_expert"]
