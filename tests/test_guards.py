@@ -150,7 +150,7 @@ def test_the_best_weights_stay(bench, tmp_path, monkeypatch):
     scored, kept, now = {0: 50., 3: 20., 6: 30., 9: 25.}, {}, Feed.rebalance
     def rebalance(self, restore):
         monkeypatch.setattr(learning, "score_items", lambda *a, **k: {t: [scored[self.step]] * 2 for t in TASKS})
-        kept[self.step] = {k: v.clone() for k, v in restore.__self__.unet.state_dict().items()}
+        kept[self.step] = {k: v.clone() for k, v in restore.__self__.trainee.network.state_dict().items()}
         return now(self, restore)
     monkeypatch.setattr(Feed, "rebalance", rebalance)
     with monkeypatch.context() as m:
