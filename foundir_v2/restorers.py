@@ -185,6 +185,7 @@ def _diffusion(load: Callable[[str], Any], argument: str, options: Mapping[str, 
     resolve_settings(pipe, 1, **{k: v for k, v in restorer.options.items() if k not in texts})  # refuses what can't be
     return restorer
 
+# %% ../nbs/76_restorers.ipynb #76tr0001
 def _trained(folder: str, options: Mapping[str, Any]) -> Restorer:
     "Of whatever architecture."
     recipe = find_recipe(Path(folder))
