@@ -17,7 +17,7 @@ if TYPE_CHECKING: from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['Width', 'Number', 'ARCHITECTURES', 'Trainee', 'Architecture', 'FoundIRv2', 'PixelArchitecture', 'PromptIR',
-           'FoundIRv1', 'find_architecture']
+           'FoundIRv1', 'find_architecture', 'check_sizes']
 
 # %% ../nbs/60b_architectures.ipynb #60b00007
 class Trainee(Protocol):
@@ -129,3 +129,16 @@ def find_architecture(
     if name not in ARCHITECTURES:
         raise FoundIRError(f"unknown architecture {name[:80]!r}: choose from {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
+
+# %% ../nbs/60b_architectures.ipynb #60b00022
+def check_sizes(
+    saved: Mapping[str, Any],  # configuration of a saved model
+    wanted: Mapping[str, Any],  # what is asked for now
+    folder: str | Path,  # of the model, for messages
+    remedy: str,
+) -> None:
+    "Raises `FoundIRError` for the first size in which the two differ."
+    plain = lambda v: list(v) if isinstance(v, tuple) else v
+    for k, v in wanted.items():
+        if plain(saved[k]) != plain(v):
+            raise FoundIRError(f"{k} is {saved[k]!r} in {folder} but {v!r} in the configuration: {remedy}")

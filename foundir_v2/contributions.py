@@ -73,6 +73,9 @@ class Experiment:
         for name, v in self.variants.items():
             if v.against not in (None, *(n for n in self.variants if n != name)):
                 raise ConfigError(f"{name} is compared with {v.against!r}: choose another variant, or null")
+            if v.encoder_alone and v.against and v.time != (whole := self.variants[v.against].time):
+                raise ConfigError(f"{name} trains for {v.time:g} and {v.against} for {whole:g} times the default's "
+                                  "time: give them the same")
 
     @property
     def partners(self) -> dict[str, str | None]:
@@ -283,8 +286,8 @@ def read_rows(
         for seed in experiment.seeds:
             path = Path(folder) / f"{row_name(name, seed)}.json"
             if not path.is_file(): missing[path.stem] = "not there"; continue
-            today = settings_hash(variant_params(text, variant, seed), variant, experiment.metrics)
-            if row_made(path, today): scores.append(read_row(path)["scores"].assign(run=seed))
+            row, today = read_row(path), settings_hash(variant_params(text, variant, seed), variant, experiment.metrics)
+            if row["settings"] == today: scores.append(row["scores"].assign(run=seed))
             else: missing[path.stem] = "made with other settings"
     return (pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(columns=[*KEY, "metric", "value", "run"]),
             missing)

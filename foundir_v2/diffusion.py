@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/61b_diffusion.ipynb #61bn0006
+from .architectures import check_sizes
 from .base import Base, build_foundir_unet, load_base, micro_conditioning
 from .base import identity_path, reading_model, start_at_identity, training_scheduler
 from .core import FoundIRError
@@ -73,11 +74,7 @@ def build_unet(
         if not folder.is_dir(): raise FileNotFoundError(f"no weights at {folder}: run the stage before")
         with reading_model(folder):
             unet = FoundIRUNet.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        plain = lambda v: list(v) if isinstance(v, tuple) else v
-        for k, v in options.items():
-            if plain(unet.config[k]) == plain(v): continue
-            raise FoundIRError(f"{k} is {unet.config[k]!r} in {folder} but {v!r} in the configuration: "
-                               "train the stage before again")
+        check_sizes(unet.config, options, folder, "train the stage before again")
     if config.conditioning_init == "identity": start_at_identity(unet, base, config.seed)
     if config.gradient_checkpointing: unet.enable_gradient_checkpointing()
     unet.requires_grad_(False)

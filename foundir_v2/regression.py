@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/61c_regression.ipynb #61c00006
+from .architectures import check_sizes
 from .core import FoundIRError, hash_seed
 from .data import Item
 from .inference import Recipe, read_recipe, write_recipe
@@ -29,15 +30,13 @@ def build_network(
     config: TrainConfig,
 ) -> PixelNetwork:  # trainable
     "The network that training starts from. Raises `FoundIRError` if `config.init` belongs to another configuration."
-    sizes, plain = asdict(config.design), lambda v: list(v) if isinstance(v, tuple) else v
+    sizes = asdict(config.design)
     if config.init:
         if (name := read_recipe(config.init).architecture) != config.architecture:
             raise FoundIRError(f"{config.init} holds a {name}, the configuration asks for {config.architecture}")
         network = read_network(config.init)
-        for k, v in sizes.items():
-            if plain(network.config[k]) == plain(v): continue
-            raise FoundIRError(f"{k} is {network.config[k]!r} in {config.init} but {v!r} in architecture_options: "
-                               "set it to that, or start from another folder")
+        check_sizes(network.config, sizes, config.init,
+                    "set architecture_options to that, or start from another folder")
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash_seed("network", config.seed))

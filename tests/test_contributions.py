@@ -61,7 +61,7 @@ def test_longer_trainings_are_multiples_of_the_default():
     alone = {n: v for n, v in variants.items() if v.encoder_alone}
     assert {n: v.params["train_stage0"]["steps"] for n, v in alone.items()} == {
         n: 12000 * v.time for n, v in alone.items()}
-    assert all(variants[v.against].time == v.time for v in alone.values()) and len(alone) == 3
+    assert len(alone) == 3
 
 
 def test_a_row_is_of_its_seed_and_of_the_recipe_of_today():
@@ -116,6 +116,8 @@ def test_every_stage_gives_its_notebook_all_parameters(monkeypatch, name):
     (dict(a=dict(against=None)), "missing about"),
     (dict(a=dict(about="x", against=None, inference=dict(b=dict(guidance=5)))), "unknown option guidance"),
     (dict(a=dict(about="x", against=None, inference=dict(b={}), encoder_alone=True)), "no settings of inference"),
+    (dict(a=dict(about="x", against=None), b=dict(about="y", against="a", encoder_alone=True, time=2)),
+     "b trains for 2 and a for 1 times"),
     (dict(a=dict(about="x", against=None, steps=4)), "unknown steps")])
 def test_mistakes_in_variants_are_one_line(tmp_path, variants, words):
     (tmp_path / "variants.yaml").write_text(json.dumps(dict(seeds=[0], metrics=["psnr"], variants=variants)))
