@@ -18,11 +18,12 @@ from typing import Annotated, Any, Literal
 # %% ../nbs/82_params.ipynb #016c027f
 from annotated_types import Interval, MinLen
 
+from .architectures import find_architecture
 from .config import ConfigError, OneOf, check_early, declarations, from_dict, shown
 from .core import FoundIRError
 from .iqa import METRICS
-from .settings import (NO_INFLUENCE, PARTS, Count, Seed, Side, StageConfig, SubTaskSet, TrainConfig,
-                                 build_mixture, fields_read)
+from .settings import (NO_INFLUENCE, PARTS, Count, ModelConfig, Seed, Side, StageConfig, SubTaskSet,
+                                 TrainConfig, build_mixture, fields_read)
 from .tasks import SUBTASKS, subtask, subtask_names, task_table
 
 # %% ../nbs/82_params.ipynb #02b19d80
@@ -138,12 +139,15 @@ def stage_problems(
 def training_problems(
     params: Mapping[str, Mapping[str, Any]],  # each section is fine on its own
     root: Path,  # that a policy's `table` is relative to
+    all_stages: bool = True,  # False: those that the architecture trains by
 ) -> Iterator[str]:
     "What is wrong with the training stages; what several have in common is told once."
     found: dict[str, list[str]] = {}
+    own = find_architecture(from_dict(ModelConfig, params["model"], "model").architecture).stages
     for name, stage in STAGES.items():
+        if stage not in own and not all_stages: continue
         try:
-            files = dict(root=str(root), init="the stage before" if stage else None)
+            files = dict(root=str(root), init="the stage before" if stage and stage - 1 in own else None)
             config = TrainConfig.from_sections(stage, params[name], files, **{p: params[p] for p in PARTS})
             for problem in stage_problems(config): found.setdefault(problem, []).append(name)
         except FoundIRError as e: found.setdefault(str(e), []).append(name)
@@ -246,6 +250,7 @@ def check_params(
     params: Mapping[str, Mapping[str, Any]],  # as `load_params` reads them
     root: str | Path = ".",  # repository root
     name: str = "params.yaml",  # for the message
+    all_stages: bool = True,  # will each training stage run, as in the pipeline? else those that the architecture knows
 ) -> None:
     "Refuse parameters that no stage could work with. Raises `ConfigError` with all that was found, in one line."
     known = [s for s in SECTIONS if s in params]
@@ -257,7 +262,7 @@ def check_params(
     problems = problems or [p for s in known for p in section_problems(s, params[s])]
     if not problems:
         made = {s: from_dict(SECTIONS[s], params[s], s) for s in known}
-        if {*PARTS, *STAGES} <= set(known): problems += training_problems(params, Path(root))
+        if {*PARTS, *STAGES} <= set(known): problems += training_problems(params, Path(root), all_stages)
         if {"ingest", "mixture"} <= set(made): problems += ingestion_problems(made["ingest"], tasks)
         if "manifest" in made: problems += captioner_problems(made["manifest"])
         if "clean" in made: problems += cleaning_problems(made["clean"])
