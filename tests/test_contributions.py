@@ -1,31 +1,27 @@
-"What contributes what: variants.yaml and its pipeline say the same, and the table of comparisons."
-import shlex
+"What contributes what: its variants are what they say, and the table of comparisons."
 from dataclasses import replace
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
 from foundir_v2.base import build_foundir_unet, load_base
-from foundir_v2.config import load_params, load_yaml, overlay, parse_yaml
+from foundir_v2.config import load_params, overlay, parse_yaml
 from foundir_v2.contributions import compare_variants, contributions_table
-from foundir_v2.experiment import KEY, MEASURED, Experiment, Variant, read_experiment, settings_hash, variant_params
+from foundir_v2.experiment import KEY, Experiment, Variant, read_experiment, settings_hash, variant_params
 from foundir_v2.params import STAGES
-from foundir_v2.runner import assign, check_parameters, notebook_parameters, parser, read_sections
-from foundir_v2.settings import PARTS, ModelConfig
+from foundir_v2.settings import ModelConfig
 from foundir_v2.tasks import CATEGORIES
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "nbs/contributions"
 EXPERIMENT = read_experiment(HERE / "variants.yaml")
-PIPELINE = load_yaml(HERE / "dvc.yaml")["stages"]
 TEXTS = {p: overlay((ROOT / "params.yaml").read_text(), (ROOT / f"profiles/{p}.yaml").read_text())
          for p in ("tiny", "smoke")}
 
 
-# --- variants.yaml and its pipeline -----------------------------------------------------------------------------------
+# --- variants.yaml ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("profile", TEXTS)
 def test_every_variant_fits_params_and_changes_something(profile):
@@ -70,37 +66,6 @@ def test_experts_and_one_deep_expert_have_as_many_parameters():
              for n in ("soft_moe_same_start", "hard_moe", "one_expert", "no_moe")}
     assert count["hard_moe"] == count["soft_moe_same_start"]
     assert count["one_expert"] == pytest.approx(count["hard_moe"], rel=5e-3) and count["no_moe"] < count["one_expert"]
-
-
-def test_dvc_sees_a_stage_per_variant_and_seed_whose_only_output_is_a_file_in_git():
-    from dvc.repo import Repo
-    found = {s.addressing.rpartition(":")[2]: s for s in Repo(str(ROOT)).stage.load_all(str(HERE / "dvc.yaml"))}
-    rows = {f"row@{seed}-{name}": f"{name}-{seed}" for seed in EXPERIMENT.seeds for name in EXPERIMENT.variants}
-    assert set(found) == {*rows, "table"}
-    for stage, row in rows.items():
-        (out,) = found[stage].outs
-        assert Path(out.fs_path) == HERE / f"results/{row}.json" and not out.use_cache
-        assert {Path(d.fs_path) for d in found[stage].deps if hasattr(d, "params") and d.params} <= {
-            ROOT / "params.yaml", HERE / "variants.yaml"}
-    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line.startswith("/")]
-    for out in found["table"].outs: assert out.use_cache == (Path(out.fs_path).relative_to(ROOT).parts[0] in ignored)
-
-
-def test_dvc_looks_at_all_that_a_row_depends_on():
-    named = [p for p in PIPELINE["row"]["params"] if isinstance(p, str)]
-    assert {*PARTS, *STAGES, "evaluate.systems.restored", *(f"evaluate.{k}" for k in MEASURED)} <= set(named)
-    assert {"nbs/contributions/variants.yaml": ["metrics", "variants.${item.variant}"]} in PIPELINE["row"]["params"]
-
-
-@pytest.mark.parametrize("name", PIPELINE)
-def test_every_stage_gives_its_notebook_all_parameters(monkeypatch, name):
-    monkeypatch.chdir(ROOT)
-    args = parser().parse_args(
-        shlex.split(PIPELINE[name]["cmd"].replace("${item.variant}", "full").replace("${item.seed}", "1"))[3:])
-    wanted = notebook_parameters(nbformat.read(ROOT / args.src, 4), args.src)
-    values = assign(*read_sections(args.sections, args.set), wanted)
-    check_parameters(values, wanted, args.src)
-    if name == "row": assert values == dict(folder="nbs/contributions", variant="full", seed=1)
 
 
 # --- table ------------------------------------------------------------------------------------------------------------

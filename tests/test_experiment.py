@@ -1,19 +1,24 @@
 "Variants of the parameters: what they are told, their training and its resumption, their rows."
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
 
 from foundir_v2 import experiment as ex
 from foundir_v2.base import load_base
-from foundir_v2.config import ConfigError, overlay
+from foundir_v2.config import ConfigError, load_yaml, overlay
 from foundir_v2.core import FoundIRError
 from foundir_v2.data import Item
-from foundir_v2.experiment import (Experiment, Variant, gather, read_experiment, read_rows, settings_hash,
+from foundir_v2.experiment import (MEASURED, Experiment, Variant, gather, read_experiment, read_rows, settings_hash,
                                    train_variant, variant_params)
+from foundir_v2.params import STAGES
+from foundir_v2.runner import assign, check_parameters, notebook_parameters, parser, read_sections
+from foundir_v2.settings import PARTS
 from foundir_v2.tasks import CATEGORIES, SUBTASKS
 from foundir_v2.trainlog import Course, read_course, write_course
 from small_training import TASKS, equal, weights
@@ -21,8 +26,51 @@ from small_training import TASKS, equal, weights
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {p: overlay((ROOT / "params.yaml").read_text(), (ROOT / f"profiles/{p}.yaml").read_text())
          for p in ("tiny", "smoke")}
+FOLDERS = {f.name: (f, read_experiment(f / "variants.yaml"), load_yaml(f / "dvc.yaml")["stages"])
+           for f in (ROOT / "nbs/contributions", ROOT / "nbs/experiments")}
 TWO = Experiment(seeds=[0, 1, 2], metrics=["psnr", "stlpips"],
                  variants=dict(full=Variant(about="all", against=None), less=Variant(about="less")))
+
+
+# --- variants.yaml and its pipeline -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_dvc_sees_a_stage_per_variant_and_seed_whose_only_output_is_a_file_in_git(folder):
+    from dvc.repo import Repo
+    here, experiment, pipeline = FOLDERS[folder]
+    found = {s.addressing.rpartition(":")[2]: s for s in Repo(str(ROOT)).stage.load_all(str(here / "dvc.yaml"))}
+    rows = {f"row@{seed}-{name}": f"{name}-{seed}" for seed in experiment.seeds for name in experiment.variants}
+    assert set(found) - set(rows) == set(pipeline) - {"row"} and set(rows) < set(found)
+    for stage, row in rows.items():
+        (out,) = found[stage].outs
+        assert Path(out.fs_path) == here / f"results/{row}.json" and not out.use_cache
+        assert {Path(d.fs_path) for d in found[stage].deps if hasattr(d, "params") and d.params} <= {
+            ROOT / "params.yaml", here / "variants.yaml"}
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line.startswith("/")]
+    for out in (o for name in pipeline if name != "row" for o in found[name].outs):
+        assert out.use_cache == (Path(out.fs_path).relative_to(ROOT).parts[0] in ignored)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_dvc_looks_at_all_that_a_row_depends_on(folder):
+    _, experiment, pipeline = FOLDERS[folder]
+    named = [p for p in pipeline["row"]["params"] if isinstance(p, str)]
+    assert {*PARTS, *STAGES, "evaluate.systems.restored", *(f"evaluate.{k}" for k in MEASURED)} <= set(named)
+    shared = [k for k in ("params", "parts") if getattr(experiment, k)]
+    own = {f"nbs/{folder}/variants.yaml": ["metrics", *shared, "variants.${item.variant}"]}
+    assert own in pipeline["row"]["params"]
+
+
+@pytest.mark.parametrize("folder, name", [(f, n) for f, (_, _, pipeline) in FOLDERS.items() for n in pipeline])
+def test_every_stage_gives_its_notebook_all_parameters(monkeypatch, folder, name):
+    monkeypatch.chdir(ROOT)
+    cmd = FOLDERS[folder][2][name]["cmd"]
+    args = parser().parse_args(
+        shlex.split(cmd.replace("${item.variant}", "full").replace("${item.seed}", "1"))[3:])
+    wanted = notebook_parameters(nbformat.read(ROOT / args.src, 4), args.src)
+    values = assign(*read_sections(args.sections, args.set), wanted)
+    check_parameters(values, wanted, args.src)
+    if name == "row": assert values == dict(folder=f"nbs/{folder}", variant="full", seed=1)
 
 
 @pytest.mark.parametrize("variants, words", [
@@ -33,6 +81,7 @@ TWO = Experiment(seeds=[0, 1, 2], metrics=["psnr", "stlpips"],
     (dict(a=dict(about="x", against=None, inference=dict(b={}), encoder_alone=True)), "no settings of inference"),
     (dict(a=dict(about="x", against=None), b=dict(about="y", against="a", encoder_alone=True, time=2)),
      "b trains for 2 and a for 1 times"),
+    (dict(a=dict(about="x", against=None, parts=["b"])), "a has unknown parts b"),
     (dict(a=dict(about="x", against=None, steps=4)), "unknown steps")])
 def test_mistakes_in_variants_are_one_line(tmp_path, variants, words):
     (tmp_path / "variants.yaml").write_text(json.dumps(dict(seeds=[0], metrics=["psnr"], variants=variants)))

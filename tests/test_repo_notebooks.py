@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / 'nbs').glob('[0-9][0-9]*_*.ipynb'))
-STAGES = [p for folder in ('pipeline', 'contributions', 'compare')
+STAGES = [p for folder in ('pipeline', 'contributions', 'experiments', 'compare')
           for p in sorted((ROOT / 'nbs' / folder).glob('*.ipynb'))]
 OTHERS = ([p for folder in ('experiments', 'tutorials') for p in sorted((ROOT / 'nbs' / folder).glob('*.ipynb'))]
           + [ROOT / 'nbs' / 'index.ipynb'])
