@@ -32,9 +32,8 @@ def score_losses(
     "Mean loss of every task's images. Raises `MixtureError` for scores that are of another kind."
     losses = {t: mean([SCORE_LOSSES[kinds[t]](s) for s in scores]) for t, scores in images.items()}
     if bad := [t for t, loss in losses.items() if not 0 <= loss <= 1]:
-        choices = "; ".join(f"{kind} is a choice" for kind in SCORE_LOSSES if kind != kinds[bad[0]])
-        raise MixtureError(f"score of {bad[0]} is {mean(images[bad[0]]):.4g}, no {kinds[bad[0]]}: its loss would not "
-                           f"be from 0 to 1; name its kind in the option loss ({choices})")
+        raise MixtureError(f"score of {bad[0]} is {mean(images[bad[0]]):.4g}, which as {kinds[bad[0]]} is no loss from "
+                           f"0 to 1; name its kind in the option loss: {', '.join(SCORE_LOSSES)}")
     return np.array(list(losses.values())).clip(*LOSS_RANGE)
 
 # %% ../nbs/29a_reweighting.ipynb #29a00012
@@ -47,7 +46,7 @@ class ArtMixture(Mixture):
 
     def __init__(self,
         tasks: Iterable[str],  # names
-        loss: str | Mapping[str, str] = "decibel",  # kind of the scores, a row of `SCORE_LOSSES`; or per other task
+        loss: str | Mapping[str, str] = "decibel",  # kind of score, in `SCORE_LOSSES`; or of tasks that aren't decibel
         tau: float = 0.1,  # temperature
         keep: float = 0.9,  # share of the old mean loss in the new one
         floor: float = 0.0,  # smallest weight
