@@ -345,7 +345,7 @@ def test_weights_in_the_csv_follow_from_its_scores(bench, tmp_path):
 
 @pytest.mark.parametrize("policy, options", [
     ("des", dict(alpha=.5, floor=.1, max_step=10., score_scale="zscore")), ("art", dict(floor=.1)),
-    ("rebalance", dict(best=60.))])
+    ("rebalance", dict(best=14.))])
 def test_weights_in_the_log_follow_from_the_scores_of_its_images(bench, tmp_path, policy, options):
     c = config(bench, tmp_path, stage=2, steps=8, update_every=2, learning_rate=1e-2, policy=policy, options=options)
     result = tr.train(c)
