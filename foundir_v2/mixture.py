@@ -17,9 +17,11 @@ import numpy as np
 from .mixchecks import (LARGEST, SMALLEST, Check, MixtureError, check_names, check_number, check_score,
     check_scores, check_step, check_tasks, check_weights, check_whole, empty_or, listed, per_task, record, rising, same,
     same_names, shares, shown)
-from foundir_v2.online import (ONLINE, ExcessLossMixture, OnlineDataMixing, SlopeMixture, TargetGapMixture, excesses,
-    gaps, slopes)
+from .online import (ONLINE, ExcessLossMixture, OnlineDataMixing, SlopeMixture, TargetGapMixture, each_score,
+    excesses, gaps, slopes)
 from .policy import FixedMixture, Mixture, MixtureState, mean, squared_error
+from .reweighting import (LEAST_PROGRESS, LOSS_RANGE, REWEIGHTING, SCORE_LOSSES, ArtMixture, RebalanceMixture,
+    focal_weights, score_losses)
 from .schedules import (RELEASED_PHASES, SCHEDULES, SCORE_DIGITS, IncrementalMixture, ProportionalMixture,
     ReplayMixture, ScheduledMixture, SequentialMixture, TemperatureMixture, check_boundaries, mixture_rows,
     read_mixture, released_schedule, replacing, replay_scores, round_scores, rows_of, schedule_of, write_mixture)
@@ -203,7 +205,7 @@ class DataEquilibrium(Mixture):
     def _remembers(self): return des_memory(self.tasks, 1 if self.response.dead_band is None else 2)
 
 # %% ../nbs/30_mixture.ipynb #24a3c46e
-POLICIES: dict[str, type[Mixture]] = {**SCHEDULES, "des": DataEquilibrium, **ONLINE}
+POLICIES: dict[str, type[Mixture]] = {**SCHEDULES, "des": DataEquilibrium, **ONLINE, **REWEIGHTING}
 
 def policy_options(
     policy: str,  # a key of `POLICIES`

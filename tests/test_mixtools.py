@@ -35,6 +35,17 @@ def test_policies_from_text():
         with pytest.raises(FoundIRError): parse_policy(bad, TASKS)
 
 
+def test_the_policies_of_other_restorers_race_on_the_shipped_curves():
+    "Super-resolution is scored by negated ST-LPIPS there; Art must be told so."
+    art, far = 'art:loss={"sr":"distance"},floor=0.05', "rebalance:best=30,gamma=2"
+    rows = simulate_file("tiny", policies=("fixed", art, far), updates=4, seeds=2, images=3)
+    assert {r["policy"] for r in rows} == {"fixed", art, far} and all(np.isfinite(r["regret"]) for r in rows)
+    with pytest.raises(FoundIRError, match="score of sr .*loss: decibel, distance, percent"):
+        simulate_file("tiny", policies=("art",), updates=2, seeds=1)
+    with pytest.raises(FoundIRError, match="missing 1 required positional argument: 'best'"):
+        simulate_file("tiny", policies=("rebalance",))
+
+
 def test_simulate(tmp_path, log):
     save_curves(CURVES, tmp_path / "curves.json")
     rows = simulate_file(tmp_path / "curves.json", tmp_path / "out" / "regret.csv", ("fixed", "des:alpha=1.0"),

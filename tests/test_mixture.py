@@ -4,10 +4,10 @@ from functools import partial
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from foundir_v2.mixture import (
-    LARGEST, POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, MixtureError,
-    OnlineDataMixing, ProportionalMixture, ReplayMixture, ScheduledMixture, SequentialMixture, SlopeMixture,
-    TargetGapMixture, TemperatureMixture, dead_band, make_mixture, mixture_rows, policy_for, project, read_mixture,
-    released_schedule, replay_scores, round_scores, write_mixture)
+    LARGEST, POLICIES, ArtMixture, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture, MixtureError,
+    OnlineDataMixing, ProportionalMixture, RebalanceMixture, ReplayMixture, ScheduledMixture, SequentialMixture,
+    SlopeMixture, TargetGapMixture, TemperatureMixture, dead_band, make_mixture, mixture_rows, policy_for, project,
+    read_mixture, released_schedule, replay_scores, round_scores, write_mixture)
 
 few = settings(max_examples=60, deadline=None)
 score = st.floats(-60, 60)
@@ -185,7 +185,8 @@ MAKERS = {
     "excess_loss": lambda: ExcessLossMixture(["a", "b", "c"], dict.fromkeys("abc", 24.0)),
     "target_gap": lambda: TargetGapMixture(["a", "b", "c"], dict.fromkeys("abc", 24.0), rate=0.2),
     "odm": lambda: OnlineDataMixing(["a", "b", "c"], best=30, worst=10),
-    "slope": lambda: SlopeMixture(["a", "b", "c"])}
+    "slope": lambda: SlopeMixture(["a", "b", "c"]),
+    "rebalance": lambda: RebalanceMixture(["a", "b", "c"], best=30)}
 # by their defaults
 MAKERS |= {name: partial(policy_for, ["a", "b", "c"], name) for name in POLICIES if name not in MAKERS}
 
@@ -596,6 +597,114 @@ def test_slope_keeps_its_floor():
     assert policy.update({"a": 25.0, "b": 20.0}, 10) == pytest.approx({"a": 0.9, "b": 0.1})
 
 
+def distances(scores): return {t: [-v / 40 for v in values] for t, values in scores.items()}
+
+
+def plain_project(values, low):
+    "The nearest point of the simplex with no share below `low`, by trying every set of tasks that lie there."
+    from itertools import combinations
+    found = []
+    for n in range(len(values)):
+        for fixed in combinations(values, n):
+            free = [t for t in values if t not in fixed]
+            shift = (sum(values[t] for t in free) - (1 - n * low)) / len(free)
+            point = {t: low if t in fixed else values[t] - shift for t in values}
+            if min(point.values()) >= low - 1e-12: found.append(point)
+    return min(found, key=lambda p: sum((p[t] - values[t]) ** 2 for t in values))
+
+
+@few
+@given(rounds_of_images(), st.floats(0.05, 2), st.floats(0, 1), st.floats(0, 0.15), st.booleans())
+def test_art_is_a_softmax_of_two_ratios(run, tau, keep, floor, negated):
+    tasks, rounds = run
+    if negated: rounds = [distances(scores) for scores in rounds]
+    policy, average, lowest = ArtMixture(tasks, "distance" if negated else "decibel", tau, keep, floor), {}, {}
+    for step, scores in enumerate(rounds):
+        loss = {t: plain_mean([-v if negated else math.sqrt(10 ** (-v / 10)) for v in scores[t]]) for t in tasks}
+        w = dict.fromkeys(tasks, 1 / len(tasks))
+        if step:
+            need = {t: loss[t] / average[t] * math.log10(lowest[t]) / math.log10(loss[t]) / tau for t in tasks}
+            w = plain_project(normed({t: math.exp(v - max(need.values())) for t, v in need.items()}), floor)
+        assert close(policy.update(scores, step), w)
+        average = {t: keep * average[t] + (1 - keep) * loss[t] if step else loss[t] for t in tasks}
+        lowest = {t: min(lowest[t], loss[t]) if step else loss[t] for t in tasks}
+
+
+def test_art_by_hand():
+    "0.1 beside a mean and best of 0.1; 0.1 beside a mean and best of 0.01: products 1 and 10 * 2."
+    policy = ArtMixture(["a", "b"], tau=10.0, keep=0.75)
+    policy.update({"a": 20.0, "b": 40.0}, 0)
+    assert policy.update({"a": 20.0, "b": 20.0}, 5)["b"] == pytest.approx(1 / (1 + math.exp(-1.9)))
+    memory = policy.state_dict()["memory"]
+    assert memory["lowest"] == pytest.approx({"a": 0.1, "b": 0.01})
+    assert memory["average"] == pytest.approx({"a": 0.1, "b": 0.0325})
+
+
+def test_art_knows_the_kinds_of_scores_and_survives_their_ends():
+    kinds = {"sr": "distance", "faces": "percent"}
+    policy = ArtMixture(["denoise", "sr", "faces"], kinds)
+    for step in range(3): policy.update({"denoise": 20.0, "sr": -0.1, "faces": 90.0}, step)
+    assert policy.weights == pytest.approx(dict.fromkeys(policy.tasks, 1 / 3))  # all have a loss of 0.1
+    for step, scores in enumerate(((0.0, -1.0, 0.0), (LARGEST, 0.0, 100.0), (0.0, -1.0, 0.0)), 3):
+        weights = policy.update(dict(zip(policy.tasks, scores)), step)
+        assert sum(weights.values()) == pytest.approx(1) and min(weights.values()) >= 0
+    before = policy.state_dict()
+    for scores in ({"denoise": -LARGEST, "sr": -0.1, "faces": 9.0}, {"denoise": 20.0, "sr": 0.1, "faces": 9.0},
+                   {"denoise": 20.0, "sr": -1.1, "faces": 9.0}, {"denoise": 20.0, "sr": -0.1, "faces": 101.0}):
+        with pytest.raises(MixtureError, match="name its kind in the option loss"): policy.update(scores, 9)
+    assert policy.state_dict() == before
+    for bad in (dict(loss="db"), dict(loss=3), dict(loss={"sr": []}), dict(loss={"blur": "decibel"}), dict(tau=0),
+                dict(keep=1.5), dict(floor=0.4), dict(start={"sr": 1.0}),
+                dict(floor=0.2, start={"denoise": 0.1, "sr": 0.4, "faces": 0.5})):
+        with pytest.raises(MixtureError): ArtMixture(["denoise", "sr", "faces"], **bad)
+
+
+@few
+@given(rounds_of_images(), st.floats(0, 3), st.booleans())
+def test_rebalance_is_the_focal_loss_of_progress(run, gamma, told):
+    tasks, rounds = run
+    worst = {t: 5.0 for t in tasks} if told else {t: plain_mean(v) for t, v in rounds[0].items()}
+    best = {t: worst[t] + 4.0 + i for i, t in enumerate(tasks)}
+    policy = RebalanceMixture(tasks, best, worst if told else None, gamma, max_step=None, floor=0.0)
+    w = dict.fromkeys(tasks, 1 / len(tasks))
+    for step, scores in enumerate(rounds):
+        way = {t: (plain_mean(scores[t]) - worst[t]) / (best[t] - worst[t]) for t in tasks}
+        way = {t: min(max(v, 0.01), 1.0) for t, v in way.items()}
+        focal = {t: -(1 - v) ** gamma * math.log(v) for t, v in way.items()}
+        if (told or step) and sum(focal.values()) > 0: w = normed(focal)
+        assert close(policy.update(scores, step), w)
+
+
+def test_rebalance_is_controlled():
+    "Half of the way and nine tenths of it, with gamma 2: 0.25 ln 2 and 0.01 ln (10/9)."
+    scores = {"a": 25.0, "b": 29.0}
+    free = RebalanceMixture(["a", "b"], 30, 20, gamma=2, max_step=None, floor=0.0)
+    share = 0.25 * math.log(2) / (0.25 * math.log(2) + 0.01 * math.log(10 / 9))
+    assert free.update(scores, 0)["a"] == pytest.approx(share)
+    held, shares = RebalanceMixture(["a", "b"], 30, 20, max_step=20, floor=0.1), []
+    for step in range(4): shares.append(held.update(scores, step)["a"])
+    assert shares == pytest.approx([0.7, 0.9, 0.9, 0.9])
+    done = RebalanceMixture(["a", "b"], {"a": 20, "b": 25}, start={"a": 0.6, "b": 0.4})
+    for step in range(2): assert done.update({"a": 30.0, "b": 25.0}, step) == {"a": 0.6, "b": 0.4}  # nothing is lacking
+    assert done.update({"a": 30.0, "b": 24.0}, 2) == pytest.approx({"a": 0.5, "b": 0.5})
+    for bad in (dict(best={"a": 1}), dict(best=1, worst=1), dict(best=1, worst={"b": 0}), dict(best=1, gamma=-1),
+                dict(best=1, floor=0.6), dict(best=1, max_step=0), dict(best=math.nan), dict(best="30")):
+        with pytest.raises(MixtureError): RebalanceMixture(["a", "b"], **bad)
+    with pytest.raises(MixtureError, match="policy rebalance: missing 1 required positional argument: 'best'"):
+        policy_for(["a", "b"], "rebalance")
+
+
+@pytest.mark.parametrize("name", ["art", "rebalance"])
+def test_recorded_scores_replay_the_weights_bit_for_bit(name):
+    rng, recorded, live = np.random.default_rng(3), [], MAKERS[name]()
+    for step in range(0, 60, 10):
+        scores = round_scores({t: (22 + step / 20 + rng.normal(0, 1, 5)).tolist() for t in "abc"})
+        recorded.append(dict(step=step, scores=json.loads(json.dumps(scores)), weights=live.update(scores, step)))
+    again = replay_scores(MAKERS[name](), recorded)
+    assert [r["weights"] for r in again] == [r["weights"] for r in recorded]
+    assert recorded[0]["weights"] == dict.fromkeys("abc", 1 / 3) and recorded[-1]["weights"] != recorded[0]["weights"]
+
+
 def test_reference_images_must_be_the_same():
     policy = ExcessLossMixture(["a"], {"a": [20.0, 21.0, 22.0]})
     with pytest.raises(MixtureError, match="2 scores of a, but the reference model has 3"):
@@ -608,7 +717,7 @@ def test_reference_images_must_be_the_same():
         with pytest.raises(MixtureError): OnlineDataMixing(["a"], **bad)
 
 
-@pytest.mark.parametrize("name", ["excess_loss", "odm", "slope", "target_gap", "des"])
+@pytest.mark.parametrize("name", ["excess_loss", "odm", "slope", "target_gap", "des", "art", "rebalance"])
 def test_a_state_follows_the_names_not_the_order(name):
     rng, tasks = np.random.default_rng(2), ["a", "b", "c"]
     def make(order):
@@ -617,6 +726,7 @@ def test_a_state_follows_the_names_not_the_order(name):
                 "odm": lambda: OnlineDataMixing(order, 30, 10),
                 "slope": lambda: SlopeMixture(order, gamma2=0.5),
                 "target_gap": lambda: TargetGapMixture(order, ends),
+                "art": lambda: ArtMixture(order), "rebalance": lambda: RebalanceMixture(order, ends),
                 "des": lambda: DataEquilibrium(order, 0.3)}[name]()
     one = make(tasks)
     for i in range(12): one.update({t: 15 + 3 * rng.normal() for t in tasks}, i)
@@ -636,6 +746,11 @@ def test_a_state_follows_the_names_not_the_order(name):
     ("odm", {"count": 2, "rewards": {"a": 1.0, "b": 2.0, "c": "x"}}),
     ("slope", {"count": 1, "credit": dict.fromkeys("abc", 0.1), "average": dict.fromkeys("abc", 0.1)}),
     ("slope", {"past": [[1]], "count": 1, "credit": dict.fromkeys("abc", 0.1), "average": dict.fromkeys("abc", 0.1)}),
+    ("art", {"average": dict.fromkeys("abc", 0.1)}),
+    ("art", {"average": dict.fromkeys("abc", 0.1), "lowest": {"a": 0.1, "b": 0.1, "c": 0.0}}),
+    ("art", {"average": dict.fromkeys("abc", 1.5), "lowest": dict.fromkeys("abc", 0.1)}),
+    ("rebalance", {"worst": {"a": 1.0, "b": 2.0}}),
+    ("rebalance", {"worst": dict.fromkeys("abc", "20")}),
     ("des", {"scores": dict.fromkeys("abc", [1.0, 2.0]), "squares": {"a": 3}}),
     ("des", {"scores": dict.fromkeys("abc", [1.0, 2.0]), "squares": {"a": [1, "x"]}}),
     ("des", {"scores": dict.fromkeys("abc", [1.0]), "squares": {}})])
@@ -671,15 +786,17 @@ def test_replay_of_odd_tables(tmp_path):
         with pytest.raises(MixtureError, match="samples_per_step"): released_schedule(list("abcde"), bad)
 
 
-ROOMS = ("mixchecks", "policy", "schedules", "simplex", "online", "mixture")
+ROOMS = ("mixchecks", "policy", "schedules", "simplex", "online", "reweighting", "mixture")
 NAMES = """
-Check DataEquilibrium ExcessLossMixture FixedMixture IncrementalMixture LARGEST Mixture MixtureError
-MixtureState OnlineDataMixing POLICIES ProportionalMixture RELEASED_PHASES ReplayMixture SCORE_DIGITS
-SCORE_SCALES SMALLEST ScheduledMixture SequentialMixture SlopeMixture TargetGapMixture TemperatureMixture
-check_boundaries check_names check_number check_score check_scores check_step check_tasks check_weights
-check_whole dead_band empty_or equilibrium_step excesses gaps limit_moves listed make_mixture mean mixture_rows
-paired_error per_task policy_for policy_options project read_mixture record released_schedule replacing
-replay_scores rising round_scores rows_of same same_names schedule_of score_noise shares shown slopes
+ArtMixture Check DataEquilibrium ExcessLossMixture FixedMixture IncrementalMixture LARGEST
+LEAST_PROGRESS LOSS_RANGE Mixture MixtureError MixtureState OnlineDataMixing POLICIES
+ProportionalMixture RELEASED_PHASES REWEIGHTING RebalanceMixture ReplayMixture SCORE_DIGITS
+SCORE_LOSSES SCORE_SCALES SMALLEST ScheduledMixture SequentialMixture SlopeMixture TargetGapMixture
+TemperatureMixture check_boundaries check_names check_number check_score check_scores check_step
+check_tasks check_weights check_whole dead_band each_score empty_or equilibrium_step excesses
+focal_weights gaps limit_moves listed make_mixture mean mixture_rows paired_error per_task
+policy_for policy_options project read_mixture record released_schedule replacing replay_scores
+rising round_scores rows_of same same_names schedule_of score_losses score_noise shares shown slopes
 squared_error unit_of write_mixture
 """
 
@@ -701,8 +818,9 @@ def test_the_door_hands_on_every_name():
 
 def test_the_table_is_that_of_the_rooms():
     from foundir_v2.online import ONLINE
+    from foundir_v2.reweighting import REWEIGHTING
     from foundir_v2.schedules import SCHEDULES
-    assert POLICIES == SCHEDULES | {"des": DataEquilibrium} | ONLINE
+    assert POLICIES == SCHEDULES | {"des": DataEquilibrium} | ONLINE | REWEIGHTING
     assert not any(policy.needs_scores for policy in SCHEDULES.values())
 
 

@@ -47,7 +47,8 @@ def test_what_does_not_fit_together_is_told_at_once():
 OPTIONS = dict(fixed={}, proportional={}, temperature=dict(temperature=2), sequential=dict(boundaries=[3]),
                incremental=dict(boundaries=[3]), replay=dict(table="a.csv"), des=dict(alpha=.5),
                excess_loss=dict(reference=dict.fromkeys(TASKS, 30.)),
-               target_gap=dict(targets=dict.fromkeys(TASKS, 30.)), odm=dict(best=40, worst=10), slope=dict(window=2))
+               target_gap=dict(targets=dict.fromkeys(TASKS, 30.)), odm=dict(best=40, worst=10), slope=dict(window=2),
+               art=dict(tau=.2), rebalance=dict(best=40))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -72,7 +73,7 @@ def test_a_registered_policy_is_a_choice(monkeypatch):
 
 def test_start_and_sizes_reach_the_policies_that_take_them():
     start = dict(denoise=.7, sr=.3)
-    for policy in ("fixed", "des", "slope", "target_gap"):
+    for policy in ("fixed", "des", "slope", "target_gap", "art", "rebalance"):
         assert build_mixture(config(policy=policy, options=OPTIONS[policy], start=start)).weights == start
     assert build_mixture(config(policy="proportional"), SIZES).weights == pytest.approx(dict(denoise=.75, sr=.25))
     with pytest.raises(FoundIRError, match="'sizes'"): build_mixture(config(policy="proportional"))

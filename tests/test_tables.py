@@ -11,7 +11,7 @@ from torch import nn
 
 from foundir_v2 import (
     architectures, attention, benchmark, caption, degrade, iqa, judges, layouts, mixture, networks, objective, optim,
-    restorers, systems, tasks)
+    restorers, reweighting, systems, tasks)
 from foundir_v2.architectures import PixelArchitecture
 from foundir_v2.attention import ConvBlock, GatedFFN, make_expert
 from foundir_v2.caption import CaptionerKind, make_captioner
@@ -83,6 +83,12 @@ def test_a_policy_with_an_option(monkeypatch):
     monkeypatch.setitem(mixture.POLICIES, "leader", Leader)
     c = config(policy="leader", options=dict(first="sr", rest=0.2))
     assert policy_for(list(c.task_table), c.policy, c.options).weights["sr"] == pytest.approx(0.8)
+
+
+def test_a_kind_of_score_for_art(monkeypatch):
+    monkeypatch.setitem(reweighting.SCORE_LOSSES, "share", lambda score: 1 - score)
+    c = config(policy="art", options=dict(loss=dict(sr="share")))
+    assert policy_for(list(c.task_table), c.policy, c.options).kinds["sr"] == "share"
 
 
 def test_a_loss_and_an_optimizer(monkeypatch):

@@ -343,9 +343,11 @@ def test_weights_in_the_csv_follow_from_its_scores(bench, tmp_path):
     assert policy.weights != dict.fromkeys(TASKS, 1 / 3)
 
 
-def test_weights_in_the_log_follow_from_the_scores_of_its_images(bench, tmp_path):
-    options = dict(alpha=.5, floor=.1, max_step=10., score_scale="zscore")
-    c = config(bench, tmp_path, stage=2, steps=8, update_every=2, learning_rate=1e-2, options=options)
+@pytest.mark.parametrize("policy, options", [
+    ("des", dict(alpha=.5, floor=.1, max_step=10., score_scale="zscore")), ("art", dict(floor=.1)),
+    ("rebalance", dict(best=14.))])
+def test_weights_in_the_log_follow_from_the_scores_of_its_images(bench, tmp_path, policy, options):
+    c = config(bench, tmp_path, stage=2, steps=8, update_every=2, learning_rate=1e-2, policy=policy, options=options)
     result = tr.train(c)
     records = [r for r in read_log(result.output / "log.jsonl") if r["kind"] == "mixture"]
     assert all(len(images) == c.reference_per_task for r in records for images in r["scores"].values())

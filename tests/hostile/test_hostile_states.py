@@ -16,8 +16,8 @@ from foundir_v2.mixlaw import fit_law, predict, spread_mixtures
 from foundir_v2.mixsim import load_curves, save_curves, score_of
 from foundir_v2.mixtools import load_law, parse_policy
 from foundir_v2.mixture import (POLICIES, DataEquilibrium, ExcessLossMixture, FixedMixture, IncrementalMixture,
-                                MixtureError, OnlineDataMixing, ProportionalMixture, ReplayMixture, SequentialMixture,
-                                SlopeMixture, TargetGapMixture, TemperatureMixture, policy_for)
+                                MixtureError, OnlineDataMixing, ProportionalMixture, RebalanceMixture, ReplayMixture,
+                                SequentialMixture, SlopeMixture, TargetGapMixture, TemperatureMixture, policy_for)
 from foundir_v2.sampler import MixtureSampler
 
 TASKS = ('a', 'b', 'c')
@@ -32,7 +32,8 @@ MAKERS = {'fixed': lambda: FixedMixture({'a': 0.5, 'b': 0.25, 'c': 0.25}),
           'excess_loss': lambda: ExcessLossMixture(TASKS, ENDS),
           'target_gap': lambda: TargetGapMixture(TASKS, ENDS, rate=0.2),
           'odm': lambda: OnlineDataMixing(TASKS, best=30, worst=10),
-          'slope': lambda: SlopeMixture(TASKS)}
+          'slope': lambda: SlopeMixture(TASKS),
+          'rebalance': lambda: RebalanceMixture(TASKS, ENDS)}
 MAKERS |= {name: partial(policy_for, TASKS, name) for name in POLICIES if name not in MAKERS}  # by their defaults
 MORE = {'des zscore': lambda: DataEquilibrium(TASKS, 0.5, 'zscore', protect_falling=True),
         'des raw': lambda: DataEquilibrium(TASKS, 0.5, initial_scores=ENDS),
