@@ -290,7 +290,7 @@ def test_samples_are_functions_of_their_seeds():
     assert torch.equal(one, same) and not torch.equal(one, new)
 
 
-# --- the diffusion transformer on pixels -------------------------------------------------------------------------------
+# --- the diffusion transformer on pixels -----------------------------------------------------------------------------
 
 def test_a_transformer_that_knows_the_clean_picture_restores_perfectly():
     (lq, gt), noise, seen = grey_pair(), torch.randn(1, 3, 16, 16), []
