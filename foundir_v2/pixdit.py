@@ -71,14 +71,14 @@ class PixDiTNetwork(PixelNetwork):
         self.blocks = nn.ModuleList(PixDiTBlock(heads, head_width, expansion) for _ in range(depth))
         self.norm, self.modulation = RMSNorm(width, eps=1e-6), nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.out = nn.Linear(width, 3 * patch**2)
-        self.start()
+        self.initialise()
 
     @property
     def multiple(self) -> int: return self.config.patch
 
 # %% ../nbs/49c_pixdit.ipynb #49c00014
 @patch
-def start(
+def initialise(
     self: PixDiTNetwork,
 ) -> None:
     "Draw the weights that training starts from, as DiT does (Peebles and Xie, ICCV 2023)."

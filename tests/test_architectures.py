@@ -290,7 +290,7 @@ def test_samples_are_functions_of_their_seeds():
     assert torch.equal(one, same) and not torch.equal(one, new)
 
 
-# --- the diffusion transformer on pixels -----------------------------------------------------------------------------
+# --- the diffusion transformer on pixels ------------------------------------------------------------------------------
 
 def test_a_transformer_that_knows_the_clean_picture_restores_perfectly():
     (lq, gt), noise, seen = grey_pair(), torch.randn(1, 3, 16, 16), []
@@ -343,7 +343,7 @@ def test_a_transformer_knows_where_a_token_is_at_any_size():
     with torch.no_grad():
         for size in ((4, 4), (12, 20), (64, 8)):
             assert network(torch.rand(1, 3, *size), torch.rand(1, 3, *size), time).shape == (1, 3, *size)
-        assert restore_pixels(network, torch.rand(1, 3, 9, 14), [0]).shape == (1, 3, 9, 14)
+        for tiles in (0, 8): assert restore_pixels(network, torch.rand(1, 3, 9, 14), [0], tiles).shape == (1, 3, 9, 14)
         rows = network(one, one, time)  # two tokens, the second below the first, or beside it
         across = torch.cat([one[..., :4, :], one[..., 4:, :]], -1)
         columns = network(across, across, time)
