@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
-from annotated_types import Interval, MaxLen, MinLen
+from annotated_types import Interval, MaxLen, MinLen, MultipleOf
 
 from .core import FoundIRError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING: from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['Width', 'Number', 'ARCHITECTURES', 'Trainee', 'Architecture', 'FoundIRv2', 'PixelArchitecture', 'PromptIR',
-           'FoundIRv1', 'find_architecture', 'check_sizes']
+           'FoundIRv1', 'PixDiT', 'find_architecture', 'check_sizes']
 
 # %% ../nbs/60b_architectures.ipynb #60b00007
 class Trainee(Protocol):
@@ -119,8 +119,26 @@ class FoundIRv1(PixelArchitecture):
         load_official(path, network)
         return network
 
+# %% ../nbs/60b_architectures.ipynb #60b00025
+@dataclass(frozen=True, kw_only=True)
+class PixDiT(PixelArchitecture):
+    "The pixel transformer of PixRestore (Sun et al., arXiv 2608.16793), without its guidance by DINOv2."
+    heads: Number = 6  # attention heads of a block
+    head_width: Annotated[int, Interval(ge=4, le=256), MultipleOf(4)] = 64  # of each; rows and columns turn pairs
+    depth: Number = 12  # blocks
+    patch: Annotated[int, Interval(ge=1, le=64)] = 8  # side of a patch, in pixels; divides the crop
+    bottleneck: Width = 768  # width between the two maps that make a token of a patch
+    expansion: Annotated[float, Interval(ge=1, le=8)] = 4.0  # of the feed-forward networks
+    steps: Annotated[int, Interval(ge=1, le=1000)] = 4  # passes that a restoration takes
+
+    @staticmethod
+    def network_class() -> type:
+        from foundir_v2.pixdit import PixDiTNetwork
+        return PixDiTNetwork
+
 # %% ../nbs/60b_architectures.ipynb #60b00017
-ARCHITECTURES: dict[str, type[Architecture]] = dict(foundir_v2=FoundIRv2, promptir=PromptIR, foundir_v1=FoundIRv1)
+ARCHITECTURES: dict[str, type[Architecture]] = dict(
+    foundir_v2=FoundIRv2, promptir=PromptIR, foundir_v1=FoundIRv1, pixdit=PixDiT)
 
 def find_architecture(
     name: str,  # as a file or a catalogue names it

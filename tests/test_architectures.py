@@ -15,6 +15,7 @@ from foundir_v2.inference import read_recipe
 from foundir_v2.learner import Learner, make_accelerator
 from foundir_v2.loading import load_pipeline
 from foundir_v2.memo import Memo
+from foundir_v2.pixdit import SHORTEST, PixDiTNetwork
 from foundir_v2.pixels import read_network, restore_pixels
 from foundir_v2.plan import plan_stage
 from foundir_v2.promptir import UNUSED, PromptIRNetwork, load_official, to_official
@@ -27,8 +28,9 @@ from small_training import TASKS, config, equal
 
 SMALL = dict(width=8, blocks=[1, 1, 1, 1], refinement=1, heads=[1, 1, 2, 2], prompts=3, prompt_width=[8, 8, 16],
              prompt_size=[8, 4, 2])
-SIZES = dict(promptir=SMALL, foundir_v1=dict(width=8, factors=[1, 2], groups=4, steps=2))
-NETWORKS = dict(promptir=PromptIRNetwork, foundir_v1=FoundIRv1Network)
+SIZES = dict(promptir=SMALL, foundir_v1=dict(width=8, factors=[1, 2], groups=4, steps=2),
+             pixdit=dict(heads=2, head_width=8, depth=2, patch=4, bottleneck=16, steps=2))
+NETWORKS = dict(promptir=PromptIRNetwork, foundir_v1=FoundIRv1Network, pixdit=PixDiTNetwork)
 every = pytest.mark.parametrize("name", SIZES)
 
 
@@ -54,10 +56,12 @@ def network_weights(folder): return read_network(folder).state_dict()
 @pytest.mark.parametrize("changes, words", [
     (dict(stage=0), "architecture promptir trains by stage 2 alone: it has no stage 0"),
     (dict(stage=1), "it has no stage 1"),
-    (dict(architecture="promtir"), "expected one of foundir_v2, promptir, foundir_v1"),
+    (dict(architecture="promtir"), "expected one of foundir_v2, promptir, foundir_v1, pixdit"),
     (dict(architecture_options=dict(depth=3)), "unknown depth; the choices are width, blocks"),
     (dict(architecture_options=dict(blocks=[1, 1])), "architecture_options.blocks: expected 4 values, got 2"),
     (dict(architecture="foundir_v2"), "architecture_options: unknown width"),
+    (dict(architecture="pixdit", architecture_options=dict(head_width=6)), "and a multiple of 4, got 6"),
+    (dict(architecture="pixdit", architecture_options=dict(patch=65)), "architecture_options.patch: expected"),
     (dict(loss="psnr"), "promptir has none: choose from l1, l2"),
     (dict(lq_encoder_learning_rate=1e-4), "lq_encoder_learning_rate is for foundir_v2: with promptir it is null"),
     (dict(conditioning_init="identity"), "with promptir it is zero"),
@@ -146,9 +150,10 @@ def test_promptir_goes_on_from_an_earlier_result_of_its_sizes(bench, tmp_path):
         with pytest.raises((FoundIRError, FileNotFoundError), match=words): tr.train(replace(c, **changes))
 
 
-def test_switches_that_save_memory_change_no_result(bench, tmp_path):
+@pytest.mark.parametrize("name", ["promptir", "pixdit"])
+def test_switches_that_save_memory_change_no_result(bench, tmp_path, name):
     "Checkpointed activations are the same ones; another memory format rounds otherwise."
-    plain = promptir(bench, tmp_path, steps=2, update_every=0)
+    plain = small(bench, tmp_path, name, steps=2, update_every=0)
     losses = []
     for changes in (dict(), dict(gradient_checkpointing=True), dict(gradient_accumulation=2, channels_last=True)):
         c = replace(plain, output=str(tmp_path / "_".join(changes) / "out"), **changes)
@@ -283,6 +288,68 @@ def test_samples_are_functions_of_their_seeds():
     with torch.no_grad():
         one, same, new = (restore_pixels(network, lq[:1], [seed]) for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, new)
+
+
+# --- the diffusion transformer on pixels ------------------------------------------------------------------------------
+
+def test_a_transformer_that_knows_the_clean_picture_restores_perfectly():
+    (lq, gt), noise, seen = grey_pair(), torch.randn(1, 3, 16, 16), []
+    class Knows(PixDiTNetwork):
+        def clean(self, noisy, lq, time):
+            seen.append((noisy, float(time)))
+            return 2 * gt - 1
+    for steps in (1, 5):
+        seen.clear()
+        assert torch.allclose(Knows(**SIZES["pixdit"] | dict(steps=steps)).restore(lq, noise), gt, atol=1e-6)
+        assert [t for _, t in seen] == pytest.approx([1 - k / steps for k in range(steps)])
+        for noisy, t in seen: assert torch.allclose(noisy, (1 - t) * (2 * gt - 1) + t * noise, atol=1e-6)
+
+
+def test_an_untrained_transformer_returns_the_degraded_picture_and_learns_from_there():
+    torch.manual_seed(0)
+    network, (lq, gt) = PixDiTNetwork(**SIZES["pixdit"]), grey_pair()
+    with torch.no_grad(): assert torch.allclose(network.restore(lq, torch.randn_like(lq)), lq, atol=1e-6)
+    (noisy, told, time), velocity = network.objective(lq, gt, [7])
+    expected = (2 * (gt - lq) / time.clamp(min=SHORTEST)).square().mean()
+    error = network(noisy, told, time) - velocity
+    assert error.square().mean().item() == pytest.approx(expected.item(), rel=1e-4)
+    error.square().mean().backward()
+    learns = [k for k, p in network.named_parameters() if p.grad.any()]
+    assert learns == ["out.weight", "out.bias"], "zeros hold back what is before them for one step"
+    with torch.no_grad(): network.out.weight.normal_(std=0.1)
+    (network(noisy, told, time) - velocity).square().mean().backward()
+    still = [k for k, p in network.named_parameters() if not p.grad.any()]
+    assert not still, "then everything learns"
+
+
+def test_a_transformers_samples_are_functions_of_their_seeds():
+    network, lq, gt = PixDiTNetwork(**SIZES["pixdit"]), torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    (noisy, _, time), velocity = network.objective(lq, gt, [5, 6])
+    (alone, _, other), target = network.objective(lq[1:], gt[1:], [6])
+    assert torch.equal(noisy[1:], alone) and torch.equal(time[1:], other) and torch.equal(velocity[1:], target)
+    times = network.objective(*[x[:1].expand(512, -1, -1, -1) for x in (lq, gt)], range(512))[0][2]
+    assert times.min() > 0 and times.max() <= 1 and abs(times.mean() - .5) < 0.05
+    torch.nn.init.normal_(network.out.weight, std=0.1)
+    with torch.no_grad():
+        one, same, new = (restore_pixels(network, lq[:1], [seed]) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, new)
+
+
+def test_a_transformer_knows_where_a_token_is_at_any_size():
+    torch.manual_seed(0)
+    network, time = PixDiTNetwork(**SIZES["pixdit"]), torch.tensor([.5])
+    torch.nn.init.normal_(network.out.weight, std=0.1)
+    one = torch.rand(1, 3, 8, 4)
+    with torch.no_grad():
+        for size in ((4, 4), (12, 20), (64, 8)):
+            assert network(torch.rand(1, 3, *size), torch.rand(1, 3, *size), time).shape == (1, 3, *size)
+        for tiles in (0, 8): assert restore_pixels(network, torch.rand(1, 3, 9, 14), [0], tiles).shape == (1, 3, 9, 14)
+        rows = network(one, one, time)  # two tokens, the second below the first, or beside it
+        across = torch.cat([one[..., :4, :], one[..., 4:, :]], -1)
+        columns = network(across, across, time)
+        assert not torch.allclose(torch.cat([rows[..., :4, :], rows[..., 4:, :]], -1), columns, atol=1e-4)
+    with pytest.raises(FoundIRError, match="8 × 6 pixels can't be cut into patches of 4"):
+        network(torch.rand(1, 3, 8, 6), torch.rand(1, 3, 8, 6), time)
 
 
 # --- its folder, where a pipeline is expected -------------------------------------------------------------------------
