@@ -44,6 +44,11 @@ class Architecture:
     latent: ClassVar[bool]  # in the latents of `model.base`, with its noise schedule and text encoders?
     folder: ClassVar[str]  # of its weights, in a result
 
+    @property
+    def crop_multiple(self) -> int:
+        "Sides of its training crops are multiples of this."
+        return 1
+
 @dataclass(frozen=True, kw_only=True)
 class FoundIRv2(Architecture):
     "The paper's model. Its sizes are its base model's and the other fields of section `model`."
@@ -130,6 +135,9 @@ class PixDiT(PixelArchitecture):
     bottleneck: Width = 768  # width between the two maps that make a token of a patch
     expansion: Annotated[float, Interval(ge=1, le=8)] = 4.0  # of the feed-forward networks
     steps: Annotated[int, Interval(ge=1, le=1000)] = 4  # passes that a restoration takes
+
+    @property
+    def crop_multiple(self) -> int: return self.patch
 
     @staticmethod
     def network_class() -> type:

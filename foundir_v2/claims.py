@@ -8,7 +8,7 @@ __all__ = ['tell_apart', 'mixture_points', 'law_of', 'plot_shares', 'learning_cu
 
 # %% ../nbs/86a_claims.ipynb #86cl0004
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,10 +120,10 @@ def plot_learning(
     "Mean score over the steps, thick, and each training's, thin."
     fig, ax = plt.subplots(figsize=(5.2, 3.2), dpi=80, layout="constrained")
     plt.close(fig)
-    for name, colour in zip([v for v in variants if v in curves], plt.cm.tab10.colors):
+    for name in [v for v in variants if v in curves]:
         own = curves[name].dropna(how="all")
-        ax.plot(own.index, own, color=colour, lw=0.6, alpha=0.6)
-        ax.plot(own.index, own.mean(axis=1), color=colour, lw=2, label=name)
+        (mean,) = ax.plot(own.index, own.mean(axis=1), lw=2, label=name)
+        ax.plot(own.index, own, color=mean.get_color(), lw=0.6, alpha=0.6)
     if target is not None: ax.axhline(curves[target].dropna().iloc[-1].mean(), color="grey", lw=0.8, ls=":")
     ax.set(xlabel="step", ylabel="mean score on the reference photographs")
     ax.legend(fontsize=8)
@@ -160,7 +160,8 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Claims:
-    claims: Annotated[list[Claim], MinLen(1)] = field(default_factory=list)
+    "The file."
+    claims: Annotated[list[Claim], MinLen(1)]
 
 def read_claims(
     path: str | Path,  # `claims.yaml`

@@ -310,13 +310,14 @@ def read_rows(
     "All rows that were made with today's settings. Raises `FoundIRError` for a damaged one."
     rows, missing = {}, {}
     for name, variant in experiment.variants.items():
+        files = {seed: Path(folder) / f"{row_name(name, seed)}.json" for seed in experiment.seeds}
+        there = [seed for seed in files if files[seed].is_file()]
+        params = variant_params(text, experiment.layers(name), there[0]) if there else {}
         for seed in experiment.seeds:
-            path = Path(folder) / f"{row_name(name, seed)}.json"
-            if not path.is_file(): missing[path.stem] = "not there"; continue
-            today = settings_hash(variant_params(text, experiment.layers(name), seed), variant, experiment.metrics)
-            row = read_row(path)
-            if row["settings"] == today: rows[name, seed] = row
-            else: missing[path.stem] = "made with other settings"
+            if seed not in there: missing[files[seed].stem] = "not there"; continue
+            row, params["train"]["seed"] = read_row(files[seed]), seed
+            if row["settings"] == settings_hash(params, variant, experiment.metrics): rows[name, seed] = row
+            else: missing[files[seed].stem] = "made with other settings"
     return rows, missing
 
 def gather(

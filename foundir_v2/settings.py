@@ -187,13 +187,15 @@ class StageConfig(Section):
 
 # %% ../nbs/61_settings.ipynb #61a00003
 def _foreign(config: "TrainConfig") -> Iterator[str]:
-    "What the architecture has no use for."
+    "What the architecture can't take or has no use for."
     name = config.architecture
     try: design = config.design
     except ConfigError as e: yield str(e); return
     if config.stage not in design.stages:
         yield (f"architecture {name} trains by stage {', '.join(map(str, design.stages))} alone: "
                f"it has no stage {config.stage}")
+    if config.crop % design.crop_multiple:
+        yield f"crop={config.crop}: with {name} as it is set up, choose a multiple of {design.crop_multiple}"
     if design.latent: return
     if told := config.reference_options.call:
         yield f"reference_options.{next(iter(told))} is for foundir_v2: {name} has only autocast"

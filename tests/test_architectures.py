@@ -62,6 +62,7 @@ def network_weights(folder): return read_network(folder).state_dict()
     (dict(architecture="foundir_v2"), "architecture_options: unknown width"),
     (dict(architecture="pixdit", architecture_options=dict(head_width=6)), "and a multiple of 4, got 6"),
     (dict(architecture="pixdit", architecture_options=dict(patch=65)), "architecture_options.patch: expected"),
+    (dict(architecture="pixdit", architecture_options=dict(patch=7)), "choose a multiple of 7"),
     (dict(loss="psnr"), "promptir has none: choose from l1, l2"),
     (dict(lq_encoder_learning_rate=1e-4), "lq_encoder_learning_rate is for foundir_v2: with promptir it is null"),
     (dict(conditioning_init="identity"), "with promptir it is zero"),

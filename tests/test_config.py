@@ -1,5 +1,6 @@
 "Configuration is strict in both directions, never converts what it should not, and survives hostile files."
 import argparse
+import json
 import math
 import tracemalloc
 from dataclasses import FrozenInstanceError, dataclass, field
@@ -10,7 +11,7 @@ from annotated_types import Interval, MinLen, MultipleOf, Unit
 from hypothesis import given, settings, strategies as st
 
 from foundir_v2.config import (ConfigError, OneOf, argument, check_fields, convert, describe, expected, from_dict,
-                               load_params, load_yaml, overlay, shown)
+                               load_params, load_yaml, overlay, parse_yaml, shown)
 
 
 @dataclass(frozen=True)
@@ -203,3 +204,14 @@ def test_a_profile_keeps_comments_and_layout():
     for bad in ('a: {w: 1}', 'c: {x: 1}', 'a: {x: 1, w: {y: 1}}'):
         with pytest.raises(ConfigError, match='no parameter'): overlay(PARAMS, bad)
     with pytest.raises(ConfigError): overlay(PARAMS, '- 1')
+
+
+@pytest.mark.parametrize("options, chooser", [("options", "policy"), ("architecture_options", "architecture")])
+def test_options_of_another_choice_are_not_laid_among_the_old_ones(options, chooser):
+    text = f'm:\n  {chooser}: a\n  {options}:\n    x: 1\n    y: 2\n'
+    laid = lambda **m: parse_yaml(overlay(text, json.dumps({'m': m})), 'laid')['m']
+    assert laid(**{options: {'x': 3}})[options] == {'x': 3, 'y': 2}
+    assert laid(**{chooser: 'a', options: {'x': 3}})[options] == {'x': 3, 'y': 2}
+    for order in ([chooser, options], [options, chooser]):
+        assert laid(**{k: {chooser: 'b', options: {'x': 3}}[k] for k in order}) == {chooser: 'b', options: {'x': 3}}
+    assert laid(**{chooser: 'b', options: {}})[options] == {}
