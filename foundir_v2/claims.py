@@ -142,7 +142,7 @@ def plot_radar(
         ax.plot([*angle, angle[0]], [*r, r.iloc[0]], label=name, lw=1.5)
     ax.set(xticks=angle, yticks=[], ylim=(0, 1.05), theta_offset=np.pi / 2, theta_direction=-1)
     ax.set_xticklabels([f"{t}\n{table[t].min():.1f} to {table[t].max():.1f}" for t in table], fontsize=8)
-    ax.tick_params(pad=10)
+    ax.tick_params(pad=16)
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.15, 0.5))
     return fig
 
