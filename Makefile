@@ -46,7 +46,9 @@ compare: fetch networks ## our systems beside published networks, in and out of 
 	dvc repro manifest
 	python -m foundir_v2.runner nbs/compare/compare.ipynb reports/compare.ipynb compare --params nbs/compare/compare.yaml
 
+test: export PYTHONHASHSEED := $(or $(PYTHONHASHSEED),$(shell od -An -N2 -tu2 /dev/urandom | tr -d ' '))
 test: venv ## form, export check, notebook tests, pytest, and the whole pipeline at smoke size
+	@echo "PYTHONHASHSEED=$$PYTHONHASHSEED (the order of sets: give it again to repeat this run)"
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory check-export
 	python -m foundir_v2.cli data fetch
