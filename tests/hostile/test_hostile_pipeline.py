@@ -20,7 +20,7 @@ STEPS = 30
 
 class Copy:
     "The repository with the parameters of the smoke run, and a stage 0 of some more steps."
-    def __init__(self, folder):
+    def __init__(self, folder, processes):
         self.folder, self.environment = folder, os.environ | dict(
             PATH=f'{folder / ".venv/bin"}{os.pathsep}{os.environ["PATH"]}', PYTHONPATH=str(folder))
         ours = subprocess.check_output(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, text=True)
@@ -34,7 +34,9 @@ class Copy:
                         [sys.executable, '.ci/profile.py', 'smoke'], ['dvc', 'commit', '-q', 'data.dvc']):
             subprocess.run(command, cwd=folder, env=self.environment, check=True, stdin=subprocess.DEVNULL)
         params = folder / 'params.yaml'
-        head, own = params.read_text().split('train_stage0:\n')
+        text = params.read_text()
+        assert 'processes: 1  #' in text
+        head, own = text.replace('processes: 1  #', f'processes: {processes}  #').split('train_stage0:\n')
         own = own.replace(f'steps: {load_yaml(params)["train_stage0"]["steps"]}', f'steps: {STEPS}', 1)
         params.write_text(f'{head}train_stage0:\n{own}')
 
@@ -55,10 +57,11 @@ def wait(process, ready):
     assert process.poll() is None, process.stdout.read()[-2000:]
 
 
-def test_killed_within_dvc_repro(tally, full, tmp_path):
+@pytest.mark.parametrize('processes', [1, 2])
+def test_killed_within_dvc_repro(tally, full, tmp_path, processes):
     "dvc alone, whose children end by themselves, or everybody; at a step, or while a checkpoint is written."
     if not full: pytest.skip('minutes: HOSTILE=full')
-    copy, draw = Copy(tmp_path), random.Random(13)
+    copy, draw = Copy(tmp_path, processes), random.Random(13)
     first = copy.repro()
     said = first.communicate()[0]
     assert first.returncode == 0, said[-3000:]
@@ -74,6 +77,6 @@ def test_killed_within_dvc_repro(tally, full, tmp_path):
         said = again.communicate()[0]
         left = [p.name for p in (*(copy.folder / 'artifacts').iterdir(), *(copy.folder / '.checkpoints').iterdir())
                 if '.partial' in p.name or p.name.startswith('stage') and not p.name.endswith('.times.csv')]
-        tally.held(f'{victim} at step {at}', said[-1500:] if again.returncode else 'another result'
-                       if copy.result() != want else f'left {left}' if left else '')
+        tally.held(f'{victim} at step {at}, processes: {processes}', said[-1500:] if again.returncode else
+                   'another result' if copy.result() != want else f'left {left}' if left else '')
         assert not psutil.wait_procs(family, timeout=30)[1], 'the children outlive dvc'
