@@ -277,7 +277,8 @@ def plan_stage(
     beside = config.ema_device == "same" or device_type == "cpu"
     parts = dict(trained=4 * shared(n), frozen=4 * (shared(unet - n) + others), gradients=4 * shared(n),
                  optimizer=shared(optimizer_bytes(config.optimizer, [p.shape for p in trained])),
-                 average=4 * shared(n) * beside, gathered=4 * (rest + 3 * largest),  # two blocks and a gradient
+                 average=4 * shared(n) * beside,
+                 gathered=4 * (2 * rest + 5 * largest),  # two blocks, one's gradient, and a message of each
                  activations=activations, spare=spare)
     resting = sum(parts.values()) - activations - parts["gradients"] - parts["gathered"]
     buckets = parts["gradients"] * (devices > 1 and not config.fsdp)

@@ -43,8 +43,13 @@ def write_model(folder: Path | None, learner: Learner) -> None:
     with averaged(learner.ema, learner.own), learner.whole():
         if folder: learner.trainee.save(folder)
 
-def write_records(folder: Path, config: TrainConfig, feed: Feed, log: Path) -> None:
-    "The finished log, the mixture's course and the parameters."
+def write_records(
+    folder: Path,
+    config: TrainConfig,
+    feed: Feed,
+    log: Path,  # the finished one
+) -> None:
+    "The log, the mixture's course and the parameters."
     shutil.copyfile(log, folder / "log.jsonl")
     result = TrainResult(folder, read_log(log), None)
     write_mixture(result.mixture, folder / "mixture.csv")
