@@ -48,7 +48,7 @@ def shard(
     """From now on every process holds its rows of each of the network's parameters (a `DTensor`), and all rows of a
     block only while it computes. In place; torch's process group must be there."""
     mesh = init_device_mesh(device.type, (get_world_size(),))
-    own = set(network.parameters())
+    own = set(network.to(memory_format=torch.contiguous_format).parameters())  # rows, not channels last
     for block in blocks(network): fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh, ignored_params={p for p in module.parameters() if p not in own})
     module.run = MethodType(lambda self, call: call(), module)
@@ -108,7 +108,7 @@ def whole_state(
     "A module's state. All processes must ask."
     state = {}
     for name, value in module.state_dict().items():
-        if isinstance(value, DTensor): value = value.full_tensor().cpu()
+        if isinstance(value, DTensor): value = value.full_tensor().cpu().contiguous()
         if keep: state[name] = value
     return state
 

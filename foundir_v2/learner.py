@@ -91,12 +91,14 @@ class Feed:
 # %% ../nbs/61a_learner.ipynb #61ln0011
 def _save_unwrapped(accelerator: Accelerator) -> None:
     "Checkpoints hold the plain model: one process can go on where several have stopped, and the other way round."
+    main = accelerator.is_main_process
     def save(models, weights, folder):
-        weights[:] = [whole_state(accelerator.unwrap_model(m), accelerator.is_main_process) for m in models]
+        plain = map(accelerator.unwrap_model, models)
+        weights[:] = [whole_state(m, main) if is_shared(m) else m.state_dict() for m in plain]
     def load(models, folder):
-        for module in (some := [accelerator.unwrap_model(m) for m in models]):
-            if is_shared(module): read_whole(module, Path(folder) / SAFE_WEIGHTS_NAME)
-        models[:] = [m for m in some if not is_shared(m)]  # what accelerate fills
+        plain = [accelerator.unwrap_model(m) for m in models]
+        for m in filter(is_shared, plain): read_whole(m, Path(folder) / SAFE_WEIGHTS_NAME)
+        models[:] = [m for m in plain if not is_shared(m)]  # which accelerate fills
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 

@@ -56,7 +56,7 @@ def assert_alike(a, b):
 
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_two_processes_of_four_are_one_of_eight(bench, tmp_path, alone, fsdp):
-    c = fifty(bench, tmp_path, processes=2, fsdp=fsdp)
+    c = fifty(bench, tmp_path, processes=2, fsdp=fsdp, channels_last=fsdp)
     two = run_training(c)
     assert_alike(alone, two)
     assert not broken_seal(two.output) and two.resumed_from is None
