@@ -8,7 +8,7 @@ import json, os, subprocess, sys
 import pytest
 
 CHILD = '''
-import gc, json, sys
+import gc, json, os, sys
 from foundir_v2 import plan
 from foundir_v2.settings import TrainConfig
 import foundir_v2.pipeline, diffusers, transformers.models.clip.modeling_clip, timm.optim.muon
@@ -17,13 +17,14 @@ options, folder = json.loads(sys.argv[1]), sys.argv[2]
 status = lambda key: 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(key)))
 if options.get("optimizer") == "adamw8bit": import bitsandbytes
 config = TrainConfig(steps=100, base=folder, noise_offset=0., lq_norm_groups=0, moe_heads=4, **options)
-predicted = plan.plan_stage(config)
+predicted = plan.plan_stage(config, int(os.environ.get("WORLD_SIZE", 1)))
 gc.collect()
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
 plan.step_seconds(config, steps=1)  # in the second, the optimizer has its state
 found = dict(predicted=predicted.peak[1], phase=predicted.peak[0], measured=status("VmHWM") - before)
-print(json.dumps(found | dict(parts=predicted.parts, phases=predicted.phases)))
+if os.environ.get("RANK", "0") == "0":
+    print("\\n" + json.dumps(found | dict(parts=predicted.parts, phases=predicted.phases)))
 '''
 BASE = '''
 import sys, torch
@@ -39,12 +40,16 @@ CONFIGS = dict(
     plain=PLAIN, bf16=PLAIN | dict(mixed_precision="bf16"), checkpointing=PLAIN | dict(gradient_checkpointing=True),
     accumulation=PLAIN | dict(gradient_accumulation=3, batch_size=9), bytes=PLAIN | dict(optimizer="adamw8bit"),
     frozen=PLAIN | dict(stage=1, mixed_precision="bf16"), encoder=PLAIN | dict(stage=0, crop=192, loss="l1"),
-    muon=PLAIN | dict(optimizer="muon", channels_last=True))
+    muon=PLAIN | dict(optimizer="muon", channels_last=True), shared=PLAIN | dict(fsdp=True, crop=64))
 
 
-def child(code, *arguments):
+def child(code, *arguments, processes=1):
     environment = os.environ | dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--no-python",
+                sys.executable] if processes > 1 else []
+    if launcher: environment["ACCELERATE_USE_CPU"] = "1"
+    command = [sys.executable, *launcher, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -60,7 +65,8 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_peak(name, base):
     "Within 20 %."
-    found = json.loads(child(CHILD, json.dumps(CONFIGS[name]), str(base)).splitlines()[-1])
+    two = 2 if CONFIGS[name].get("fsdp") else 1
+    found = json.loads(child(CHILD, json.dumps(CONFIGS[name]), str(base), processes=two).splitlines()[-1])
     ratio, mb = found["predicted"] / found["measured"], lambda parts: {k: round(v / 1e6) for k, v in parts.items()}
     print(f"\n{name}: planned {found['predicted'] / 1e6:.0f} MB ({found['phase']}), measured "
           f"{found['measured'] / 1e6:.0f} MB, ratio {ratio:.2f}; {mb(found['parts'])}; {mb(found['phases'])}")

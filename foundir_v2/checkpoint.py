@@ -29,6 +29,7 @@ from torch import nn
 
 # %% ../nbs/59_checkpoint.ipynb #1b0bda9c
 from .core import FoundIRError, atomic_write, sync
+from .fsdp import own_part, part_of, whole_of
 from .stages import import_closure
 from .targets import file_hash
 
@@ -44,7 +45,7 @@ class HostEMA(EMAModel):
 
 # %% ../nbs/59_checkpoint.ipynb #07206254
 def make_ema(
-    parameters: Iterable[nn.Parameter],  # the trained parameters, always in the same order
+    parameters: Iterable[nn.Parameter],  # trained parameters, always in the same order; of shared ones, the own part
     decay: float = 0.9999,  # ceiling of the decay; the warm-up min((1 + n) / (10 + n), decay) comes before it
     device: str = "same",  # where the average lies: "same" as the parameters, or "cpu"
 ) -> EMAModel:  # diffusers' own class; call `step(parameters)` after every optimizer step
@@ -53,9 +54,12 @@ def make_ema(
     if not 0 <= decay < 1:
         raise FoundIRError(f"ema_decay={decay}: choose 0 <= decay < 1, for instance 0.998 for some hundred steps, "
                            "0.9999 for 150000")
-    if device == "same": ema = EMAModel(parameters, decay=decay, min_decay=0.0, foreach=True)
-    else: ema = HostEMA([p.detach().cpu() for p in parameters], decay=decay, min_decay=0.0)
+    parameters = list(parameters)
+    parts = [own_part(p) for p in parameters]
+    if device == "same": ema = EMAModel(parts, decay=decay, min_decay=0.0, foreach=True)
+    else: ema = HostEMA([p.detach().cpu() for p in parts], decay=decay, min_decay=0.0)
     ema.shadow_params = [p.float() for p in ema.shadow_params]  # a step of 1e-4 is nothing to bfloat16's 8 bits
+    ema.like = parameters
     return ema
 
 # %% ../nbs/59_checkpoint.ipynb #59e00002
@@ -322,9 +326,12 @@ class Checkpoints:
         return sorted(int(p.name[5:]) for p in found)
 
 # %% ../nbs/59_checkpoint.ipynb #241cc15f
-def _write_state(folder: Path, ema: EMAModel, state: dict[str, Any], log: Path | None) -> None:
+def _whole_average(ema: EMAModel) -> dict[str, Any]:
+    "Its state with all rows of what the processes share out. All of them must ask."
+    return ema.state_dict() | dict(shadow_params=[whole_of(p, like) for p, like in zip(ema.shadow_params, ema.like)])
+
+def _write_state(folder: Path, average: dict[str, Any], state: dict[str, Any], log: Path | None) -> None:
     "What accelerate doesn't save: the average, the caller's state, the log."
-    average = ema.state_dict()
     save_file({str(i): p.contiguous() for i, p in enumerate(average.pop("shadow_params"))}, folder / "ema.safetensors")
     (folder / "state.json").write_text(json.dumps(dict(ema=average, state=state)), encoding="utf-8")
     if log is not None: shutil.copyfile(log, folder / "log.jsonl")
@@ -347,7 +354,8 @@ def _save(self: Checkpoints,
         with saving(f"the checkpoint of step {step}", self.folder):
             accelerator.save_state(str(tmp))
             accelerator.wait_for_everyone()
-            if main: _write_state(tmp, ema, state, log); seal(tmp, self.title(step)); _sync(tmp)
+            average = _whole_average(ema)
+            if main: _write_state(tmp, average, state, log); seal(tmp, self.title(step)); _sync(tmp)
         if main: self._replace(tmp, step, best)
     finally:
         if main: shutil.rmtree(tmp, ignore_errors=True)
@@ -396,10 +404,10 @@ def _newest_sound(self: Checkpoints) -> int | None:
 def _read_average(folder: Path, ema: EMAModel) -> None:
     "The averaged weights of a checkpoint, each where it was on its device."
     tensors = load_file(folder / "ema.safetensors")
-    shadow = [tensors[str(i)].to(p.device) for i, p in enumerate(ema.shadow_params)]
-    if [p.shape for p in shadow] != [p.shape for p in ema.shadow_params] or len(tensors) != len(shadow):
+    found = [tensors[str(i)] for i in range(len(ema.like))]
+    if [p.shape for p in found] != [p.shape for p in ema.like] or len(tensors) != len(found):
         raise ValueError("the averaged weights are of another model")
-    ema.shadow_params = shadow
+    ema.shadow_params = [part_of(p, like).to(s.device) for p, like, s in zip(found, ema.like, ema.shadow_params)]
 
 def _read_best(self: Checkpoints,
     step: int,

@@ -102,13 +102,15 @@ class DiffusionModel:
     "FoundIR-v2 as a trainee (`foundir_v2.architectures.Trainee`). Raises `FoundIRError` for what can't be."
     def __init__(self, config: TrainConfig, device: torch.device):
         self.config, self.device = config, device
-        base = load_base(config.base, device=device, prior=config.init is None)  # frozen
+        home = torch.device("cpu") if config.fsdp else device  # where a whole U-Net fits before it is shared out
+        base = load_base(config.base, device=home, prior=config.init is None)  # frozen
         self.vae, self.noise_scheduler = base.vae, training_scheduler(base.noise_scheduler)
         offset = config.noise_offset if config.stage else 0  # stage 0 draws no noise
         if offset and self.noise_scheduler.config.rescale_betas_zero_snr:
             raise FoundIRError(f"noise_offset={offset} with a zero-terminal-SNR noise schedule: "
                                "inference starts from plain noise, set it to 0")
         self.network, base = build_unet(config, base), replace(base, unet_prior=None)  # the prior's memory is free
+        for part in (base.vae, base.text_encoder, base.text_encoder_2): part.to(device)
         self.module = Denoiser(self.network) if config.stage else LatentReader(self.network, self.vae)
         self.recipe = Recipe(config.base, config.inference)
         self.pipe = assemble(base, self.network, self.recipe)

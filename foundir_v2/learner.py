@@ -7,7 +7,8 @@ __all__ = ['SeededDataset', 'Feed', 'make_accelerator', 'make_trainee', 'Learner
 
 # %% ../nbs/61a_learner.ipynb #61ln0004
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from accelerate.utils import SAFE_WEIGHTS_NAME, DistributedDataParallelKwargs, DistributedType, gather_object
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from fastcore.basics import patch
 from torch import Tensor
@@ -27,6 +28,7 @@ from .checkpoint import make_ema
 from .clock import Clock
 from .core import FoundIRError, pick_device, pick_dtype
 from .data import Item, RestorationDataset, collate
+from .fsdp import is_shared, own_part, read_whole, rebuilt, shard, share_state, whole_number, whole_state
 from .index import load_manifest
 from .mixture import round_scores
 from .optim import make_optimizer
@@ -89,8 +91,14 @@ class Feed:
 # %% ../nbs/61a_learner.ipynb #61ln0011
 def _save_unwrapped(accelerator: Accelerator) -> None:
     "Checkpoints hold the plain model: one process can go on where several have stopped, and the other way round."
-    def save(models, weights, folder): weights[:] = [accelerator.unwrap_model(m).state_dict() for m in models]
-    def load(models, folder): models[:] = map(accelerator.unwrap_model, models)
+    main = accelerator.is_main_process
+    def save(models, weights, folder):
+        plain = map(accelerator.unwrap_model, models)
+        weights[:] = [whole_state(m, main) if is_shared(m) else m.state_dict() for m in plain]
+    def load(models, folder):
+        plain = [accelerator.unwrap_model(m) for m in models]
+        for m in filter(is_shared, plain): read_whole(m, Path(folder) / SAFE_WEIGHTS_NAME)
+        models[:] = [m for m in plain if not is_shared(m)]  # which accelerate fills
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
@@ -105,7 +113,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                               gradient_accumulation_steps=config.gradient_accumulation)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise FoundIRError(f"{accelerator.distributed_type.value} reads checkpoints as pickles, which can run code: "
-                           "launch without it, then every process holds the whole model")
+                           "launch without it; train.fsdp: true shares the model out")
     if why := unshared(config, accelerator.num_processes): raise FoundIRError(why)
     _save_unwrapped(accelerator)
     return accelerator
@@ -122,14 +130,32 @@ class Learner:
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator, self.clock = config, accelerator, Clock()
         self.trainee = make_trainee(config, accelerator.device)
+        module, shared = self.trainee.module.train(), config.fsdp and accelerator.num_processes > 1
+        self.shared = shared
+        if shared: shard(module, self.trainee.network, accelerator.device)
         groups = self.trainee.parameter_groups()
         rule = dict(betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay)
         optimizer = make_optimizer(config.optimizer, groups, **rule)
         lr_scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-        module = self.trainee.module.train()
-        self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(module, optimizer, lr_scheduler)
+        if shared: share_state(optimizer)
+        self.model = accelerator.prepare_model(module, evaluation_mode=shared)  # shared: nothing for DDP to do
+        self.optimizer, self.lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
         self.parameters = [p for g in groups for p in g["params"]]
         self.ema = make_ema(self.parameters, config.ema_decay, config.ema_device)
+
+    @property
+    def own(self) -> list[Tensor]:
+        "What this process holds of the trained parameters."
+        return [own_part(p) for p in self.parameters]
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        "Within the block the main process's trainee has all of its network. All processes must ask."
+        network, main = self.trainee.network, self.accelerator.is_main_process
+        state = whole_state(network, main) if self.shared else None
+        if state: self.trainee.network = rebuilt(network, state)
+        try: yield
+        finally: self.trainee.network = network
 
     def losses(self, batch: dict[str, Any]) -> Tensor:
         "The loss of each sample of a batch from `collate`: (B,)."
@@ -202,13 +228,13 @@ def step(
             with self.clock.part("backward"): self.accelerator.backward(losses.mean())
             per_sample.append(losses.detach())
             if self.accelerator.sync_gradients:
-                norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+                norm = whole_number(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
                 seen = self.look(batch, own := torch.cat(per_sample), tasks, norm, signal)
                 if seen.finite: self.optimizer.step()
                 elif self.accelerator.scaler is not None: self.accelerator.scaler.update()
             self.optimizer.zero_grad()
     self.lr_scheduler.step()
-    if seen.finite: self.ema.step(self.parameters)
+    if seen.finite: self.ema.step(self.own)
     by_task = {t: seen.losses[seen.tasks == i] for i, t in enumerate(tasks)}
     found = dict(loss=None, grad_norm=None, lr=rates, task_loss={}, samples={t: len(v) for t, v in by_task.items()})
     if seen.finite:

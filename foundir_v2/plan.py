@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPARE', 'PRICES', 'SMALL', 'training_skeleton', 'StepMeter', 'precision', 'trial_step', 'optimizer_bytes',
-           'StagePlan', 'trial_scoring', 'plan_stage', 'cheapest_switches', 'show_stage', 'step_seconds', 'print_plan',
-           'refuse']
+           'block_sizes', 'StagePlan', 'trial_scoring', 'plan_stage', 'cheapest_switches', 'show_stage', 'step_seconds',
+           'print_plan', 'refuse']
 
 # %% ../nbs/64_plan.ipynb #64pl0003
 import itertools, math, statistics, time
@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from .base import SDXL_UNET, resolve_model
 from .core import FoundIRError, pick_dtype
 from .diffusion import Denoiser, LatentReader
+from .fsdp import blocks
 from .learner import Learner, make_accelerator
 from .objective import WEIGHTED, sample_losses
 from .optim import make_optimizer
@@ -175,6 +176,13 @@ def optimizer_bytes(
                      * math.prod(s) / stand_ins[s].numel() for s, n in numbers.items()))
 
 # %% ../nbs/64_plan.ipynb #64pl0023
+def block_sizes(
+    unet: FoundIRUNet,
+) -> tuple[int, int]:  # numbers of parameters
+    "Shared out (notebook 57a): of the largest block, and of what is in no block."
+    sizes = [sum(p.numel() for p in b.parameters()) for b in blocks(unet)]
+    return max(sizes, default=0), sum(p.numel() for p in unet.parameters()) - sum(sizes)
+
 @dataclass(frozen=True)
 class StagePlan:
     "What a stage will need on every device. Bytes, if nothing else is said."
@@ -249,37 +257,43 @@ def plan_stage(
 ) -> StagePlan:
     "What a stage needs. Raises `FoundIRError` if its samples can't be split."
     if why := unshared(config, devices): raise FoundIRError(why)
-    skeleton = skeleton or training_skeleton(config)
+    skeleton, parts_of = skeleton or training_skeleton(config), devices if config.fsdp else 1
     trained = [p for p in skeleton.unet.parameters() if p.requires_grad]
     all_of = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
     others = all_of(*(m for name, m in skeleton.models.items() if name != "unet"))
     n, unet = sum(p.numel() for p in trained), all_of(skeleton.unet)
     numbers = dict(trained=n, frozen=unet - n + others)
+    shared = lambda size: -(-size // parts_of)
+    largest, rest = block_sizes(skeleton.unet) if parts_of > 1 else (0, 0)
     spare = SPARE.get(device_type, 0) + LIBRARIES.get(device_type, 0)
     prior = 0 if config.init else sum(p.numel() for name, p in skeleton.unet.named_parameters()
                                       if name.split(".")[0] not in OWN_MODULES[1:])
-    phases = dict(loading=4 * (unet + others + prior) + spare)
+    loading = shared(unet) + largest + others if config.fsdp and device_type != "cpu" else unet + others + prior
+    phases = dict(loading=4 * loading + spare)
     plan = StagePlan(config, devices, device_type, numbers, {}, phases)
     if not config.steps: return plan
     several = devices > 1 or config.gradient_accumulation > 1
     activations, flops = trial_step(config, skeleton, plan.micro, device_type, several)
     beside = config.ema_device == "same" or device_type == "cpu"
-    parts = dict(trained=4 * n, frozen=4 * numbers["frozen"], gradients=4 * n,
-                 optimizer=optimizer_bytes(config.optimizer, [p.shape for p in trained]), average=4 * n * beside,
+    parts = dict(trained=4 * shared(n), frozen=4 * (shared(unet - n) + others), gradients=4 * shared(n),
+                 optimizer=shared(optimizer_bytes(config.optimizer, [p.shape for p in trained])),
+                 average=4 * shared(n) * beside,
+                 gathered=4 * (2 * rest + 5 * largest),  # two blocks, one's gradient, and a message of each
                  activations=activations, spare=spare)
-    resting = sum(parts.values()) - activations - parts["gradients"]
-    buckets = parts["gradients"] * (devices > 1)
-    lent = 4 * n if config.ema_device == "same" else max(p.nbytes for p in trained)  # the difference to the average
+    resting = sum(parts.values()) - activations - parts["gradients"] - parts["gathered"]
+    buckets = parts["gradients"] * (devices > 1 and not config.fsdp)
+    lent = 4 * shared(n) if config.ema_device == "same" else max(p.nbytes for p in trained)  # difference to the average
     phases |= dict(step=sum(parts.values()), update=resting + buckets + lent)
     scoring_flops = 0
     if config.update_every:
         held, scoring_flops = trial_scoring(config, skeleton, device_type)
-        phases |= dict(scoring=resting + buckets + held + 4 * n * (device_type == "cpu"))  # the weights wait there
+        waiting = 4 * shared(n) * (device_type == "cpu")  # the weights, in main memory
+        phases |= dict(scoring=resting + buckets + held + waiting + 4 * unet * (parts_of > 1))
     return replace(plan, parts=parts, phases=phases, scoring_flops=scoring_flops,
                    flops=flops * devices * config.gradient_accumulation)
 
 # %% ../nbs/64_plan.ipynb #64pl0030
-PRICES: Mapping[str, float] = dict(gradient_accumulation=0.02, ema_device=0.03, optimizer=0.05,
+PRICES: Mapping[str, float] = dict(gradient_accumulation=0.02, ema_device=0.03, optimizer=0.05, fsdp=0.15,
                                    gradient_checkpointing=0.3)  # of a step's time; accumulation: for each doubling
 
 def _choices(config: TrainConfig, devices: int, device_type: str) -> Iterator[tuple[float, dict[str, Any]]]:
@@ -287,11 +301,13 @@ def _choices(config: TrainConfig, devices: int, device_type: str) -> Iterator[tu
     accumulate = [n for n in (config.gradient_accumulation * 2**k for k in range(17))
                   if config.batch_size % (n * devices) == 0]
     other = dict(ema_device="cpu" if device_type != "cpu" else config.ema_device, gradient_checkpointing=True,
-                 optimizer="adamw8bit" if config.optimizer == "adamw" else config.optimizer)
+                 optimizer="adamw8bit" if config.optimizer == "adamw" else config.optimizer,
+                 fsdp=config.fsdp or devices > 1 and config.mixed_precision != "fp16")
     options = dict(gradient_accumulation=accumulate) | {k: {getattr(config, k): 0, v: 0} for k, v in other.items()}
     for values in itertools.product(*options.values()):
         changes = {k: v for k, v in zip(options, values) if v != getattr(config, k)}
-        if not changes: continue
+        new = lambda name: changes.get(name, getattr(config, name))
+        if not changes or new("fsdp") and new("optimizer") != "adamw": continue
         more = changes.get("gradient_accumulation", config.gradient_accumulation) / config.gradient_accumulation
         yield sum(PRICES[k] * (math.log2(more) if k == "gradient_accumulation" else 1) for k in changes), changes
 
@@ -301,7 +317,7 @@ def cheapest_switches(
     room: int,  # bytes of a device
 ) -> dict[str, Any] | None:  # fields of section `train` and their values; None: nothing helps
     "The cheapest changes that make a stage fit."
-    skeleton, known = training_skeleton(plan.config), {}
+    skeleton, known, plans = training_skeleton(plan.config), {}, {plan.config.fsdp: plan}
     def activations(samples: int, checkpointing: bool) -> float:
         "On a straight line through two trials."
         if checkpointing not in known:
@@ -312,12 +328,14 @@ def cheapest_switches(
         return start + slope * samples
     for _, changes in sorted(_choices(plan.config, plan.devices, plan.device_type), key=lambda choice: choice[0]):
         c = replace(plan.config, **changes)
-        parts, phases = dict(plan.parts), dict(plan.phases)
+        if c.fsdp not in plans:
+            plans[c.fsdp] = plan_stage(replace(plan.config, fsdp=c.fsdp), plan.devices, plan.device_type, skeleton)
+        parts, phases = dict(plans[c.fsdp].parts), dict(plans[c.fsdp].phases)
         parts["average"] *= c.ema_device == "same" or plan.device_type == "cpu"
         if "optimizer" in changes:
             shapes = [p.shape for p in skeleton.unet.parameters() if p.requires_grad]
             parts["optimizer"] = optimizer_bytes(c.optimizer, shapes)
-        saved = sum(plan.parts[k] - parts[k] for k in ("average", "optimizer"))
+        saved = sum(plans[c.fsdp].parts[k] - parts[k] for k in ("average", "optimizer"))
         samples = c.batch_size // (plan.devices * c.gradient_accumulation)
         parts["activations"] = activations(samples, c.gradient_checkpointing)
         phases |= dict(step=sum(parts.values())) | {k: phases[k] - saved for k in ("update", "scoring") if k in phases}
@@ -337,11 +355,12 @@ def show_stage(
              f"{c.gradient_accumulation} micro-batch(es) of {plan.micro}"]
     words = dict(trained=f"trained weights {plan.parameters['trained']:>15,}",
                  frozen=f"frozen weights  {plan.parameters['frozen']:>15,}",
-                 gradients="gradients (DDP's buckets)" if plan.devices > 1 else "gradients",
+                 gradients="gradients (DDP's buckets)" if plan.devices > 1 and not c.fsdp else "gradients",
+                 gathered="blocks while they compute",
                  optimizer=f"optimizer ({c.optimizer})", average=f"averaged weights ({c.ema_device})",
                  activations="activations, checkpointed" if c.gradient_checkpointing else "activations",
                  spare="libraries")
-    lines += [f"  {words[k]:<34}{gb(v)}" for k, v in plan.parts.items()]
+    lines += [f"  {words[k]:<34}{gb(v)}" for k, v in plan.parts.items() if v or k != "gathered"]
     told = dict(loading="peak while loading", step="peak of a step", update="peak of the average's update",
                 scoring="peak of scoring D_ref")
     lines += [f"  {told[k]:<34}{gb(v)}" for k, v in plan.phases.items()]

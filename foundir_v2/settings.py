@@ -163,6 +163,7 @@ class LoopConfig(Section):
     caption_cache: Annotated[Annotated[str, MinLen(1)] | None, UNET] = None  # file of captions' embeddings; None: none
     processes: Count = 1  # training processes, a device each; above 1 accelerate launches them (notebook 65)
     accelerate_config: str | None = None  # file of `accelerate config` that says how they are launched
+    fsdp: bool = False  # the processes share out weights, gradients, optimizer and average (notebook 57a)
     checkpoint_every: Annotated[int, Interval(ge=1, le=10**9), Unit("steps")] = 1000
     keep_checkpoints: Annotated[int, Interval(ge=1, le=1000)] = 2  # how many of the newest stay while a stage trains
     keep_best: Annotated[bool, UPDATES] = False  # also keep the weights with the highest mean score, in best/
@@ -217,6 +218,13 @@ def unshared(
     return f"batch_size={config.batch_size} can't be split into {parts} parts (processes × gradient_accumulation): " \
            "choose a multiple"
 
+def _indivisible(config: "TrainConfig") -> Iterator[str]:
+    "What fully sharded data parallelism (notebook 57a) has no way to divide."
+    alternative = "choose fsdp: false, or "
+    if not config.design.latent: yield f"fsdp: {config.architecture} fits a device: {alternative}foundir_v2"
+    if config.optimizer != "adamw": yield f"fsdp: {config.optimizer} has no shared form: {alternative}optimizer: adamw"
+    if config.mixed_precision == "fp16": yield f"fsdp: no gradient scaler: {alternative}mixed_precision: bf16"
+
 def misfits(
     config: "TrainConfig",  # every value on its own is as declared
 ) -> Iterator[str]:  # what doesn't fit together, a line each
@@ -230,6 +238,7 @@ def misfits(
     if config.stage == 2 and config.init and config.conditioning_init == "identity":
         yield "conditioning_init: identity would undo what stage 1 has taught: choose zero where stage 2 starts from it"
     if why := unshared(config, config.processes): yield why
+    if config.fsdp: yield from _indivisible(config)
     low, high = config.scale_range
     if low > high: yield f"scale_range={config.scale_range}: expected low <= high"
     if config.update_every and (missing := [t for t in tasks if t not in config.score_metrics]):
@@ -294,8 +303,8 @@ def build_mixture(
 
 # %% ../nbs/61_settings.ipynb #59a02bb6
 NO_INFLUENCE = ("num_workers", "cache_gb", "caption_cache", "gradient_checkpointing", "ema_device", "processes",
-                "accelerate_config", "checkpoint_every", "keep_checkpoints", "keep_best", "max_skipped", "dvclive",
-                "tensorboard", "manifest", "root", "init", "output", "checkpoints")
+                "accelerate_config", "fsdp", "checkpoint_every", "keep_checkpoints", "keep_best", "max_skipped",
+                "dvclive", "tensorboard", "manifest", "root", "init", "output", "checkpoints")
 
 def parameters(config: TrainConfig) -> dict[str, Any]:
     "The fields that decide the result, apart from the files it is made from."

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from foundir_v2 import train as tr
 from foundir_v2.base import TINY_UNET, new_base, save_base
 from foundir_v2.core import generator, save_image
+from foundir_v2.fsdp import own_part
 from foundir_v2.index import build_manifest, save_manifest
-from foundir_v2.learner import Learner
+from foundir_v2.learner import Feed, Learner, make_accelerator
 from foundir_v2.vae import PatchAutoencoderKL
 
 TASKS = {"denoise": ["gaussian_noise"], "lowlight": ["low_light"], "sr": ["sr_x2"]}
@@ -65,12 +66,39 @@ def explode(at, rank=0):
     Learner.losses = harmed
 
 
+def be_one_of_two(rank, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def held_in_a_step(values, rank, port, answers):
+    "In one of two processes: how many numbers it holds of weights, gradients, moments and average in a step."
+    be_one_of_two(rank, port)
+    c = tr.TrainConfig(**values)
+    learner, feed = Learner(c, accelerator := make_accelerator(c)), Feed(c, rank, 2)
+    step, found = learner.optimizer.step, {}
+    count = lambda tensors: sum(own_part(t).numel() for t in tensors)
+    def noting():
+        found.update(gradients=count(p.grad for p in learner.parameters if p.grad is not None))
+        step()
+    learner.optimizer.step = noting
+    learner.step(next(iter(feed.loader)), list(c.task_table))
+    moments = [s["exp_avg"] for s in learner.optimizer.state.values()]
+    answers.put(found | dict(all=sum(p.numel() for p in learner.parameters), weights=count(learner.parameters),
+                             moments=count(moments), average=count(learner.ema.shadow_params)))
+    accelerator.end_training()
+
+
 def train_until(values, line=None, lines=None, rank=None, port=None, nan=None):
     """In a process of its own: train, and be gone at the n-th line of our code; `lines` gets how many there were.
     With a rank, as one of two processes; `nan`: step and rank of a loss that is none."""
-    if rank is not None:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port), ACCELERATE_USE_CPU="1")
+    if rank is not None: be_one_of_two(rank, port)
     if nan: explode(*nan)
     if line is not None or lines is not None:
         count = 0
@@ -95,10 +123,7 @@ def start(c, **options):
 
 def start_two(c, victim=0, line=None, lines=None, **options):
     "Two processes that train together; the victim is the one that is gone at a line."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    watched = dict(line=line, lines=lines)
+    port, watched = free_port(), dict(line=line, lines=lines)
     return [start(c, rank=rank, port=port, **(watched if rank == victim else {}), **options) for rank in range(2)]
 
 

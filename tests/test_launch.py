@@ -14,7 +14,7 @@ from foundir_v2.launch import child_error, hand_over, launch_command, launch_env
 from foundir_v2.params import keys_read
 from foundir_v2.settings import PARTS, TrainConfig, parameters, read_config
 from foundir_v2.trainlog import read_log
-from small_training import config, equal, weights
+from small_training import FORKS, config, equal, free_port, held_in_a_step, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,8 +54,9 @@ def assert_alike(a, b):
     assert moved[-1] != moved[0]
 
 
-def test_two_processes_of_four_are_one_of_eight(bench, tmp_path, alone):
-    c = fifty(bench, tmp_path, processes=2)
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_of_four_are_one_of_eight(bench, tmp_path, alone, fsdp):
+    c = fifty(bench, tmp_path, processes=2, fsdp=fsdp, channels_last=fsdp)
     two = run_training(c)
     assert_alike(alone, two)
     assert not broken_seal(two.output) and two.resumed_from is None
@@ -69,15 +70,16 @@ PARENT = "import json, sys; from foundir_v2.launch import run_training; from fou
          "run_training(TrainConfig(**json.load(open(sys.argv[1]))))"
 
 
-def test_the_number_of_processes_may_change_and_all_end_with_their_parent(bench, tmp_path, alone, monkeypatch):
-    """One process dies at step 10, two go on until their parent is killed, which they notice, write a checkpoint and
-    leave, and one comes to the end."""
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_the_number_of_processes_may_change_and_all_end_with_their_parent(bench, tmp_path, alone, monkeypatch, fsdp):
+    """One process dies at step 10, two go on, sharing out the model or not, until their parent is killed, which they
+    notice, write a checkpoint and leave, and one comes to the end."""
     c = fifty(bench, tmp_path)
     with monkeypatch.context() as m:
         die_after(m, 10)
         with pytest.raises(Killed): tr.train(c)
     (tmp_path / "c.json").write_text(json.dumps(vars(c) | dict(inference=vars(c.inference), processes=2,
-                                                               reference_options={})))
+                                                               fsdp=fsdp, reference_options={})))
     checkpoints = Checkpoints(tr.run_folder(c))
     assert checkpoints.steps()[-1] == 10
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "c.json")], cwd=ROOT,
@@ -93,6 +95,25 @@ def test_the_number_of_processes_may_change_and_all_end_with_their_parent(bench,
     last = tr.train(c)
     assert 20 <= last.resumed_from < 50
     assert_alike(alone, last)
+
+
+def test_what_is_shared_out_is_held_by_halves(bench, tmp_path):
+    c, port, answers = fifty(bench, tmp_path, fsdp=True), free_port(), FORKS.Queue()
+    two = [FORKS.Process(target=held_in_a_step, args=(dict(c.__dict__), rank, port, answers)) for rank in range(2)]
+    for p in two: p.start()
+    first, second = (answers.get(timeout=240) for _ in two)
+    for p in two: p.join()
+    assert first["all"] == second["all"] > 100_000
+    for kind in ("weights", "gradients", "moments", "average"):
+        assert max(first[kind], second[kind]) < .52 * first["all"], kind
+        assert first[kind] + second[kind] == first["weights"] + second["weights"] == first["all"], kind
+
+
+def test_what_cant_be_shared_out_is_refused(bench, tmp_path):
+    for changes, words in {"muon": (dict(optimizer="muon"), "fsdp: muon has no shared form"),
+                           "fp16": (dict(mixed_precision="fp16"), "fsdp: no gradient scaler"),
+                           "pixels": (dict(architecture="promptir"), "fsdp: promptir fits a device")}.values():
+        with pytest.raises(FoundIRError, match=words): fifty(bench, tmp_path, fsdp=True, **changes)
 
 
 # --- the processes and their parent -----------------------------------------------------------------------------------

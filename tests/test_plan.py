@@ -130,6 +130,16 @@ def test_the_cheapest_switch_is_named(small):
     with pytest.raises(FoundIRError, match="larger device or a smaller crop"): plan.refuse([tight], 1000)
 
 
+def test_what_is_shared_out_is_divided():
+    whole, shared = (plan.plan_stage(config(crop=64, fsdp=fsdp), 4, "cuda") for fsdp in (False, True))
+    for part in ("trained", "gradients", "optimizer", "average"):
+        assert shared.parts[part] == pytest.approx(whole.parts[part] / 4, rel=1e-3)
+    assert whole.parts["gathered"] == 0 < shared.parts["gathered"]
+    assert shared.parts["activations"] == whole.parts["activations"]
+    one = plan.plan_stage(config(crop=64), 1, "cuda")
+    for share in (0.9, 0.6): assert "fsdp" not in (plan.cheapest_switches(one, int(share * one.peak[1])) or {})
+
+
 def test_samples_that_cant_be_split_are_refused():
     with pytest.raises(FoundIRError, match="batch_size=4 can't be split into 3 parts"): plan.plan_stage(config(), 3)
 

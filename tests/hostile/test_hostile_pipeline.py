@@ -20,7 +20,7 @@ STEPS = 30
 
 class Copy:
     "The repository with the parameters of the smoke run, and a stage 0 of some more steps."
-    def __init__(self, folder, processes):
+    def __init__(self, folder, processes, fsdp):
         self.folder, self.environment = folder, os.environ | dict(
             PATH=f'{folder / ".venv/bin"}{os.pathsep}{os.environ["PATH"]}', PYTHONPATH=str(folder))
         ours = subprocess.check_output(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, text=True)
@@ -35,8 +35,10 @@ class Copy:
             subprocess.run(command, cwd=folder, env=self.environment, check=True, stdin=subprocess.DEVNULL)
         params = folder / 'params.yaml'
         text = params.read_text()
-        assert 'processes: 1  #' in text
-        head, own = text.replace('processes: 1  #', f'processes: {processes}  #').split('train_stage0:\n')
+        for name, old, new in (('processes', 1, processes), ('fsdp', 'false', fsdp), ('optimizer', 'muon', 'adamw')):
+            assert text.count(f'\n  {name}: {old}  #') == 1
+            text = text.replace(f'\n  {name}: {old}  #', f'\n  {name}: {new}  #')
+        head, own = text.split('train_stage0:\n')
         own = own.replace(f'steps: {load_yaml(params)["train_stage0"]["steps"]}', f'steps: {STEPS}', 1)
         params.write_text(f'{head}train_stage0:\n{own}')
 
@@ -57,11 +59,11 @@ def wait(process, ready):
     assert process.poll() is None, process.stdout.read()[-2000:]
 
 
-@pytest.mark.parametrize('processes', [1, 2])
-def test_killed_within_dvc_repro(tally, full, tmp_path, processes):
+@pytest.mark.parametrize('processes, fsdp', [(1, 'false'), (2, 'false'), (2, 'true')])
+def test_killed_within_dvc_repro(tally, full, tmp_path, processes, fsdp):
     "dvc alone, whose children end by themselves, or everybody; at a step, or while a checkpoint is written."
     if not full: pytest.skip('minutes: HOSTILE=full')
-    copy, draw = Copy(tmp_path, processes), random.Random(13)
+    copy, draw = Copy(tmp_path, processes, fsdp), random.Random(13)
     first = copy.repro()
     said = first.communicate()[0]
     assert first.returncode == 0, said[-3000:]
@@ -77,6 +79,6 @@ def test_killed_within_dvc_repro(tally, full, tmp_path, processes):
         said = again.communicate()[0]
         left = [p.name for p in (*(copy.folder / 'artifacts').iterdir(), *(copy.folder / '.checkpoints').iterdir())
                 if '.partial' in p.name or p.name.startswith('stage') and not p.name.endswith('.times.csv')]
-        tally.held(f'{victim} at step {at}, processes: {processes}', said[-1500:] if again.returncode else
+        tally.held(f'{victim} at step {at}, processes: {processes}, fsdp: {fsdp}', said[-1500:] if again.returncode else
                    'another result' if copy.result() != want else f'left {left}' if left else '')
         assert not psutil.wait_procs(family, timeout=30)[1], 'the children outlive dvc'
