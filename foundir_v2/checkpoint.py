@@ -54,8 +54,7 @@ def make_ema(
     if not 0 <= decay < 1:
         raise FoundIRError(f"ema_decay={decay}: choose 0 <= decay < 1, for instance 0.998 for some hundred steps, "
                            "0.9999 for 150000")
-    parameters = list(parameters)
-    parts = [own_part(p) for p in parameters]
+    parts = list(map(own_part, parameters := list(parameters)))
     if device == "same": ema = EMAModel(parts, decay=decay, min_decay=0.0, foreach=True)
     else: ema = HostEMA([p.detach().cpu() for p in parts], decay=decay, min_decay=0.0)
     ema.shadow_params = [p.float() for p in ema.shadow_params]  # a step of 1e-4 is nothing to bfloat16's 8 bits
@@ -326,10 +325,6 @@ class Checkpoints:
         return sorted(int(p.name[5:]) for p in found)
 
 # %% ../nbs/59_checkpoint.ipynb #241cc15f
-def _whole_average(ema: EMAModel) -> dict[str, Any]:
-    "Its state with all rows of what the processes share out. All of them must ask."
-    return ema.state_dict() | dict(shadow_params=[whole_of(p, like) for p, like in zip(ema.shadow_params, ema.like)])
-
 def _write_state(folder: Path, average: dict[str, Any], state: dict[str, Any], log: Path | None) -> None:
     "What accelerate doesn't save: the average, the caller's state, the log."
     save_file({str(i): p.contiguous() for i, p in enumerate(average.pop("shadow_params"))}, folder / "ema.safetensors")
@@ -354,7 +349,7 @@ def _save(self: Checkpoints,
         with saving(f"the checkpoint of step {step}", self.folder):
             accelerator.save_state(str(tmp))
             accelerator.wait_for_everyone()
-            average = _whole_average(ema)
+            average = ema.state_dict() | dict(shadow_params=list(map(whole_of, ema.shadow_params, ema.like)))
             if main: _write_state(tmp, average, state, log); seal(tmp, self.title(step)); _sync(tmp)
         if main: self._replace(tmp, step, best)
     finally:
