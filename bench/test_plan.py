@@ -65,8 +65,8 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_peak(name, base):
     "Within 20 %."
-    two = 2 if CONFIGS[name].get("fsdp") else 1
-    found = json.loads(child(CHILD, json.dumps(CONFIGS[name]), str(base), processes=two).splitlines()[-1])
+    processes = 2 if CONFIGS[name].get("fsdp") else 1
+    found = json.loads(child(CHILD, json.dumps(CONFIGS[name]), str(base), processes=processes).splitlines()[-1])
     ratio, mb = found["predicted"] / found["measured"], lambda parts: {k: round(v / 1e6) for k, v in parts.items()}
     print(f"\n{name}: planned {found['predicted'] / 1e6:.0f} MB ({found['phase']}), measured "
           f"{found['measured'] / 1e6:.0f} MB, ratio {ratio:.2f}; {mb(found['parts'])}; {mb(found['phases'])}")

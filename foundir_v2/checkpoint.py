@@ -45,7 +45,7 @@ class HostEMA(EMAModel):
 
 # %% ../nbs/59_checkpoint.ipynb #07206254
 def make_ema(
-    parameters: Iterable[nn.Parameter],  # trained parameters, always in the same order; of shared ones, the own part
+    parameters: Iterable[nn.Parameter],  # the trained parameters, always in the same order
     decay: float = 0.9999,  # ceiling of the decay; the warm-up min((1 + n) / (10 + n), decay) comes before it
     device: str = "same",  # where the average lies: "same" as the parameters, or "cpu"
 ) -> EMAModel:  # diffusers' own class; call `step(parameters)` after every optimizer step
@@ -87,7 +87,7 @@ def averaged(
 ) -> Iterator[None]:
     "Within the block the parameters hold the average. Raises `FoundIRError` if it is not finite."
     check_finite(ema)
-    parameters = list(parameters)
+    parameters = list(map(own_part, parameters))
     ema.store(parameters)
     ema.copy_to(parameters)
     try: yield
@@ -438,7 +438,7 @@ def _restore(self: Checkpoints,
     if step is None: return None
     folder = self.path(step)
     try:
-        accelerator.load_state(str(folder))
+        accelerator.load_state(str(folder), map_location="cpu")  # a device may hold no whole optimizer state
         return Restored(step, _read_state(folder, ema), folder / "log.jsonl")
     except Exception as e:
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"

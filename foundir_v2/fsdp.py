@@ -61,13 +61,15 @@ def own_part(p: Tensor) -> Tensor:
     "The rows of a parameter that this process holds, in the same memory; all of one that isn't shared out."
     return p.detach().to_local().requires_grad_(p.requires_grad) if isinstance(p, DTensor) else p
 
+def _rows(whole: Tensor, like: DTensor) -> DTensor:
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
 def part_of(
     whole: Tensor,  # the same in all processes, on any device
     like: Tensor,  # a parameter
 ) -> Tensor:  # on its device
     "The rows of a whole tensor that belong to this process. Nothing is sent."
-    if not isinstance(like, DTensor): return whole.to(like.device)
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return _rows(whole, like).to_local() if isinstance(like, DTensor) else whole.to(like.device)
 
 def whole_of(
     part: Tensor,  # as `own_part` gives it, on any device
@@ -138,7 +140,5 @@ def _changed(optimizer: Optimizer, change: Callable[[Tensor, Tensor], Tensor], s
 def share_state(optimizer: Optimizer) -> None:
     "Its `state_dict()` becomes the one of a single process (all processes must ask), and it can load that."
     whole = lambda value, p: value.full_tensor().cpu()
-    part = lambda value, p: DTensor.from_local(part_of(value, p), p.device_mesh, p.placements, run_check=False,
-                                               shape=p.shape, stride=p.stride())
     optimizer.register_state_dict_post_hook(lambda o, state: _changed(o, whole, state))
-    optimizer.register_load_state_dict_pre_hook(lambda o, state: _changed(o, part, state))
+    optimizer.register_load_state_dict_pre_hook(lambda o, state: _changed(o, _rows, state))

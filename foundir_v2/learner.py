@@ -130,23 +130,22 @@ class Learner:
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
         self.config, self.accelerator, self.clock = config, accelerator, Clock()
         self.trainee = make_trainee(config, accelerator.device)
-        module, shared = self.trainee.module.train(), config.fsdp and accelerator.num_processes > 1
-        self.shared = shared
-        if shared: shard(module, self.trainee.network, accelerator.device)
+        module = self.trainee.module.train()
+        if config.fsdp and accelerator.num_processes > 1: shard(module, self.trainee.network, accelerator.device)
         groups = self.trainee.parameter_groups()
         rule = dict(betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay)
         optimizer = make_optimizer(config.optimizer, groups, **rule)
         lr_scheduler = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-        if shared: share_state(optimizer)
-        self.model = accelerator.prepare_model(module, evaluation_mode=shared)  # shared: nothing for DDP to do
+        if self.shared: share_state(optimizer)
+        self.model = accelerator.prepare_model(module, evaluation_mode=self.shared)  # then there's no DDP around it
         self.optimizer, self.lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
         self.parameters = [p for g in groups for p in g["params"]]
         self.ema = make_ema(self.parameters, config.ema_decay, config.ema_device)
 
     @property
-    def own(self) -> list[Tensor]:
-        "What this process holds of the trained parameters."
-        return [own_part(p) for p in self.parameters]
+    def shared(self) -> bool:
+        "Do the processes share out the network?"
+        return is_shared(self.trainee.module)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -234,7 +233,7 @@ def step(
                 elif self.accelerator.scaler is not None: self.accelerator.scaler.update()
             self.optimizer.zero_grad()
     self.lr_scheduler.step()
-    if seen.finite: self.ema.step(self.own)
+    if seen.finite: self.ema.step(map(own_part, self.parameters))
     by_task = {t: seen.losses[seen.tasks == i] for i, t in enumerate(tasks)}
     found = dict(loss=None, grad_norm=None, lr=rates, task_loss={}, samples={t: len(v) for t, v in by_task.items()})
     if seen.finite:

@@ -40,7 +40,7 @@ from .trainlog import COURSE, TrainLog, TrainResult, check_steps, read_log, writ
 # %% ../nbs/62_train.ipynb #69097f1b
 def write_model(folder: Path | None, learner: Learner) -> None:
     "The averaged weights and how they restore. Without a folder: help the main process to them."
-    with averaged(learner.ema, learner.own), learner.whole():
+    with averaged(learner.ema, learner.parameters), learner.whole():
         if folder: learner.trainee.save(folder)
 
 def write_records(
@@ -174,7 +174,7 @@ def train_steps(
     def rebalance():
         looking, restore, network = log.board if main else None, learner.restore, learner.trainee.network
         watched = looking.scoring(restore, feed.items, network, feed.step) if looking else nullcontext(restore)
-        with clock.part("scoring"), averaged(learner.ema, learner.own), watched as restore:
+        with clock.part("scoring"), averaged(learner.ema, learner.parameters), watched as restore:
             record = gathered(learner.trainee.module, lambda: feed.rebalance(restore))
         if main: log.write(kind="mixture", step=feed.step, **record)
     if feed.step == 0 and config.update_every:

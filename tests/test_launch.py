@@ -56,8 +56,9 @@ def assert_alike(a, b):
 
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_two_processes_of_four_are_one_of_eight(bench, tmp_path, alone, fsdp):
-    c = fifty(bench, tmp_path, processes=2, fsdp=fsdp, channels_last=fsdp)
+    c = fifty(bench, tmp_path, processes=2, fsdp=fsdp, channels_last=fsdp, keep_best=fsdp, tensorboard=fsdp)
     two = run_training(c)
+    assert (two.output / "best/unet").is_dir() == fsdp
     assert_alike(alone, two)
     assert not broken_seal(two.output) and two.resumed_from is None
     a, b = weights(alone.output), weights(two.output)
@@ -110,9 +111,9 @@ def test_what_is_shared_out_is_held_by_halves(bench, tmp_path):
 
 
 def test_what_cant_be_shared_out_is_refused(bench, tmp_path):
-    for changes, words in {"muon": (dict(optimizer="muon"), "fsdp: muon has no shared form"),
-                           "fp16": (dict(mixed_precision="fp16"), "fsdp: no gradient scaler"),
-                           "pixels": (dict(architecture="promptir"), "fsdp: promptir fits a device")}.values():
+    for changes, words in ((dict(optimizer="muon"), "fsdp: muon has no shared form"),
+                           (dict(mixed_precision="fp16"), "fsdp: no gradient scaler"),
+                           (dict(architecture="promptir"), "fsdp: promptir fits a device")):
         with pytest.raises(FoundIRError, match=words): fifty(bench, tmp_path, fsdp=True, **changes)
 
 
